@@ -1,0 +1,185 @@
+"""The rules that SAFE is compared with: none, fixed, adaptive, asymmetric with momentum.
+
+Each yields a coefficient per rollout; where it acts (in the reward or in the loss) is not their business.
+
+1. none        beta = 0.
+2. fixed       beta is a constant.
+3. adaptive    Ziegler et al. 2019 ("Fine-Tuning Language Models from Human Preferences", section 2.2):
+                   e = clip(kl / target - 1, -0.2, 0.2);   beta <- beta (1 + e / horizon).
+4. asymmetric  lambda_a max(0, kl - threshold)^2 + lambda_m max(0, momentum)^2, momentum = (kl - kl_50_ago) / 50 [P, C],
+               through its slope in kl.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from stable_rlhf.control.base import Decision, Observation, check_settings, setting
+from stable_rlhf.control.phase import Phase
+
+KL_SHORT_KEEP = 0.9  # [P] share of the short KL average that one step keeps
+KL_LONG_KEEP = 0.99  # [P] share of the long KL average that one step keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlAverages:
+    """The published pair of exponential averages of the KL, from 0, nats per token (`safe` has filters of its own)."""
+
+    short: float = 0.0
+    long: float = 0.0
+
+    def after(self, kl: float) -> KlAverages:
+        """short <- 0.9 short + 0.1 kl;  long <- 0.99 long + 0.01 kl."""
+        return KlAverages(
+            short=KL_SHORT_KEEP * self.short + (1.0 - KL_SHORT_KEEP) * kl,
+            long=KL_LONG_KEEP * self.long + (1.0 - KL_LONG_KEEP) * kl,
+        )
+
+
+def plain_decision(
+    kl_coef: float, averages: KlAverages, threshold: float | None, excess: float, reason: str
+) -> Decision:
+    """A decision of a rule that has no gate, no phase and no PID."""
+    return Decision(
+        kl_coef=kl_coef,
+        threshold=threshold,
+        excess=excess,
+        kl_short=averages.short,
+        kl_long=averages.long,
+        gate=1.0,
+        phase=Phase.NONE.value,
+        pid_p=0.0,
+        pid_i=0.0,
+        pid_d=0.0,
+        entropy_floor=None,
+        reason=reason,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoneSettings:
+    """No KL term: there is nothing to set."""
+
+
+def advance_none(settings: NoneSettings, state: KlAverages, observation: Observation) -> tuple[KlAverages, Decision]:
+    """beta = 0."""
+    state = state.after(observation.kl)
+    return state, plain_decision(0.0, state, None, 0.0, f"KL {observation.kl:.3g}: no KL term")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedSettings:
+    """A constant coefficient."""
+
+    beta: float = setting(0.05, 0.0)
+    """Reward per nat. 0.05 is the usual coefficient of PPO for language models, and the published baseline's."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def advance_fixed(settings: FixedSettings, state: KlAverages, observation: Observation) -> tuple[KlAverages, Decision]:
+    """beta is a constant."""
+    state = state.after(observation.kl)
+    reason = f"KL {observation.kl:.3g}: coefficient fixed at {settings.beta:.3g}"
+    return state, plain_decision(float(settings.beta), state, None, 0.0, reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveSettings:
+    """Ziegler et al. 2019, with the target per token."""
+
+    init_beta: float = setting(0.05, above=0.0)
+    """Coefficient of the first rollout, reward per nat; > 0, because the rule multiplies it. 0.05 as for `fixed`."""
+    target: float = setting(0.3, above=0.0)
+    """KL to hold, nats per token (Ziegler et al. give nats per sequence). 0.3 is the budget of `safe`, to compare
+    with."""
+    horizon: float = setting(16.0, above=0.2)
+    """Rollouts in which the coefficient changes by at most 22 % (e^0.2: the error is clipped). Ziegler et al. count
+    prompts: their horizon is this times the batch size. Their 10,000 moves the coefficient by 18 % in a run of 160 steps
+    of 64 prompts; 16 rollouts are 1,000 prompts. Above 0.2, or one step could take the coefficient to 0."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveState:
+    """The averages, and the coefficient of the next rollout."""
+
+    averages: KlAverages = field(default_factory=KlAverages)
+    beta: float | None = None
+    """None before the first rollout, which uses init_beta."""
+
+
+MAX_BETA = 1e6  # far beyond any use: a KL that stays above the target for ever must not overflow a float
+MIN_BETA = 1e-9  # the same at the other end: a product that reaches 0 could never rise again
+
+
+def advance_adaptive(
+    settings: AdaptiveSettings, state: AdaptiveState, observation: Observation
+) -> tuple[AdaptiveState, Decision]:
+    """This rollout uses beta; its KL gives the beta of the next, as in Ziegler et al. 2019."""
+    beta = float(settings.init_beta) if state.beta is None else state.beta
+    error = max(-0.2, min(0.2, observation.kl / settings.target - 1.0))  # 0.2: Ziegler et al., equation 4
+    following = max(MIN_BETA, min(MAX_BETA, beta * (1.0 + error / settings.horizon)))
+    state = AdaptiveState(averages=state.averages.after(observation.kl), beta=following)
+    reason = f"KL {observation.kl:.3g} for target {settings.target:.3g}: coefficient {beta:.3g}, next {following:.3g}"
+    excess = max(0.0, observation.kl - settings.target)
+    return state, plain_decision(beta, state.averages, float(settings.target), excess, reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsymmetricSettings:
+    """The published baseline: a one-sided square, and a square of the KL's momentum."""
+
+    threshold: float = setting(0.3)
+    """KL above which the first term acts, nats per token [C]."""
+    penalty_scale: float = setting(0.1, 0.0)
+    """lambda_a, reward per squared nat [C]."""
+    momentum_scale: float = setting(5.0, 0.0)
+    """lambda_m, reward per squared nat of mean growth in one step [C]."""
+    window: int = setting(50, 2, 10_000)
+    """Rollouts whose KL is kept; the momentum compares the newest with the oldest of them and divides by this number
+    [C]."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsymmetricState:
+    """The averages, and the last `window` KLs, oldest first."""
+
+    averages: KlAverages = field(default_factory=KlAverages)
+    kls: tuple[float, ...] = ()
+
+
+def momentum(settings: AsymmetricSettings, kls: tuple[float, ...]) -> float:
+    """(newest - oldest) / window, nats per token and step, of a full window; 0 before that [C]."""
+    return (kls[-1] - kls[0]) / settings.window if len(kls) == settings.window else 0.0
+
+
+def asymmetric_penalty(settings: AsymmetricSettings, kls: tuple[float, ...]) -> tuple[float, float]:
+    """The published penalty's two terms, a number without a gradient: for checking against the published code only."""
+    above = max(0.0, kls[-1] - settings.threshold)
+    growth = max(0.0, momentum(settings, kls))
+    return settings.penalty_scale * above**2, settings.momentum_scale * growth**2
+
+
+def advance_asymmetric(
+    settings: AsymmetricSettings, state: AsymmetricState, observation: Observation
+) -> tuple[AsymmetricState, Decision]:
+    """kl_coef = dP/dkl = 2 lambda_a max(0, kl - threshold) + 2 lambda_m max(0, momentum) / window.
+
+    The second slope is with respect to the newest KL: the oldest belongs to a policy that no longer moves.
+    """
+    kls = (*state.kls, observation.kl)[-settings.window :]
+    state = replace(state, averages=state.averages.after(observation.kl), kls=kls)
+    excess = max(0.0, observation.kl - settings.threshold)
+    growth = max(0.0, momentum(settings, kls))
+    kl_coef = 2.0 * settings.penalty_scale * excess + 2.0 * settings.momentum_scale * growth / settings.window
+    side = "above" if excess > 0.0 else "within"
+    level = f"KL {observation.kl:.3g} {side} {settings.threshold:.3g}, growing {growth:.2g} a step"
+    reason = f"{level}: coefficient {kl_coef:.3g}"
+    return state, plain_decision(kl_coef, state.averages, float(settings.threshold), excess, reason)

@@ -1,0 +1,115 @@
+"""Running normalisation of rewards, three ways, over frozen state and a pure update.
+
+`none`     the rewards as they are.
+`paper`    the published code's rule [C], to the letter: (x - mean) / (deviation + 1e-8), from a prior of mean 0,
+           variance 1 and count 1e-4, over all rewards so far; the batch's variance is the sample variance (n - 1).
+`running`  (x - mean) / deviation over all rewards so far, with no prior and no constant in the denominator, so that
+           multiplying every reward by 10 or adding 5 changes nothing but rounding; a deviation of 0 gives 0.
+
+Both merge moments by Chan, Golub and LeVeque 1979 (parallel variance).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stable_rlhf.control.base import STATE_VERSION, from_dict
+from stable_rlhf.control.phase import mean_variance
+
+KINDS = ("none", "paper", "running")
+PAPER_COUNT = 1e-4  # [C] weight of the published prior: enough to make the first division defined, too little to matter
+PAPER_EPSILON = 1e-8  # [C] keeps the published division finite
+ROUNDING = 1e-12  # of the mean's size: a smaller deviation is the rounding of equal rewards, not a spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Mean, population variance and count of the rewards seen so far, in the scorer's units."""
+
+    mean: float = 0.0
+    variance: float = 0.0
+    count: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation; exactly 0 where it is no more than the rounding of equal values."""
+        deviation = math.sqrt(max(0.0, self.variance))
+        return deviation if deviation > ROUNDING * abs(self.mean) else 0.0
+
+
+def merge(moments: Moments, mean: float, variance: float, count: int) -> Moments:
+    """Moments with a batch of `count` values of this mean and variance added:
+
+    delta = mean - m;  n = N + count;  m' = m + delta count / n;  v' = (v N + variance count + delta^2 N count / n) / n.
+    """
+    delta = mean - moments.mean
+    total = moments.count + count
+    between = delta * delta * moments.count * count / total
+    return Moments(
+        mean=moments.mean + delta * count / total,
+        variance=(moments.variance * moments.count + variance * count + between) / total,
+        count=total,
+    )
+
+
+class RewardNormaliser:
+    """Holds the moments for one run. `update` with a rollout's rewards first, then `normalise` them."""
+
+    def __init__(self, kind: str = "running") -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is no reward normaliser: choose one of {', '.join(KINDS)}.")
+        self.kind = kind
+        self.moments = Moments(variance=1.0, count=PAPER_COUNT) if kind == "paper" else Moments()
+
+    def update(self, rewards: Sequence[float]) -> None:
+        """Add one rollout's rewards (all ranks together). None at all change nothing.
+
+        Raises ValueError for a reward that is not finite, and for a single reward under `paper`, whose rule divides
+        by n - 1.
+        """
+        for position, reward in enumerate(rewards):
+            if not math.isfinite(reward):
+                raise ValueError(
+                    f"reward {position} is {reward!r}: only finite rewards can be normalised. Let the reward "
+                    "function return "
+                    "None for a completion that it cannot score."
+                )
+        if not rewards:
+            return
+        if self.kind == "paper" and len(rewards) == 1:
+            raise ValueError(
+                "the reward normaliser 'paper' was given 1 reward: its rule divides by n - 1. Use a batch of 2 "
+                "or more, or "
+                "the kind 'running'."
+            )
+        mean, variance = mean_variance(rewards, 1 if self.kind == "paper" else 0)
+        self.moments = merge(self.moments, mean, variance, len(rewards))
+
+    def normalise(self, rewards: Sequence[float]) -> list[float]:
+        """The rewards in units of the running deviation around the running mean (`none`: unchanged)."""
+        if self.kind == "none":
+            return list(rewards)
+        mean, deviation = self.moments.mean, self.moments.deviation
+        if self.kind == "paper":
+            return [(reward - mean) / (math.sqrt(self.moments.variance) + PAPER_EPSILON) for reward in rewards]
+        return [(reward - mean) / deviation if deviation > 0.0 else 0.0 for reward in rewards]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Version, kind and moments, as plain JSON values."""
+        return {"version": STATE_VERSION, "kind": self.kind, "moments": dataclasses.asdict(self.moments)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`. Raises ValueError, and changes nothing, if it does not fit."""
+        if set(saved) != {"version", "kind", "moments"}:
+            raise ValueError(f"normaliser state has the keys {sorted(saved)}: expected kind, moments, version.")
+        if saved["version"] != STATE_VERSION or saved["kind"] != self.kind:
+            raise ValueError(
+                f"normaliser state is of kind {saved['kind']!r}, version {saved['version']!r}; this run's is "
+                f"{self.kind!r}, "
+                f"version {STATE_VERSION}: resume with the release and configuration that wrote it."
+            )
+        self.moments = from_dict(Moments, saved["moments"], "normaliser state")

@@ -1,0 +1,271 @@
+"""SAFE as it is meant: a regulated KL, an entropy gate and a moving budget, each of which acts.
+
+Once per rollout, in this order:
+1. threshold   The KL budget moves with the reward curve (`phase.reward_phase`, half-windows against their own
+               noise): it opens while the reward climbs, closes when KL grows and buys nothing or when reward falls,
+               and drifts back on a plateau. A PID on the smoothed reward velocity, in deviations of the run's own
+               rewards, sets how far. A rate limit keeps it from jumping. No absolute reward occurs anywhere:
+               a * reward + b, a > 0, gives the same decisions.
+2. gate        gate = clip((fraction H_0 / H)^power, 1, max), H_0 the mean entropy of the first rollouts: exactly 1
+               in a healthy run, above it before collapse. While it is above 1 the coefficient may not relax, else
+               the regulator would undo it.
+3. regulation  `regulator.regulate` brings KL to the threshold and holds it there.
+4. decision    kl_coef = gate * fade * beta.
+
+Intent: SAFE (arXiv 2602.04651), sections on the gate, the asymmetric penalty and the PID threshold; the forms are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from stable_rlhf.control.base import Decision, Observation, check_settings, setting
+from stable_rlhf.control.normaliser import Moments, merge
+from stable_rlhf.control.phase import CLEAR, Contrast, Phase, contrast, reward_phase
+from stable_rlhf.control.pid import PidGains, PidState, PidTerms, pid_step
+from stable_rlhf.control.regulator import Regulation, RegulatorState, regulate
+
+ENTROPY_START = 5  # rollouts averaged into the starting entropy: one is noisy, and by ten a quick run has moved
+ENTROPY_KEEP = 0.5  # share of the entropy's average that one step keeps: a lag of one step, since collapse is quick
+WINDOW_START = 10  # rollouts before the first verdict on the reward: halves of 5 are the least with a usable variance
+MULTIPLE = {  # of the base budget that each phase asks for
+    Phase.WARMUP: 1.0,
+    Phase.CLIMBING: 1.2,  # [C] the published multiplier
+    Phase.PLATEAU: 1.0,
+    Phase.FALLING: 0.75,
+    Phase.OVEROPTIMISED: 0.75,  # clearly below what the KL had when it stopped buying reward
+}
+REOPEN = 0.25  # of the rate limit, on a plateau below the base: its KL growth in one half-window stays under
+# phase.LEAST_KL_GROWTH, so that reopening cannot look like over-optimisation and start a cycle
+ERROR_LIMIT = 3.0  # deviations per half-window: more than any real climb, and one outlier may not fill the integral
+PID_LEAK = 0.95  # share of the PID's sum that is kept: the gain of a climb is forgotten in about one half-window
+PID_SUM = 5.0  # limit of the PID's sum, deviations: what a steep climb reaches in five steps
+PID_LIMIT = 0.25  # of the base budget: the PID adjusts what the phase asks for, and never turns it round
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeSettings:
+    """What one may want to turn; everything else is a constant with its reason beside it."""
+
+    budget: float = setting(0.3, above=0.0)
+    """Base KL budget, nats per token. 0.3 is the paper's threshold, and about where the best fixed coefficients end."""
+    initial_coef: float = setting(0.05, above=0.0)
+    """First coefficient, reward per nat, for rewards of unit deviation. 0.05 is PPO's usual one: not 0 when KL
+    arrives."""
+    min_coef: float = setting(1e-4, above=0.0)
+    """Least coefficient before fading. Without effect on rewards of unit deviation, near enough to come back from."""
+    max_coef: float = setting(100.0, above=0.0)
+    """Greatest coefficient before the gate. No reward of unit deviation outweighs it; a guard rail against overflow."""
+    gain: float = setting(3.5, 0.0, 10.0)
+    """Integral gain per rise time. Simulated plants settle from 2.3 to 4.7; at 7 the quickest ones swing or diverge."""
+    lead: float = setting(0.7, 0.0, 3.0)
+    """Share of the rise time by which the KL is predicted. It damps: at 0 the KL overshoots, at 2 its noise is
+    amplified."""
+    gate_on: bool = setting(True)
+    """Whether low entropy tightens; False is the ablation without gate."""
+    gate_fraction: float = setting(0.6, above=0.0, high=1.0)
+    """Share of the starting entropy below which the gate acts. In the prototype's runs the healthy stayed
+    above 0.7, the hacked fell below 0.3."""
+    gate_power: float = setting(2.0, above=0.0, high=8.0)
+    """Steepness: at half the floor the gate is 2^power. 2 as the published excess is squared."""
+    gate_max: float = setting(8.0, 1.0)
+    """Greatest gate, reached at a third of the floor or at entropy 0; beyond it there is little policy left to pull."""
+    threshold_on: bool = setting(True)
+    """Whether the budget moves; False holds it at `budget`, the ablation without a moving threshold."""
+    threshold_min: float = setting(0.5, above=0.0, high=1.0)
+    """Least threshold, as a multiple of the budget."""
+    threshold_max: float = setting(1.5, 1.0, 10.0)
+    """Greatest threshold, as a multiple of the budget: the published WARMUP multiplier, its greatest."""
+    threshold_rate: float = setting(0.01, above=0.0, high=0.2)
+    """Greatest relative change of the threshold in one step. 1 % is slow beside the regulator, and 1.2 is reached in
+    20."""
+    window: int = setting(40, 10, 1000)
+    """Rollouts whose rewards and KLs are compared, half against half. 20 against 20 resolves a climb of one noise
+    deviation."""
+    pid_kp: float = setting(0.1, 0.0, 10.0)
+    """Proportional gain: multiple of the budget per deviation gained in half a window."""
+    pid_ki: float = setting(0.01, 0.0, 10.0)
+    """Integral gain: the same per summed deviation; with the sum's limit of 5, at most half of the proportional
+    term's size."""
+    pid_kd: float = setting(0.1, 0.0, 10.0)
+    """Derivative gain: the same per change of that velocity in one step, so that the budget follows a turn early."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.min_coef <= self.initial_coef <= self.max_coef:
+            raise ValueError(
+                f"initial_coef={self.initial_coef!r} is outside [min_coef={self.min_coef!r}, "
+                f"max_coef={self.max_coef!r}]: move it between them, or widen them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdState:
+    """State of the moving budget; the histories are at most `window` long, oldest first."""
+
+    rewards: tuple[float, ...] = ()
+    kls: tuple[float, ...] = ()
+    moments: Moments = field(default_factory=Moments)
+    """Of every step's mean reward so far: the scale in which a change of reward is judged."""
+    pid: PidState = field(default_factory=PidState)
+    phase: str = Phase.WARMUP.value
+    multiple: float = 1.0
+    """Threshold as a multiple of the base budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyState:
+    """State of the gate, nats per token."""
+
+    start: float = 0.0
+    """Mean of the first rollouts' entropies."""
+    count: int = 0
+    """Rollouts in that mean, at most ENTROPY_START."""
+    recent: float = 0.0
+    """Quick average of the entropy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeState:
+    """What one rollout hands to the next."""
+
+    regulator: RegulatorState
+    threshold: ThresholdState = field(default_factory=ThresholdState)
+    entropy: EntropyState = field(default_factory=EntropyState)
+
+
+def initial_safe_state(settings: SafeSettings) -> SafeState:
+    """The state before step 0."""
+    return SafeState(regulator=RegulatorState(log_coef=math.log(settings.initial_coef)))
+
+
+def advance_safe(settings: SafeSettings, state: SafeState, observation: Observation) -> tuple[SafeState, Decision]:
+    """One rollout of the rules above."""
+    moved, terms = _move_threshold(settings, state.threshold, observation)
+    threshold = settings.budget * moved.multiple
+    entropy, gate, floor = _gate(settings, state.entropy, observation.entropy)
+    regulator, regulation = regulate(
+        state.regulator,
+        observation.kl,
+        threshold,
+        gain=settings.gain,
+        lead=settings.lead,
+        limits=(settings.min_coef, settings.max_coef),
+        may_relax=gate <= 1.0,
+    )
+    kl_short = regulation.short
+    # a gate above 1 also ends the fading, continuously: collapse is answered even where the KL is small
+    kl_coef = gate * max(regulation.fade, min(1.0, gate - 1.0)) * regulation.coefficient
+    decision = Decision(
+        kl_coef=kl_coef,
+        threshold=threshold,
+        excess=max(0.0, kl_short - threshold),
+        kl_short=kl_short,
+        kl_long=regulator.long,
+        gate=gate,
+        phase=moved.phase,
+        pid_p=terms.p,
+        pid_i=terms.i,
+        pid_d=terms.d,
+        entropy_floor=floor,
+        reason=_reason(kl_short, threshold, regulation, state.regulator, kl_coef, gate, moved.phase),
+    )
+    return SafeState(regulator=regulator, threshold=moved, entropy=entropy), decision
+
+
+def _move_threshold(
+    settings: SafeSettings, state: ThresholdState, observation: Observation
+) -> tuple[ThresholdState, PidTerms]:
+    if not settings.threshold_on:
+        return ThresholdState(phase=Phase.NONE.value), PidTerms()
+    rewards = (*state.rewards, observation.reward)[-settings.window :]
+    kls = (*state.kls, observation.kl)[-settings.window :]
+    moments = merge(state.moments, observation.reward, 0.0, 1)
+    enough = len(rewards) >= WINDOW_START
+    reward_change = contrast(rewards) if enough else None
+    phase = reward_phase(
+        Phase(state.phase),
+        reward_change,
+        moments.deviation,
+        contrast(kls) if enough else None,
+        settings.budget * state.multiple,
+    )
+    gains = PidGains(
+        proportional=settings.pid_kp,
+        integral=settings.pid_ki,
+        derivative=settings.pid_kd,
+        integral_limit=PID_SUM,
+        leak=PID_LEAK,
+        output_limit=PID_LIMIT,
+    )
+    velocity = _velocity(reward_change, moments.deviation, phase)
+    pid, terms = pid_step(gains, state.pid, velocity)
+    wanted = MULTIPLE[phase] + max(-PID_LIMIT, min(PID_LIMIT, terms.output))
+    wanted = max(settings.threshold_min, min(settings.threshold_max, wanted))
+    rate = settings.threshold_rate
+    opening = REOPEN * rate if phase is Phase.PLATEAU and state.multiple < 1.0 else rate
+    multiple = max(state.multiple * (1.0 - rate), min(state.multiple * (1.0 + opening), wanted))
+    moved = ThresholdState(rewards=rewards, kls=kls, moments=moments, pid=pid, phase=phase.value, multiple=multiple)
+    return moved, terms
+
+
+def _velocity(change: Contrast | None, deviation: float, phase: Phase) -> float:
+    """Reward gained in half a window, in deviations, less what noise alone would show: 0 where it is within the noise.
+
+    Shrinking by CLEAR standard errors keeps the PID quiet on a plateau, where a plain velocity is nothing but noise.
+    A fall counts only in FALLING: elsewhere it is the price of a KL that has just been brought down.
+    """
+    if change is None or deviation == 0.0 or (change.difference < 0.0 and phase is not Phase.FALLING):
+        return 0.0
+    size = max(0.0, abs(change.difference) - CLEAR * change.standard_error) / deviation
+    return math.copysign(min(ERROR_LIMIT, size), change.difference)
+
+
+def _gate(settings: SafeSettings, state: EntropyState, entropy: float) -> tuple[EntropyState, float, float | None]:
+    """State, gate and floor; no floor while the start is being measured, or if it is not positive, or without gate."""
+    if not settings.gate_on:
+        return state, 1.0, None
+    if state.count < ENTROPY_START:
+        count = state.count + 1
+        start = state.start + (entropy - state.start) / count
+        return EntropyState(start=start, count=count, recent=start), 1.0, None
+    recent = ENTROPY_KEEP * state.recent + (1.0 - ENTROPY_KEEP) * entropy
+    state = EntropyState(start=state.start, count=state.count, recent=recent)
+    floor = settings.gate_fraction * state.start
+    if floor <= 0.0:  # a policy that began without entropy has none to lose
+        return state, 1.0, None
+    if recent >= floor:
+        return state, 1.0, floor
+    # compared before the division and the power, either of which could overflow at an entropy near 0
+    least = floor * settings.gate_max ** (-1.0 / settings.gate_power)
+    gate = float(settings.gate_max) if recent <= least else (floor / recent) ** settings.gate_power
+    return state, gate, floor
+
+
+def _reason(
+    kl: float,
+    threshold: float,
+    regulation: Regulation,
+    before: RegulatorState,
+    kl_coef: float,
+    gate: float,
+    phase: str,
+) -> str:
+    """One line: level and course of the KL, what the coefficient does, and what else acts."""
+    side = "above" if kl > threshold else "within"
+    course = f", heading for {regulation.predicted:.3g}" if abs(regulation.predicted - kl) > 0.1 * threshold else ""
+    old, new = math.exp(before.log_coef), regulation.coefficient
+    parts = [f"KL {kl:.3g} {side} budget {threshold:.3g}{course}: coefficient {old:.3g} -> {new:.3g}"]
+    if regulation.fade < 1.0:
+        parts.append(f"faded to {kl_coef:.3g} well below the budget")
+    if gate > 1.0:
+        parts.append(f"entropy below its floor, gate {gate:.3g}, acts with {kl_coef:.3g}")
+    if phase in (Phase.CLIMBING, Phase.FALLING, Phase.OVEROPTIMISED):
+        meaning = {
+            Phase.CLIMBING: "reward climbs, budget opens",
+            Phase.FALLING: "reward falls, budget closes",
+            Phase.OVEROPTIMISED: "more KL buys no reward, budget closes",
+        }
+        parts.append(meaning[Phase(phase)])
+    return "; ".join(parts)

@@ -1,0 +1,318 @@
+"""The policy and its value heads in one module with one forward, the reference, and how they are loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from stable_rlhf.config import ConfigError, CriticConfig, ModelConfig
+from stable_rlhf.ops.logprobs import token_statistics
+from stable_rlhf.ops.objective import soft_min
+from stable_rlhf.records import Tokens
+
+ASSETS = Path(__file__).parent / "assets"
+HEAD_TOLERANCE = 1e-3
+"""Largest difference, in nats, between the model's own log-probs and ours that the check at loading lets pass: float32
+rounding stays below 1e-4, a head with a bias, a scale or a soft cap is far above."""
+
+
+class ValueHead(nn.Module):
+    """LayerNorm -> Linear(h, h/4) -> GELU -> Linear(1), float32 (the published code's head): [..., h] -> [...]."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, hidden_size // 4)
+        self.out = nn.Linear(hidden_size // 4, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out(nn.functional.gelu(self.up(self.norm(hidden)))).squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What one forward gives, [B, T] float32 unless said otherwise. Entries outside the mask mean nothing."""
+
+    logp: Tensor
+    """log pi(a_t | s_t) at the sampling temperature, nats."""
+    entropy: Tensor
+    """Entropy of pi(. | s_t), nats."""
+    values: Tensor
+    """[H, B, T] each head's V(s_t)."""
+    targets: Tensor | None
+    """[H, B, T] each target head's V(s_t), where asked for."""
+    ref_logp: Tensor | None
+    """log pi_ref(a_t | s_t), where asked for."""
+    exact_kl: Tensor | None
+    """KL(pi || pi_ref) at s_t over the whole vocabulary, where asked for."""
+
+
+class ActorCritic(nn.Module):
+    """Policy, value heads and Polyak target heads. Dropout is off always, so that a ratio is of one and the same policy.
+
+    ``policy`` is a causal language model or a PEFT model around one. With PEFT the reference is the policy with its adapter
+    off; otherwise it is a frozen copy of the policy as given.
+    """
+
+    def __init__(self, policy: PreTrainedModel | PeftModel, critic: CriticConfig, *, autocast: bool = False) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+        self.autocast = autocast
+        device = next(policy.parameters()).device
+        hidden_size = causal_lm(policy).get_output_embeddings().weight.shape[1]
+        self.heads = nn.ModuleList(ValueHead(hidden_size) for _ in range(critic.heads)).to(device, torch.float32)
+        self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
+        self.peft = isinstance(policy, PeftModel)
+        # A list hides the copy from state dicts, optimisers and wrappers: it never changes.
+        self._reference = [] if self.peft else [copy.deepcopy(policy).requires_grad_(False).eval()]
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.heads.parameters()).device
+
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        temperature: float,
+        reference: bool = False,
+        exact_kl: bool = False,
+        targets: bool = False,
+    ) -> Output:
+        """Log-probs, entropy and values of the response tokens in one pass; see ``Output``.
+
+        ``reference`` adds the reference's log-probs, ``exact_kl`` the KL over the vocabulary, ``targets`` the target heads.
+        """
+        hidden = self._hidden(self.policy, tokens)
+        weight = causal_lm(self.policy).get_output_embeddings().weight
+        ref_hidden, ref_weight = self._reference_hidden(tokens) if reference or exact_kl else (None, None)
+        kl_with = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_weight} if exact_kl else {}
+        statistics = token_statistics(hidden, weight, tokens.response, temperature, **kl_with)
+        ref_logp = None
+        if reference and ref_hidden is not None:
+            with torch.no_grad():
+                ref_logp = token_statistics(ref_hidden, ref_weight, tokens.response, temperature).logp
+        state = hidden.float() if self.critic.backbone_gradient else hidden.detach().float()
+        return Output(
+            logp=statistics.logp,
+            entropy=statistics.entropy,
+            values=torch.stack([head(state) for head in self.heads]),
+            targets=torch.stack([head(state) for head in self.target_heads]) if targets else None,
+            ref_logp=ref_logp,
+            exact_kl=statistics.kl,
+        )
+
+    def combine(self, head_values: Tensor) -> Tensor:
+        """[H, B, T] -> [B, T]: the one value of a single head, the soft-min of two."""
+        if len(head_values) == 1:
+            return head_values[0]
+        return soft_min(head_values[0], head_values[1], self.critic.temperature)
+
+    def _hidden(self, policy: nn.Module, tokens: Tokens) -> Tensor:
+        """[B, T, h]: the last hidden state at s_0 .. s_{T-1}; position t has not seen a_t."""
+        mask = torch.cat([tokens.prompt_mask, tokens.mask], 1)[:, :-1]
+        ids = torch.cat([tokens.prompt, tokens.response], 1)[:, :-1]
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
+            out = causal_lm(policy).get_decoder()(
+                input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
+            )
+        return out.last_hidden_state[:, tokens.prompt.shape[1] - 1 :]
+
+    @torch.no_grad()
+    def _reference_hidden(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        with self.reference() as model:
+            return self._hidden(model, tokens), causal_lm(model).get_output_embeddings().weight
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Any]:
+        """The reference policy, for as long as the context lasts."""
+        if self.peft:
+            with self.policy.disable_adapter():  # pyright: ignore[reportCallIssue]
+                yield self.policy
+        else:
+            yield self._reference[0]
+
+    @contextlib.contextmanager
+    def checkpointing(self, enabled: bool) -> Iterator[None]:
+        """Recompute layers in the backward pass inside the context. Only the layers themselves are told that they train:
+        their dropouts stay off, and outside (when sampling) the KV cache works."""
+        layers = [m for m in self.policy.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
+        if enabled and not layers:
+            raise ConfigError(
+                f"model.gradient_checkpointing=true: {type(causal_lm(self.policy)).__name__} does not support it in "
+                "Transformers; set model.gradient_checkpointing=false"
+            )
+        if enabled:
+            model = causal_lm(self.policy)  # renamed in Transformers 5.23
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return list(self.heads.parameters())
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """target <- (1 - tau) target + tau online, tau = critic.target_tau (Polyak average)."""
+        for target, online in zip(self.target_heads.parameters(), self.heads.parameters(), strict=True):
+            target.lerp_(online, self.critic.target_tau)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by name: trained policy weights, heads, target heads."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad or name.startswith("target_heads.")
+        }
+
+    @torch.no_grad()
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Copies ``trained_state`` back. Raises ValueError when names or shapes are another model's."""
+        own = self.trained_state()
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())[:3]
+            raise ValueError(f"the checkpoint is of another model or adapter: {odd} are not in both")
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(tensor.shape)} here")
+            tensor.copy_(state[name])
+
+    def reference_fingerprint(self) -> str:
+        """SHA-256 over a sample of every reference weight: tells whether a resumed run has the same reference."""
+        digest = hashlib.sha256()
+        with self.reference() as model:
+            for name, parameter in sorted(causal_lm(model).named_parameters()):
+                if "lora_" not in name:
+                    values = parameter.detach().flatten()
+                    sample = values[:: max(1, len(values) // 1024)].float().cpu()  # 1,024 a tensor: fast at any size
+                    digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def positions(mask: Tensor) -> Tensor:
+    """[B, L] bool -> [B, L] int64 position of each token among its row's True entries; padding gets 0."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def causal_lm(policy: Any) -> Any:
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device={name!r}: no CUDA device is available; set model.device=cpu or auto")
+    return device
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    name, arguments = _source(config)
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(name, **arguments))
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Padding on the left, pad = EOS where there is none (masks are built from the first EOS, never from the pad id)."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token: no completion could end")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
+    """(model on its device, whether to run it under bfloat16 autocast). Weights come from safetensors or GGUF only."""
+    name, arguments = _source(config)
+    device = resolve_device(config.device)
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    adapter = peft_config is not None or config.lora_r > 0
+    # Weights that are trained stay float32: bfloat16 has 8 bits of mantissa, and a step of 1e-5 would round away.
+    dtype = torch.bfloat16 if low and adapter else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
+    if config.gguf_file is not None:  # dequantised on loading, but it still calls itself quantised and refuses to be saved
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.config.__dict__.pop("quantization_config", None)
+    return wrap_policy(model.to(device), config, peft_config), low
+
+
+def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> Any:
+    """The model with the adapter that the settings or ``peft_config`` ask for; checked to be one we can train."""
+    check_lm_head(model)
+    if isinstance(model, PeftModel):
+        return model
+    if peft_config is None and config.lora_r > 0:
+        peft_config = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha or 2 * config.lora_r,  # pyright: ignore[reportArgumentType]
+            lora_dropout=0.0,  # dropout would make the ratio of two different policies
+            target_modules=config.lora_target_modules or "all-linear",
+            task_type="CAUSAL_LM",
+        )
+    return model if peft_config is None else get_peft_model(model, peft_config)
+
+
+@torch.no_grad()
+def check_lm_head(model: Any) -> None:
+    """Raises ConfigError unless logits = hidden @ lm_head.weight.T, which is what the chunked head computes."""
+    lm = causal_lm(model.eval())
+    head = lm.get_output_embeddings()
+    device = next(lm.parameters()).device
+    ids = torch.arange(2, 10, device=device)[None] % head.weight.shape[0]
+    own = lm(input_ids=ids).logits
+    hidden = lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    ours = nn.functional.linear(hidden, head.weight)  # in the model's own precision: the very product, or another head
+    difference = (own.float().log_softmax(-1) - ours.float().log_softmax(-1)).abs().amax().item()
+    tolerance = HEAD_TOLERANCE if own.dtype == torch.float32 else 100 * HEAD_TOLERANCE
+    if not difference < tolerance:
+        raise ConfigError(
+            f"{type(lm).__name__}: its logits differ from hidden @ lm_head.weight by {difference:.2g} nats (a bias, a scale "
+            "or a soft cap on the logits), which the chunked LM head does not compute; choose another model"
+        )
+
+
+def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the tokenizer's EOS and those of the model's generation settings, sorted."""
+    own = getattr(causal_lm(model).generation_config, "eos_token_id", None)
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return sorted({int(tokenizer.eos_token_id), *own})  # pyright: ignore[reportArgumentType]
+
+
+def context_length(model: Any) -> int | None:
+    """Positions that the model can attend to, or None where its configuration sets no bound."""
+    return getattr(causal_lm(model).config, "max_position_embeddings", None)
+
+
+def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    if config.name == "builtin":
+        return str(ASSETS / "policy"), {}
+    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        arguments["revision"] = config.revision
+    if config.gguf_file is not None:
+        arguments["gguf_file"] = config.gguf_file
+    return config.name, arguments

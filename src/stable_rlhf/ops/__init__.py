@@ -1,0 +1,16 @@
+"""The mathematics of the update: tensors in, tensors out. No I/O, no clock, no rank, no hidden random number.
+
+- `masked`: sums, means, variances, whitening and distinct-n over the True entries of a mask.
+- `logprobs`: log-probability, entropy and exact KL per token, chunked through the LM head.
+- `advantages`: rewards per token, generalised advantage estimation.
+- `objective`: PPO's clipped loss, value loss, soft-min, KL estimators and penalty.
+
+Wherever a mask appears it is boolean, and True marks a response token (EOS included). An entry outside the mask never
+influences a result, NaN or not, and is 0 in a result of the same shape.
+"""
+
+from __future__ import annotations
+
+from . import advantages, logprobs, masked, objective
+
+__all__ = ["advantages", "logprobs", "masked", "objective"]

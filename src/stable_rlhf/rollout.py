@@ -1,0 +1,111 @@
+"""Sampling: the only module that does. Prompts in, a scored ``Rollout`` out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from stable_rlhf.config import RolloutConfig
+from stable_rlhf.models import ActorCritic, causal_lm
+from stable_rlhf.prompts import EncodedPrompts
+from stable_rlhf.records import Rollout, Tokens
+from stable_rlhf.scoring import Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Everything that stays the same from rollout to rollout."""
+
+    tokenizer: PreTrainedTokenizerBase
+    scorer: Scorer
+    config: RolloutConfig
+    eos_token_ids: list[int]
+
+    def collect(
+        self, model: ActorCritic, dataset: Any, encoded: EncodedPrompts, indices: Sequence[int]
+    ) -> tuple[Rollout, dict[str, float]]:
+        """(rollout, seconds by part): samples a completion for each of the rows, and scores it.
+
+        Draws from torch's global generator of the model's device.
+        """
+        started = time.perf_counter()
+        prompt, prompt_mask = pad_left([encoded.input_ids[i] for i in indices], self.pad_token_id, model.device)
+        response = self.generate(model, prompt, prompt_mask)
+        mask, ended = response_mask(response, self.eos_token_ids)
+        completions = self.decode(response, mask)
+        sampled = time.perf_counter()
+        rows = dataset[list(indices)]
+        columns = {name: values for name, values in rows.items() if name != "prompt"}
+        scores = self.scorer.score(rows["prompt"], completions, columns, ended.tolist())
+        rollout = Rollout(
+            indices=list(indices),
+            prompts=rows["prompt"],
+            completions=completions,
+            tokens=Tokens(prompt=prompt, prompt_mask=prompt_mask, response=response, mask=mask),
+            ended=ended.tolist(),
+            scores=scores.total,
+            valid=scores.valid,
+            per_function=scores.per_function,
+            truncated=sum(encoded.truncated[i] for i in indices),
+        )
+        return rollout, {"rollout_s": sampled - started, "scoring_s": time.perf_counter() - sampled}
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def generate(self, model: ActorCritic, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
+        """[B, T] sampled tokens, T <= max_completion_length, from the distribution at the temperature, nothing cut off."""
+        settings = GenerationConfig(
+            max_new_tokens=self.config.max_completion_length,
+            do_sample=True,
+            temperature=self.config.temperature,
+            # Everything that would make the sampled distribution another than the one that is trained is off.
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            eos_token_id=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+        )
+        language_model = causal_lm(model.policy)
+        own = language_model.generation_config
+        # What `settings` leaves open (min_p, no_repeat_ngram_size, ...) would come from the model's own settings.
+        language_model.generation_config = GenerationConfig()
+        try:
+            with torch.autocast(prompt.device.type, torch.bfloat16, enabled=model.autocast):
+                sequences = language_model.generate(
+                    input_ids=prompt, attention_mask=prompt_mask.long(), generation_config=settings
+                )
+        finally:
+            language_model.generation_config = own
+        return sequences[:, prompt.shape[1] :]
+
+    def decode(self, response: Tensor, mask: Tensor) -> list[str]:
+        """Completions as text, without special tokens."""
+        ids = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """([B, P] int64, [B, P] bool True for tokens), padded on the left to the longest row."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+def response_mask(response: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """([B, T] bool, True up to and including the first EOS; [B] bool, True where there is one).
+
+    Built from the first EOS alone: the pad id may be the EOS id, or a token that the model says in earnest.
+    """
+    is_eos = torch.isin(response, torch.tensor(eos_token_ids, device=response.device))
+    before = is_eos.long().cumsum(1) - is_eos.long()
+    return before == 0, is_eos.any(1)

@@ -1,0 +1,399 @@
+"""The loop: SAFETrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import yaml
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import get_scheduler as make_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler
+
+from stable_rlhf import checkpoint, optimize, telemetry
+from stable_rlhf.config import Config, ConfigError
+from stable_rlhf.control import Decision, controller_settings, make_controller
+from stable_rlhf.control.normaliser import RewardNormaliser
+from stable_rlhf.models import (
+    ActorCritic,
+    context_length,
+    eos_token_ids,
+    load_policy,
+    load_tokenizer,
+    prepare_tokenizer,
+    resolve_device,
+    wrap_policy,
+)
+from stable_rlhf.ops.masked import distinct_n
+from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts, load_prompts, prompt_text
+from stable_rlhf.rollout import Sampler
+from stable_rlhf.scoring import RewardFunction, Scorer, resolve_reward
+
+EVALUATION_SEED = 12_345
+"""Seed of the sampling in every evaluation, so that before and after differ by the policy alone."""
+EVALUATION_SAMPLES = 16
+"""Completions kept in evaluation.json, before and after training."""
+
+
+class SAFETrainer:
+    """On-policy actor-critic RLHF with SAFE's controllers (or PPO's, by preset).
+
+    Args:
+        model: a causal language model, a PEFT model, or the name of one (then the other settings of ``args.model`` hold).
+        reward_funcs: one or several of: a function ``f(prompts, completions, **columns) -> list[float | None]``, sync or
+            async; ``"package.module:function"``; a sequence-classification model or its name. None: ``args.reward``.
+        args: every setting of the run.
+        train_dataset: rows with a ``prompt``, text or a list of chat messages; the other columns reach the reward
+            functions. None: ``args.data``.
+        eval_dataset: held-out prompts for ``evaluate``. None: ``args.data``, when that names the training set too.
+        processing_class: the policy's tokenizer; None loads it by the model's name.
+        reward_processing_classes: a tokenizer for each reward model given as an object, None elsewhere.
+        callbacks: ``transformers.TrainerCallback`` objects.
+        peft_config: adapter for a model that has none.
+
+    Raises ConfigError, PromptError or RewardError, with a remedy, before anything is written.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Config | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Sequence[Any] | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: LoraConfig | None = None,
+    ) -> None:
+        self.args = config = _with_model_name(args or Config(), model)
+        self.controller = make_controller(config.kl.controller, **config.kl.settings)
+        self.normaliser = RewardNormaliser(config.reward.normalise)
+        train_dataset, eval_dataset = _datasets(config, train_dataset, eval_dataset)
+        random.seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        named = isinstance(model, str)
+        self.processing_class = prepare_tokenizer(processing_class) if processing_class else load_tokenizer(config.model)
+        policy, low = load_policy(config.model, peft_config) if named else (_given(model, config, peft_config), False)
+        low = low or (not named and next(policy.parameters()).dtype == torch.bfloat16)
+        self.model = ActorCritic(policy, config.critic, autocast=low)
+        self.scorer = _scorer(config, reward_funcs, reward_processing_classes, self.model.device)
+        self.sampler = Sampler(
+            tokenizer=self.processing_class,
+            scorer=self.scorer,
+            config=config.rollout,
+            eos_token_ids=eos_token_ids(policy, self.processing_class),
+        )
+        self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)
+        self.eval_dataset = eval_dataset
+        self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
+        self.stream = PromptStream(len(train_dataset), config.seed)
+        self.optimizer = torch.optim.AdamW(optimize.optimizer_groups(self.model, config))
+        self.scheduler = make_scheduler(
+            config.optim.lr_scheduler_type, self.optimizer, config.optim.warmup_steps, config.max_steps
+        )
+        self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.step = 0
+        self.episode = 0
+        self._set_up_callbacks(callbacks)
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
+        """Trains to ``args.max_steps`` and returns the evaluation before and after (evaluation.json).
+
+        ``resume_from_checkpoint``: a checkpoint's folder, or True for the newest of the run; the run then goes on as if it
+        had never stopped.
+        """
+        self._open_run(resume_from_checkpoint)
+        self.state.max_steps = self.args.max_steps
+        self.state.global_step = self.step
+        self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
+        with telemetry.Progress(self.args.max_steps, first_step=self.step, console=_console(self.args)) as progress:
+            while self.step < self.args.max_steps and not self.control.should_training_stop:
+                row = self._train_step()
+                progress.update(row)
+                self._after_step(row)
+        self.save_model(self.run_dir / "final")
+        evaluation = self._evaluate_into("after")
+        self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
+        return evaluation
+
+    def _train_step(self) -> dict[str, Any]:
+        """One rollout and what is learned from it; returns its row of metrics.jsonl."""
+        started, step, config = time.perf_counter(), self.step, self.args
+        self.control = self.handler.on_step_begin(self._arguments, self.state, self.control)
+        indices = self.stream.take(config.rollout.batch_size)
+        rollout, timing = self.sampler.collect(self.model, self.train_dataset, self.train_prompts, indices)
+        sampled = time.perf_counter()
+        measured = optimize.measure(self.model, rollout, config, step)
+        decision = self.controller.observe(optimize.observe(step, rollout, measured))  # before the update
+        scores = self._normalise(rollout.scores, rollout.valid)
+        batch, batch_metrics = optimize.make_batch(self.model, measured, scores, decision, config)
+        learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        stats = optimize.update(self.model, self.optimizer, batch, decision, config, step)
+        self.scheduler.step()
+        self.episode += len(indices)
+        row = {
+            "step": step,
+            "episode": self.episode,
+            **optimize.rollout_metrics(rollout, measured),
+            **batch_metrics,
+            **stats.metrics,
+            **_decision_metrics(decision),
+            "safe/reward_mean": self.normaliser.moments.mean,
+            "safe/reward_std": self.normaliser.moments.deviation,
+            "lr": learning_rates[0],
+            "lr_critic": learning_rates[1],
+        }
+        ended = time.perf_counter()
+        length = int(rollout.tokens.mask.sum())
+        timing |= {"update_s": ended - sampled, "total_s": ended - started, "tokens_per_s": length / (ended - started)}
+        self.writer.write(row, {"step": step, **timing})
+        if config.log.completions_steps and step % config.log.completions_steps == 0:
+            telemetry.write_completions(self.run_dir, step, _completion_rows(rollout, measured))
+        self.step += 1
+        return row
+
+    def _after_step(self, row: dict[str, Any]) -> None:
+        """Callbacks, then the checkpoint: always at a rollout's end, so that there is no buffer to save."""
+        self.state.global_step = self.step
+        self.state.epoch = self.episode / len(self.train_dataset)
+        self.control = self.handler.on_step_end(self._arguments, self.state, self.control)
+        self.control = self.handler.on_log(self._arguments, self.state, self.control, dict(row))
+        every = self.args.save_steps
+        due = every > 0 and self.step % every == 0
+        if due or self.control.should_save or self.step == self.args.max_steps or self.control.should_training_stop:
+            self.save_checkpoint()
+            self.control = self.handler.on_save(self._arguments, self.state, self.control)
+        self.control.should_save = False
+
+    def _normalise(self, scores: list[float], valid: list[bool]) -> list[float]:
+        self.normaliser.update([s for s, v in zip(scores, valid, strict=True) if v])
+        return self.normaliser.normalise(scores)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, float]:
+        """Reward with its standard error, KL, entropy, distinct-2 and length on the held-out prompts."""
+        figures, _ = self._evaluate()
+        return figures
+
+    def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        if self.eval_dataset is None or self.eval_prompts is None:
+            raise ConfigError("evaluate() needs held-out prompts: give eval_dataset, or set data.eval_size above 0")
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        size, total = self.args.rollout.batch_size, len(self.eval_dataset)
+        parts = []
+        with torch.random.fork_rng(devices):  # the run's own draws stay what they are without an evaluation
+            torch.manual_seed(EVALUATION_SEED)
+            for start in range(0, total, size):
+                indices = range(start, min(start + size, total))
+                rollout, _ = self.sampler.collect(self.model, self.eval_dataset, self.eval_prompts, indices)
+                parts.append((rollout, optimize.measure(self.model, rollout, self.args, 0)))
+        figures = optimize.evaluation_metrics(parts)
+        samples = [
+            {"prompt": prompt_text(prompt), "completion": completion, "reward": score}
+            for rollout, _ in parts
+            for prompt, completion, score in zip(rollout.prompts, rollout.completions, rollout.scores, strict=True)
+        ]
+        self.control = self.handler.on_evaluate(self._arguments, self.state, self.control, figures)
+        return figures, samples[:EVALUATION_SAMPLES]
+
+    def _evaluate_into(self, side: str) -> dict[str, Any]:
+        """Evaluates into ``before`` or ``after`` of evaluation.json, and returns its whole content."""
+        path = self.run_dir / "evaluation.json"
+        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if self.eval_dataset is None:
+            return known
+        known[side], samples = self._evaluate()
+        kept = known.get("samples") or [{"prompt": s["prompt"]} for s in samples]
+        for sample, new in zip(kept, samples, strict=True):
+            sample |= {side: new["completion"], f"reward_{side}": new["reward"]}
+        known["samples"] = kept
+        path.write_text(json.dumps(known, indent=1))
+        return known
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def _open_run(self, resume: bool | str | Path | None) -> None:
+        """Makes the run folder, or loads the checkpoint that the run goes on from."""
+        self.writer = telemetry.MetricsWriter(self.run_dir)
+        if resume:
+            saved = checkpoint.found(self.run_dir / "checkpoints")
+            if resume is True and not saved:
+                raise checkpoint.CheckpointError(f"{self.run_dir} has no checkpoint: start a new run")
+            self.load_checkpoint(saved[-1] if resume is True else Path(resume))
+            self.writer.truncate(self.step)
+            return
+        if (self.run_dir / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"output_dir={str(self.run_dir)!r}: holds a run already; go on with it by `stable-rlhf resume "
+                f"{self.run_dir}`, or choose another folder"
+            )
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        complete = {**self.args.to_dict(), "output_dir": str(self.run_dir)}
+        complete["kl"]["settings"] = controller_settings(self.args.kl.controller, self.args.kl.settings)
+        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False))
+        self._evaluate_into("before")
+
+    def save_checkpoint(self) -> Path:
+        """Everything that affects the future, in run_dir/checkpoints/step-<steps done>."""
+        moments, groups = checkpoint.optimizer_state(self.optimizer)
+        generators, rng = checkpoint.random_state()
+        state = {
+            "episode": self.episode,
+            "optimizer": groups,
+            "scheduler": self.scheduler.state_dict(),
+            "controller": self.controller.state_dict(),
+            "normaliser": self.normaliser.state_dict(),
+            "prompts": self.stream.state_dict(),
+            "random": rng,
+            "reference": self.model.reference_fingerprint(),
+        }
+        tensors = {"model": self.model.trained_state(), "optimizer": moments, "random": generators}
+        return checkpoint.save(self.run_dir / "checkpoints", self.step, tensors, state, self.args.save_total_limit)
+
+    def load_checkpoint(self, path: Path) -> None:
+        tensors, state = checkpoint.load(path)
+        if state["reference"] != self.model.reference_fingerprint():
+            raise checkpoint.CheckpointError(f"{path}: its reference model is another one; give the model it began with")
+        self.model.load_trained_state(tensors["model"])
+        checkpoint.load_optimizer_state(self.optimizer, tensors["optimizer"], state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.controller.load_state_dict(state["controller"])
+        self.normaliser.load_state_dict(state["normaliser"])
+        self.stream.load_state_dict(state["prompts"])
+        self.step, self.episode = state["step"], state["episode"]
+        checkpoint.load_random_state(tensors["random"], state["random"])
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """A plain Transformers or PEFT folder with its tokenizer, the value heads in value_heads.safetensors beside it."""
+        folder = Path(output_dir or self.run_dir / "final")
+        self.model.policy.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        self.processing_class.save_pretrained(folder)
+        heads = {k: v.cpu().contiguous() for k, v in self.model.trained_state().items() if "heads." in k.split("policy.")[0]}
+        save_file(heads, folder / "value_heads.safetensors")
+        return folder
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Uploads the policy and its tokenizer (``PreTrainedModel.push_to_hub`` takes the same arguments)."""
+        self.processing_class.push_to_hub(repo_id, **kwargs)
+        return self.model.policy.push_to_hub(repo_id, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        self.handler.add_callback(callback)
+
+    def _set_up_callbacks(self, callbacks: Sequence[TrainerCallback] | None) -> None:
+        self._arguments = TrainingArguments(
+            output_dir=str(self.run_dir),
+            max_steps=self.args.max_steps,
+            logging_steps=1,
+            seed=self.args.seed,
+            report_to=self.args.log.report_to or "none",
+            use_cpu=self.model.device.type == "cpu",
+        )
+        reporting = get_reporting_integration_callbacks(self.args.log.report_to)
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.handler = CallbackHandler(
+            [*reporting, *(callbacks or [])], self.model.policy, self.processing_class, self.optimizer, self.scheduler
+        )
+
+    def _encode(self, dataset: Any) -> EncodedPrompts:
+        return encode_prompts(
+            dataset,
+            self.processing_class,
+            max_prompt_length=self.args.data.max_prompt_length,
+            context_length=context_length(self.model.policy),
+            max_completion_length=self.args.rollout.max_completion_length,
+        )
+
+
+def _given(model: Any, config: Config, peft_config: LoraConfig | None) -> Any:
+    """A model that came as an object, on its device, with the adapter that is asked for."""
+    if config.model.device != "auto" or torch.cuda.is_available():
+        model = model.to(resolve_device(config.model.device))
+    return wrap_policy(model, config.model, peft_config)
+
+
+def _with_model_name(config: Config, model: Any) -> Config:
+    """The settings with the model that is really trained, so that config.yaml tells the truth."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
+
+
+def _datasets(config: Config, train: Any, evaluation: Any) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """(training prompts, held-out prompts or None); rows are held out of the training set where none are given."""
+    data, size = config.data, config.data.eval_size
+    from_config = train is None
+    if from_config:
+        train = load_prompts(data.train, format=data.format, split=data.split, limit=data.limit)
+    elif not isinstance(train, datasets.Dataset):
+        train = datasets.Dataset.from_list(list(train))
+    if evaluation is not None:
+        evaluation = evaluation if isinstance(evaluation, datasets.Dataset) else datasets.Dataset.from_list(list(evaluation))
+        return train, evaluation
+    if size == 0 or not from_config:
+        return train, None
+    if data.eval is not None or data.train == "builtin":
+        source = "builtin" if data.eval is None else data.eval
+        return train, load_prompts(source, format=data.format, split=data.eval_split, limit=size)
+    if len(train) <= size:
+        raise ConfigError(f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval")
+    parts = train.train_test_split(test_size=size, seed=config.seed)
+    return parts["train"], parts["test"]
+
+
+def _scorer(config: Config, reward_funcs: Any, tokenizers: Sequence[Any] | None, device: torch.device) -> Scorer:
+    specs = config.reward.functions if reward_funcs is None else reward_funcs
+    if isinstance(specs, str) or not isinstance(specs, Sequence):
+        specs = [specs]
+    tokenizers = tokenizers or [None] * len(specs)
+    if len(tokenizers) != len(specs):
+        raise ConfigError(f"reward_processing_classes has {len(tokenizers)} entries for {len(specs)} reward_funcs")
+    functions: list[RewardFunction] = [
+        resolve_reward(
+            spec,
+            tokenizer=tokenizer,
+            device=device,
+            batch_size=config.reward.batch_size,
+            trust_remote_code=spec in config.reward.trust_remote_code if isinstance(spec, str) else False,
+        )
+        for spec, tokenizer in zip(specs, tokenizers, strict=True)
+    ]
+    return Scorer(functions, config.reward.weights, config.reward.missing_eos_penalty)
+
+
+def _decision_metrics(decision: Decision) -> dict[str, Any]:
+    fields = dataclasses.asdict(decision)
+    return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in telemetry.METRICS}
+
+
+def _completion_rows(rollout: Any, measured: optimize.Measured) -> list[dict[str, Any]]:
+    kl = ((measured.logp - measured.ref_logp) * measured.tokens.mask).sum(1).tolist()
+    lengths = rollout.tokens.mask.sum(1).tolist()
+    return [
+        {"prompt": prompt_text(prompt), "completion": completion, "score": score, "length": length, "kl": k}
+        for prompt, completion, score, length, k in zip(
+            rollout.prompts, rollout.completions, rollout.scores, lengths, kl, strict=True
+        )
+    ]
+
+
+def _console(config: Config) -> Any:
+    from rich.console import Console
+
+    return Console(quiet=not config.log.progress)

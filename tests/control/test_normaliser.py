@@ -1,0 +1,119 @@
+"""Reward normalisation: the published updates to 1e-9, and one that knows no scale."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stable_rlhf.control import RewardNormaliser
+
+BATCHES = st.lists(st.lists(st.floats(-50, 50), min_size=1, max_size=8), min_size=1, max_size=6)
+
+
+def test_the_paper_normaliser_repeats_every_published_update(shared_data: Path) -> None:
+    rows = json.loads((shared_data / "paper_traces.json").read_text())["reward_normaliser"]
+    normaliser = RewardNormaliser("paper")
+    assert len(rows) == 12
+    for row in rows:
+        normaliser.update(row["batch"])
+        moments = normaliser.moments
+        ours = [moments.mean, moments.variance, moments.count, normaliser.normalise(row["batch"])[0]]
+        theirs = [row[key] for key in ("mean", "var", "count", "first_normalised")]
+        assert ours == pytest.approx(theirs, rel=0, abs=1e-9)
+
+
+@given(BATCHES)
+def test_running_moments_are_those_of_all_rewards_together(batches: list[list[float]]) -> None:
+    normaliser = RewardNormaliser("running")
+    for batch in batches:
+        normaliser.update(batch)
+    everything = [reward for batch in batches for reward in batch]
+    assert normaliser.moments.count == len(everything)
+    assert normaliser.moments.mean == pytest.approx(statistics.fmean(everything), abs=1e-9)
+    assert normaliser.moments.variance == pytest.approx(statistics.pvariance(everything), rel=1e-9, abs=1e-9)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([(10.0, 0.0), (1.0, 5.0), (1e-3, 100.0)]))
+def test_scale_and_shift_of_the_rewards_change_nothing(seed: int, change: tuple[float, float]) -> None:
+    rng = random.Random(seed)
+    plain, changed = RewardNormaliser("running"), RewardNormaliser("running")
+    for _ in range(10):
+        batch = [rng.gauss(0.3, 0.4) for _ in range(8)]
+        other = [change[0] * reward + change[1] for reward in batch]
+        plain.update(batch)
+        changed.update(other)
+        assert changed.normalise(other) == pytest.approx(plain.normalise(batch), rel=1e-9, abs=1e-9)
+
+
+def test_normalised_rewards_have_mean_zero_and_unit_deviation() -> None:
+    normaliser = RewardNormaliser("running")
+    normaliser.update([1.0, 2.0, 6.0])
+    normalised = normaliser.normalise([1.0, 2.0, 6.0])
+    assert sum(normalised) == pytest.approx(0.0, abs=1e-12)
+    assert statistics.pstdev(normalised) == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6 + 0.1])
+def test_equal_rewards_normalise_to_zero(value: float) -> None:
+    normaliser = RewardNormaliser("running")
+    for _ in range(7):
+        normaliser.update([value] * 3)
+    assert normaliser.normalise([value, value]) == [0.0, 0.0]
+
+
+def test_none_changes_nothing_but_still_reports_the_moments() -> None:
+    normaliser = RewardNormaliser("none")
+    normaliser.update([1.0, 3.0])
+    assert normaliser.normalise([1.0, 30.0]) == [1.0, 30.0]
+    assert (normaliser.moments.mean, normaliser.moments.deviation) == (2.0, 1.0)
+
+
+def test_an_empty_rollout_changes_nothing() -> None:
+    normaliser = RewardNormaliser("running")
+    normaliser.update([1.0, 3.0])
+    before = normaliser.moments
+    normaliser.update([])
+    assert normaliser.moments == before
+
+
+@pytest.mark.parametrize("kind", ["none", "paper", "running"])
+def test_a_loaded_normaliser_continues_bit_for_bit(kind: str) -> None:
+    normaliser = RewardNormaliser(kind)
+    normaliser.update([0.1, 0.7])
+    loaded = RewardNormaliser(kind)
+    loaded.load_state_dict(json.loads(json.dumps(normaliser.state_dict())))
+    for each in (normaliser, loaded):
+        each.update([0.3, 0.9, 1.7])
+    assert loaded.normalise([0.2]) == normaliser.normalise([0.2])
+    assert loaded.moments == normaliser.moments
+
+
+def test_what_cannot_be_normalised_is_refused_with_its_remedy() -> None:
+    with pytest.raises(ValueError, match=r"kind='zscore' is no reward normaliser: choose one of none, paper, running"):
+        RewardNormaliser("zscore")
+    with pytest.raises(ValueError, match=r"reward 1 is nan.*return None for a completion"):
+        RewardNormaliser("running").update([0.0, math.nan])
+    with pytest.raises(ValueError, match=r"'paper' was given 1 reward.*batch of 2 or more"):
+        RewardNormaliser("paper").update([0.5])
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    normaliser = RewardNormaliser("running")
+    normaliser.update([1.0, 2.0])
+    before, good = normaliser.moments, normaliser.state_dict()
+    for bad, message in (
+        ({**good, "kind": "paper"}, "is of kind 'paper'"),
+        ({**good, "version": 99}, "version 99"),
+        ({**good, "more": 1}, "expected kind, moments, version"),
+        ({**good, "moments": {"mean": 0.0, "variance": 1.0}}, r"lacks \['count'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            normaliser.load_state_dict(bad)
+    assert normaliser.moments == before

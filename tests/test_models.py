@@ -1,0 +1,210 @@
+"""One forward gives log-probs, entropy, values and exact KL; the reference; gradient checkpointing; what is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stable_rlhf.config import ConfigError, CriticConfig, ModelConfig
+from stable_rlhf.models import ActorCritic, check_lm_head, load_policy, load_tokenizer, positions, wrap_policy
+from stable_rlhf.records import Tokens
+
+
+def some_tokens(vocabulary: int, seed: int = 0) -> Tokens:
+    """Three rows with prompts of 1, 3 and 4 tokens and responses of 5, 2 and 4."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(3, vocabulary, (3, 4), generator=generator)
+    response = torch.randint(3, vocabulary, (3, 5), generator=generator)
+    prompt_mask = torch.tensor([[False, False, False, True], [False, True, True, True], [True] * 4])
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False], [True, True, True, True, False]])
+    return Tokens(prompt=prompt, prompt_mask=prompt_mask, response=response, mask=mask)
+
+
+def naive_logits(model: LlamaForCausalLM, tokens: Tokens, row: int) -> Tensor:
+    """[t, V] logits at s_0 .. s_{t-1} of one row alone, without any padding, by the model's own forward."""
+    prompt = tokens.prompt[row][tokens.prompt_mask[row]]
+    response = tokens.response[row][tokens.mask[row]]
+    with torch.no_grad():
+        return model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+
+
+def lora(model: LlamaForCausalLM, seed: int = 0):
+    """An adapter whose B is not zero, so that it changes the policy."""
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    return adapted
+
+
+def test_log_probs_and_entropy_are_those_of_the_unpadded_row_at_the_temperature(llama: LlamaForCausalLM) -> None:
+    tokens = some_tokens(llama.config.vocab_size)
+    out = ActorCritic(llama, CriticConfig())(tokens, temperature=0.7)
+    for row in range(3):
+        log_p = (naive_logits(llama, tokens, row) / 0.7).log_softmax(-1)
+        response = tokens.response[row][tokens.mask[row]]
+        expected = log_p.gather(1, response[:, None])[:, 0]
+        keep = tokens.mask[row]
+        torch.testing.assert_close(out.logp[row][keep], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.entropy[row][keep], -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=0)
+
+
+def test_a_value_has_not_seen_its_own_action(llama: LlamaForCausalLM) -> None:
+    model = ActorCritic(llama, CriticConfig())
+    tokens = some_tokens(llama.config.vocab_size)
+    changed = copy.deepcopy(tokens)
+    changed.response[0, 2] = (changed.response[0, 2] - 2) % 200 + 3
+    before, after = (model(t, temperature=1.0).values[0, 0] for t in (tokens, changed))
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.equal(before[3:], after[3:])
+
+
+def test_the_reference_is_the_policy_as_given_and_the_exact_kl_is_over_the_vocabulary(llama: LlamaForCausalLM) -> None:
+    original = copy.deepcopy(llama)
+    model = ActorCritic(llama, CriticConfig())
+    with torch.no_grad():
+        for parameter in model.policy_parameters():
+            parameter.mul_(1.1)
+    tokens = some_tokens(llama.config.vocab_size)
+    out = model(tokens, temperature=1.3, reference=True, exact_kl=True)
+    for row in range(3):
+        keep = tokens.mask[row]
+        log_p = (naive_logits(llama, tokens, row) / 1.3).log_softmax(-1)
+        log_q = (naive_logits(original, tokens, row) / 1.3).log_softmax(-1)
+        response = tokens.response[row][keep]
+        torch.testing.assert_close(out.ref_logp[row][keep], log_q.gather(1, response[:, None])[:, 0], atol=1e-5, rtol=0)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        assert kl.max() > 0.01
+        torch.testing.assert_close(out.exact_kl[row][keep], kl, atol=1e-5, rtol=0)
+
+
+def test_with_lora_the_reference_is_the_same_weights_with_the_adapter_off(llama: LlamaForCausalLM) -> None:
+    base = copy.deepcopy(llama)
+    model = ActorCritic(lora(llama), CriticConfig())
+    tokens = some_tokens(base.config.vocab_size)
+    out = model(tokens, temperature=1.0, reference=True)
+    expected = ActorCritic(base, CriticConfig())(tokens, temperature=1.0)
+    assert torch.equal(out.ref_logp, expected.logp)
+    assert (out.logp - out.ref_logp).abs().max() > 0.01
+
+
+def test_the_value_loss_reaches_the_transformer_only_when_asked(llama: LlamaForCausalLM) -> None:
+    for reaches in (False, True):
+        model = ActorCritic(copy.deepcopy(llama), CriticConfig(backbone_gradient=reaches))
+        model(some_tokens(llama.config.vocab_size), temperature=1.0).values.sum().backward()
+        assert any(p.grad is not None for p in model.policy_parameters()) == reaches
+        assert all(p.grad is not None for p in model.critic_parameters())
+
+
+def test_target_heads_follow_as_a_polyak_average(llama: LlamaForCausalLM) -> None:
+    model = ActorCritic(llama, CriticConfig(target_tau=0.25))
+    before = model.target_heads[1].out.weight.clone()
+    with torch.no_grad():
+        model.heads[1].out.weight.add_(1.0)
+    model.update_targets()
+    torch.testing.assert_close(model.target_heads[1].out.weight, before + 0.25, atol=1e-6, rtol=0)
+    assert not model.target_heads[1].out.weight.requires_grad
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(llama: LlamaForCausalLM, adapted: bool) -> None:
+    model = ActorCritic(lora(llama) if adapted else llama, CriticConfig())
+    tokens = some_tokens(llama.config.vocab_size)
+    kept, gradients = {}, {}
+    for enabled in (False, True):
+        held: list[int] = []
+
+        def count(tensor: Tensor, held: list[int] = held) -> Tensor:
+            held.append(tensor.numel())
+            return tensor
+
+        with model.checkpointing(enabled), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = model(tokens, temperature=1.0).logp[tokens.mask].sum()
+            kept[enabled] = sum(held)
+            loss.backward()
+        gradients[enabled] = [p.grad.clone() for p in model.policy_parameters()]
+        model.zero_grad()
+    assert kept[True] < 0.6 * kept[False]
+    for plain, recomputed in zip(gradients[False], gradients[True], strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_sampling_keeps_its_cache_when_checkpointing_is_on_for_the_update(llama: LlamaForCausalLM) -> None:
+    model = ActorCritic(llama, CriticConfig())
+    with model.checkpointing(True):
+        pass
+    assert llama(input_ids=torch.tensor([[5, 6]]), use_cache=True).past_key_values.get_seq_length() == 2
+
+
+def test_the_trained_state_round_trips_and_another_models_is_refused(llama: LlamaForCausalLM) -> None:
+    model = ActorCritic(llama, CriticConfig())
+    saved = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    model.load_trained_state(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.trained_state().items())
+    with pytest.raises(ValueError, match="another model or adapter"):
+        model.load_trained_state({"x": torch.zeros(1)})
+
+
+def test_the_fingerprint_tells_references_apart_and_ignores_the_adapter(llama: LlamaForCausalLM) -> None:
+    base = ActorCritic(copy.deepcopy(llama), CriticConfig()).reference_fingerprint()
+    assert ActorCritic(lora(copy.deepcopy(llama), seed=1), CriticConfig()).reference_fingerprint() != ""
+    one, two = (ActorCritic(lora(copy.deepcopy(llama), s), CriticConfig()).reference_fingerprint() for s in (1, 2))
+    assert one == two
+    with torch.no_grad():
+        llama.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    assert ActorCritic(llama, CriticConfig()).reference_fingerprint() != base
+
+
+def test_a_head_that_the_chunked_lm_head_does_not_compute_is_refused() -> None:
+    good = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=8, n_layer=1, n_head=1))
+    check_lm_head(good)
+    plain = good.lm_head.forward
+    good.lm_head.forward = lambda hidden: 0.5 * plain(hidden)
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel: its logits differ"):
+        check_lm_head(good)
+
+
+def test_a_policy_loads_from_a_folder_with_or_without_an_adapter(tiny_folder: Path) -> None:
+    full, low = load_policy(ModelConfig(name=str(tiny_folder)))
+    assert isinstance(full, LlamaForCausalLM)
+    assert not low
+    adapted, _ = load_policy(ModelConfig(name=str(tiny_folder), lora_r=4, lora_target_modules=["q_proj"]))
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("q_proj.lora_" in name for name in trained)
+    assert adapted.peft_config["default"].lora_alpha == 8
+    bf16, low = load_policy(ModelConfig(name=str(tiny_folder), lora_r=4, dtype="bfloat16"))
+    assert low
+    dtypes = {name.split(".")[-2]: p.dtype for name, p in bf16.named_parameters() if "q_proj" in name}
+    assert dtypes == {"base_layer": torch.bfloat16, "default": torch.float32}
+
+
+def test_pad_becomes_eos_where_the_tokenizer_has_none(
+    tiny_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelConfig(name=str(tmp_path)))
+    assert loaded.pad_token_id == loaded.eos_token_id == 2
+    assert loaded.padding_side == "left"
+
+
+def test_positions_count_tokens_not_padding() -> None:
+    mask = torch.tensor([[False, False, True, True], [True, True, True, False]])
+    assert positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+
+
+def test_a_peft_model_is_taken_as_it_is(llama: LlamaForCausalLM) -> None:
+    adapted = lora(llama)
+    assert wrap_policy(adapted, ModelConfig(lora_r=8)) is adapted

@@ -92,11 +92,7 @@ def _train(arguments: list[str]) -> None:
     if "-h" in arguments or "--help" in arguments:
         parser("safe").print_help()
         return
-    config = load_config(arguments)
-    from stable_rlhf.trainer import SAFETrainer  # torch loads only when the settings are good
-
-    trainer = SAFETrainer(config.model.name, args=config)
-    _run(trainer, resume=None)
+    _run(load_config(arguments), resume=None)
 
 
 def _resume(arguments: list[str]) -> None:
@@ -110,16 +106,19 @@ def _resume(arguments: list[str]) -> None:
         raise ConfigError(f"{given.run} is not a run folder: it has no config.yaml")
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])
-    from stable_rlhf.trainer import SAFETrainer
-
-    _run(SAFETrainer(config.model.name, args=config), resume=given.checkpoint or True)
+    _run(config, resume=given.checkpoint or True)
 
 
-def _run(trainer: Any, resume: bool | Path | None) -> None:
+def _run(config: Config, resume: bool | Path | None) -> None:
     """Trains, writes the report whatever happens, and prints the closing tables."""
+    from transformers.utils import logging  # torch and transformers load only when the settings are good
+
     from stable_rlhf.report import write_report
     from stable_rlhf.telemetry import print_summary
+    from stable_rlhf.trainer import SAFETrainer
 
+    logging.disable_progress_bar()  # the run has a bar of its own
+    trainer = SAFETrainer(config.model.name, args=config)
     with _report_at_the_end(trainer, write_report):
         evaluation = trainer.train(resume_from_checkpoint=resume)
     if trainer.args.log.progress:
@@ -143,3 +142,7 @@ def _report(arguments: list[str]) -> None:
     from stable_rlhf.report import write_report
 
     print(write_report(made.parse_args(arguments).run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -252,6 +252,7 @@ def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | N
         "objective/kl_k3": masked_mean(kl_estimate(measured.logp, measured.ref_logp, "k3").double(), mask),
         "objective/kl_per_sequence": (log_ratio.double() * mask).sum() / mask.any(1).sum(),
         "objective/entropy": masked_mean(measured.entropy.double(), mask),
+        "objective/ref_nll": masked_mean(-measured.ref_logp.double(), mask),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),

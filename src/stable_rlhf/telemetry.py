@@ -36,6 +36,7 @@ METRICS: dict[str, str] = {
     "objective/kl_k3": "mean of exp(-l) - 1 + l over response tokens, nats per token",
     "objective/kl_per_sequence": "mean over sequences of the summed log-ratio, nats per sequence",
     "objective/entropy": "mean entropy of the sampling policy, nats per token",
+    "objective/ref_nll": "mean of -ref over response tokens: how odd the reference finds the text, nats per token",
     "objective/non_score_reward": "mean over sequences of the KL part of the reward",
     "objective/rlhf_reward": "objective/scores + objective/non_score_reward",
     "rewards/<name>/mean": "mean of one reward function, unweighted",

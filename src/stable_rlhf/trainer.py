@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import get_scheduler as make_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from stable_rlhf import checkpoint, optimize, telemetry
 from stable_rlhf.config import Config, ConfigError
@@ -300,15 +300,17 @@ class SAFETrainer:
         self._arguments = TrainingArguments(
             output_dir=str(self.run_dir),
             max_steps=self.args.max_steps,
-            logging_steps=1,
             seed=self.args.seed,
+            # The loop decides when to log, save and evaluate; a callback may ask for a save or a stop.
+            logging_strategy="no",
+            save_strategy="no",
             report_to=self.args.log.report_to or "none",
             use_cpu=self.model.device.type == "cpu",
         )
         reporting = get_reporting_integration_callbacks(self.args.log.report_to)
         self.state, self.control = TrainerState(), TrainerControl()
         self.handler = CallbackHandler(
-            [*reporting, *(callbacks or [])], self.model.policy, self.processing_class, self.optimizer, self.scheduler
+            [DefaultFlowCallback, *reporting, *(callbacks or [])], self.model.policy, self.processing_class, self.optimizer, self.scheduler
         )
 
     def _encode(self, dataset: Any) -> EncodedPrompts:

@@ -175,15 +175,15 @@ def test_a_head_that_the_chunked_lm_head_does_not_compute_is_refused() -> None:
 
 
 def test_a_policy_loads_from_a_folder_with_or_without_an_adapter(tiny_folder: Path) -> None:
-    full, low = load_policy(ModelConfig(name=str(tiny_folder)))
+    full, low = load_policy(ModelConfig(name=str(tiny_folder), device="cpu"))
     assert isinstance(full, LlamaForCausalLM)
     assert not low
-    adapted, _ = load_policy(ModelConfig(name=str(tiny_folder), lora_r=4, lora_target_modules=["q_proj"]))
+    adapted, _ = load_policy(ModelConfig(name=str(tiny_folder), lora_r=4, lora_target_modules=["q_proj"], device="cpu"))
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained
     assert all("q_proj.lora_" in name for name in trained)
     assert adapted.peft_config["default"].lora_alpha == 8
-    bf16, low = load_policy(ModelConfig(name=str(tiny_folder), lora_r=4, dtype="bfloat16"))
+    bf16, low = load_policy(ModelConfig(name=str(tiny_folder), lora_r=4, dtype="bfloat16", device="cpu"))
     assert low
     dtypes = {name.split(".")[-2]: p.dtype for name, p in bf16.named_parameters() if "q_proj" in name}
     assert dtypes == {"base_layer": torch.bfloat16, "default": torch.float32}

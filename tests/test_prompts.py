@@ -230,7 +230,9 @@ def test_a_cut_prompt_keeps_its_bos_token():
 def test_only_prompts_that_are_there_must_fit_the_context():
     short = encode(["a", "b c"], word_tokenizer(bos=False, chat=False), max_prompt_length=512, max_completion_length=6)
     assert short.input_ids == [[5], [6, 7]]
-    unbounded = encode(["a b c d"], word_tokenizer(bos=False, chat=False), context_length=None, max_completion_length=99)
+    unbounded = encode(
+        ["a b c d"], word_tokenizer(bos=False, chat=False), context_length=None, max_completion_length=99
+    )
     assert unbounded.input_ids == [[5, 6, 7, 8]]
 
 

@@ -31,7 +31,19 @@ _ROOMS = {
     "RewardModel": "scoring",
     "SAFETrainer": "trainer",
 }
-__all__ = list(_ROOMS)
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Decision",
+    "Observation",
+    "PromptError",
+    "RewardError",
+    "RewardModel",
+    "SAFETrainer",
+    "load_prompts",
+    "make_controller",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:

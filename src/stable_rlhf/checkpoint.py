@@ -30,7 +30,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or of another run."""
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
     """Writes ``folder/step-<step>``; then removes the oldest until ``keep`` are left. Returns its path."""
     final = folder / f"step-{step:06d}"
     aside = folder / f".writing-{final.name}"
@@ -73,7 +75,9 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint ({error}): {remedy}") from error
     if state.get("version") != VERSION:
-        raise CheckpointError(f"{path} has format {state.get('version')}, this release reads {VERSION}: start a new run")
+        raise CheckpointError(
+            f"{path} has format {state.get('version')}, this release reads {VERSION}: start a new run"
+        )
     tensors = {Path(name).stem: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
     return tensors, state
 

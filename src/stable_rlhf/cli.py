@@ -10,7 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import (
+    ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+)
 
 from stable_rlhf.config import PRESETS, SECTIONS, Config, ConfigError
 

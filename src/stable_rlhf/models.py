@@ -99,10 +99,10 @@ class ActorCritic(nn.Module):
         hidden = self._hidden(self.policy, tokens)
         weight = causal_lm(self.policy).get_output_embeddings().weight
         ref_hidden, ref_weight = self._reference_hidden(tokens) if reference or exact_kl else (None, None)
-        kl_with = {"ref_hidden": ref_hidden, "ref_lm_head_weight": ref_weight} if exact_kl else {}
-        statistics = token_statistics(hidden, weight, tokens.response, temperature, **kl_with)
+        kl_against = (ref_hidden, ref_weight) if exact_kl else (None, None)
+        statistics = token_statistics(hidden, weight, tokens.response, temperature, *kl_against)
         ref_logp = None
-        if reference and ref_hidden is not None:
+        if reference and ref_hidden is not None and ref_weight is not None:
             with torch.no_grad():
                 ref_logp = token_statistics(ref_hidden, ref_weight, tokens.response, temperature).logp
         state = hidden.float() if self.critic.backbone_gradient else hidden.detach().float()
@@ -252,8 +252,10 @@ def load_policy(config: ModelConfig, peft_config: LoraConfig | None = None) -> t
     adapter = peft_config is not None or config.lora_r > 0
     # Weights that are trained stay float32: bfloat16 has 8 bits of mantissa, and a step of 1e-5 would round away.
     dtype = torch.bfloat16 if low and adapter else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
-    if config.gguf_file is not None:  # dequantised on loading, but it still calls itself quantised and refuses to be saved
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
+    if (
+        config.gguf_file is not None
+    ):  # dequantised on loading, but it still calls itself quantised and refuses to be saved
         model.hf_quantizer = None
         model.is_quantized = False
         model.config.__dict__.pop("quantization_config", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +137,7 @@ def make_batch(
     }
     if len(measured.values) == 2:
         metrics["safe/head_gap"] = masked_mean((measured.values[0] - measured.values[1]).abs(), mask)
-    return batch, _plain(metrics)
+    return batch, plain(metrics)
 
 
 def update(
@@ -179,7 +179,13 @@ def update(
 
 
 def objective(
-    out: Output, batch: Batch, model: ActorCritic, decision: Decision, config: Config, tokens: Tensor, learns_policy: bool
+    out: Output,
+    batch: Batch,
+    model: ActorCritic,
+    decision: Decision,
+    config: Config,
+    tokens: Tensor,
+    learns_policy: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss of a microbatch, its metrics); both are this microbatch's share: sums over its tokens / ``tokens``.
 
@@ -265,34 +271,10 @@ def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | N
         given = [value for value in values if value is not None]
         if given:
             metrics[f"rewards/{name}/mean"] = sum(given) / len(given)
-    return _plain(metrics)
+    return plain(metrics)
 
 
-def evaluation_metrics(parts: list[tuple[Rollout, Measured]]) -> dict[str, float | None]:
-    """One side of evaluation.json, over all rows of all parts; reward_se is the standard error of the mean reward."""
-    scores = [s for rollout, _ in parts for s, v in zip(rollout.scores, rollout.valid, strict=True) if v]
-    reward = torch.tensor(scores, dtype=torch.float64)
-    tokens = sum(measured.tokens.mask.sum() for _, measured in parts)
-    kl = sum(((m.logp - m.ref_logp).double() * m.tokens.mask).sum() for _, m in parts)
-    entropy = sum((m.entropy.double() * m.tokens.mask).sum() for _, m in parts)
-    width = max(rollout.tokens.mask.shape[1] for rollout, _ in parts)
-    masks, responses = (
-        torch.cat([nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors])
-        for tensors in zip(*((rollout.tokens.mask, rollout.tokens.response) for rollout, _ in parts), strict=True)
-    )
-    metrics = {
-        "reward": reward.mean(),
-        "reward_se": reward.std() / len(scores) ** 0.5,
-        "kl": kl / tokens,
-        "entropy": entropy / tokens,
-        "distinct_2": distinct_n(responses, masks, 2),
-        "length": masks.sum(1).double().mean(),
-        "prompts": len(masks),
-    }
-    return _plain(metrics)
-
-
-def _plain(metrics: dict[str, Tensor | float]) -> dict[str, float | None]:
+def plain(metrics: Mapping[str, Tensor | float]) -> dict[str, float | None]:
     """Numbers; None where the figure is undefined (constant returns, no completion of two tokens)."""
     undefined = ("val/explained_variance", "completions/distinct_2", "distinct_2")
     plain = {name: float(value) for name, value in metrics.items()}

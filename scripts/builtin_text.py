@@ -1,4 +1,4 @@
-"""Short reviews for the built-in pair: openings, requests to the source model, cleaning, balancing (standard library only).
+"""Short reviews for the built-in pair: openings, requests to the source model, cleaning, balancing. Standard library.
 
 A review is an opening ("The hotel room was") and a continuation of one or two sentences that ends with a full stop. The
 openings are neutral to VADER, so that the sentiment of a review is the sentiment of its continuation.
@@ -10,18 +10,22 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
-# Topics, templates and aspects of one kind of thing. {t} is the topic; every opening ends with a word after which a space
-# begins a new token, so the tokens of an opening are a prefix of the tokens of the whole review.
+# Topics, templates and aspects of one kind of thing. {t} is the topic; every opening ends with a word after which a
+# space begins a new token, so the tokens of an opening are a prefix of the tokens of the whole review.
 KINDS: dict[str, tuple[str, str, str]] = {
     "product": (
         "blender,phone,laptop,vacuum,coffee maker,toaster,kettle,lamp,backpack,jacket,pair of shoes,desk,chair,"
-        "mattress,pillow,tent,bicycle,camera,printer,keyboard,monitor,speaker,watch,razor,hair dryer,projector,heater,suitcase,"
+        "mattress,pillow,tent,bicycle,camera,printer,keyboard,monitor,speaker,watch,razor,hair dryer,"
+        "projector,heater,suitcase,"
         "umbrella,rug,sofa,bookshelf,frying pan,knife set,water bottle,lunch box,grill,lawn mower,drill,ladder,tablet,"
         "television,router,phone case,charger,pair of headphones,microwave,washing machine,fridge,sewing machine",
         "I bought this {t} and|I bought a {t} last month and|The {t} arrived on Monday and|After two weeks, the {t}|"
-        "My new {t} is|This {t} was|We use the {t} every day and|When I opened the box, the {t}|I gave this {t} to my sister and|"
-        "For the price, this {t} is|The design of this {t} is|My husband says the {t} is|I have had this {t} for a year and|"
+        "My new {t} is|This {t} was|We use the {t} every day and|When I opened the box, the {t}|"
+        "I gave this {t} to my sister and|"
+        "For the price, this {t} is|The design of this {t} is|My husband says the {t} is|"
+        "I have had this {t} for a year and|"
         "The first time I used the {t}, it|The instructions for the {t} were",
         "price,size,noise,weight,colour,delivery,buttons,battery,build,instructions,company",
     ),
@@ -29,40 +33,50 @@ KINDS: dict[str, tuple[str, str, str]] = {
         "hotel,hostel,guest house,campsite,museum,art gallery,zoo,aquarium,park,beach,castle,swimming pool,gym,library,"
         "cinema,theatre,shopping mall,market,train station,airport,farm,garden,spa,ski resort,water park,bookshop,"
         "furniture store,clothes shop,supermarket,golf course,hiking trail,apartment",
-        "We visited the {t} and|We went to the {t} on Sunday and|The staff at the {t} were|The {t} was|I spent a day at the {t} and|"
+        "We visited the {t} and|We went to the {t} on Sunday and|The staff at the {t} were|The {t} was|"
+        "I spent a day at the {t} and|"
         "Our visit to the {t} was|When we arrived, the {t} was|The entrance of the {t} was|The people at the {t} were|"
-        "My family went to the {t} and|I go to this {t} every week and|The price of the {t} was|It was our first time at the {t} and|"
+        "My family went to the {t} and|I go to this {t} every week and|The price of the {t} was|"
+        "It was our first time at the {t} and|"
         "The area around the {t} is",
         "staff,price,crowd,parking,cleaning,view,noise,opening hours,location,toilets,cafe",
     ),
     "food": (
         "restaurant,cafe,bakery,pizza place,burger bar,noodle shop,sushi bar,steak house,diner,food truck,tea room,"
         "sandwich shop,curry house,fish restaurant,taco stand,ice cream shop,breakfast place,buffet,bistro,pub",
-        "We had dinner at the {t} and|The food at the {t} was|The waiter at the {t} was|I ordered the soup at the {t} and|"
-        "Our table at the {t} was|We went to the {t} and|The menu of the {t} is|The {t} was|I took my parents to the {t} and|"
-        "The service at the {t} was|The coffee at the {t} is|We waited at the {t} and|Lunch at this {t} was|The bill at the {t} was",
+        "We had dinner at the {t} and|The food at the {t} was|The waiter at the {t} was|"
+        "I ordered the soup at the {t} and|"
+        "Our table at the {t} was|We went to the {t} and|The menu of the {t} is|The {t} was|"
+        "I took my parents to the {t} and|"
+        "The service at the {t} was|The coffee at the {t} is|We waited at the {t} and|Lunch at this {t} was|"
+        "The bill at the {t} was",
         "service,price,taste,portions,noise,waiting,menu,drinks,dessert,tables,bread",
     ),
     "media": (
         "film,movie,book,cookbook,drama,documentary,musical,series,cartoon,album,podcast,video game,board game,western,"
         "biography,history book,travel guide,poetry book,mystery book,science book",
         "I saw this {t} and|The story of this {t} is|This {t} was|The first part of the {t} is|The end of the {t} was|"
-        "We got this {t} last week and|My sister told me about this {t} and|The people who made this {t}|I finished the {t} and|"
+        "We got this {t} last week and|My sister told me about this {t} and|The people who made this {t}|"
+        "I finished the {t} and|"
         "The main idea of the {t} is|After an hour, the {t}|The music in this {t} is|My kids say this {t} is",
         "story,characters,length,ending,music,pace,style,beginning,pictures,price",
     ),
     "service": (
         "plumber,electrician,dentist,doctor,barber,hairdresser,taxi driver,car mechanic,bank,airline,phone company,"
-        "internet provider,moving company,cleaning service,delivery service,travel agency,language school,driving school,"
+        "internet provider,moving company,cleaning service,delivery service,travel agency,language school,"
+        "driving school,"
         "dance class,cooking class,yoga class,piano teacher,insurance company,photographer,gardener,painter,tour guide,"
         "bus company,ferry,night train",
-        "I called the {t} and|The {t} was|We used this {t} and|Our {t} was|I booked the {t} online and|The {t} we found is|"
-        "My neighbour told me about the {t} and|My experience with the {t} was|The {t} said that|The price of the {t} is|"
+        "I called the {t} and|The {t} was|We used this {t} and|Our {t} was|I booked the {t} online and|"
+        "The {t} we found is|"
+        "My neighbour told me about the {t} and|My experience with the {t} was|The {t} said that|"
+        "The price of the {t} is|"
         "I have used this {t} twice and|When we asked the {t} about the price, they",
         "price,time,manners,waiting,phone calls,results,cleaning,advice,booking,refund",
     ),
     "event": (
-        "concert,wedding,conference,flea market,food market,book launch,football match,basketball game,opera,magic show,"
+        "concert,wedding,conference,flea market,food market,book launch,football match,basketball game,opera,"
+        "magic show,"
         "puppet show,boat trip,city tour,cooking workshop,art class,school trip,parade,exhibition,quiz night,bus tour",
         "We went to the {t} and|The {t} was|The tickets for the {t} were|Our seats at the {t} were|The {t} started and|"
         "The crowd at the {t} was|I took my son to the {t} and|The second half of the {t} was|After the {t}, we|"
@@ -111,8 +125,8 @@ SHOTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("a story book", "I read this story book on the train and it made me laugh. I would give it to any child."),
     ),
 }
-# Share of the requests per tone. The source leans to praise (a 'mixed' review is a kind one), so no tone may be left to the
-# others; `balance` settles the rest.
+# Share of the requests per tone. The source leans to praise (a 'mixed' review is a kind one), so no tone may be left to
+# the others; `balance` settles the rest.
 TONES = {"very bad": 0.22, "bad": 0.20, "mixed": 0.18, "plain": 0.17, "good": 0.23}
 
 # VADER compound: bin edges and the share of each bin in the training text: a mean of about 0.1 and room on both sides.
@@ -123,10 +137,19 @@ ALLOWED = re.compile(r"^ [A-Za-z][A-Za-z ,.'!?-]*$")
 SENTENCE_END = re.compile(r"[.!?](?= |$)")
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 # Words by which the source speaks of its task, or as the seller, instead of writing the review.
-OFF_TOPIC = frozenset(
-    "review reviews reviewed reviewer sentence sentences ai assistant language model english write "
-    "feedback rating paragraph customers".split()
-)
+OFF_TOPIC = {
+    "review",
+    "reviews",
+    "reviewed",
+    "reviewer",
+    "sentence",
+    "sentences",
+    "ai",
+    "assistant",
+    "language",
+    "model",
+}
+OFF_TOPIC |= {"english", "write", "feedback", "rating", "paragraph", "customers"}
 MAX_WORDS = 34  # about 40 tokens, so that 48 new tokens hold every continuation
 MIN_NEW_WORDS = 4
 
@@ -194,7 +217,7 @@ def clean(opening: str, raw: str) -> str | None:
     whole = words(opening + kept)
     if len(new) < MIN_NEW_WORDS or not ALLOWED.match(kept) or "  " in kept or ".." in kept:
         return None
-    if OFF_TOPIC.intersection(new) or any(a == b for a, b in zip(whole, whole[1:], strict=False)):
+    if OFF_TOPIC.intersection(new) or any(a == b for a, b in pairwise(whole)):
         return None
     grams = list(zip(whole, whole[1:], whole[2:], strict=False))
     return kept if len(set(grams)) == len(grams) else None

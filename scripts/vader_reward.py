@@ -1,6 +1,7 @@
 """Reward of configs/smollm2-sentiment.yaml: the VADER compound of the completion (Hutto and Gilbert 2014), -1 to 1.
 
-Name it as ``reward.functions: [scripts.vader_reward:compound]`` and run from the root of the checkout. Needs vaderSentiment.
+Name it as ``reward.functions: [scripts.vader_reward:compound]`` and run from the root of the checkout. Needs
+vaderSentiment.
 """
 
 from __future__ import annotations

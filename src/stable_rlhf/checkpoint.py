@@ -1,8 +1,8 @@
 """Checkpoints: everything that affects the future, saved at rollout boundaries. safetensors and JSON only.
 
 A checkpoint is a folder ``step-000040`` (40 steps done) with ``model.safetensors``, ``optimizer.safetensors``,
-``random.safetensors``, ``state.json`` and ``manifest.json``, the SHA-256 of each. It is written aside and then renamed, so a
-folder of that name is whole.
+``random.safetensors``, ``state.json`` and ``manifest.json``, the SHA-256 of each. It is written aside and then renamed,
+so a folder of that name is whole.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ def save(
     for file in aside.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-    if final.exists():  # the same step again, after a resume from an older checkpoint
-        shutil.rmtree(final)
+    replaced = folder / f".replaced-{final.name}"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # the same step again: the old one goes only when the new one is in its place
+        final.rename(replaced)
     aside.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in found(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -63,8 +66,18 @@ def found(folder: Path) -> list[Path]:
     return [path for _, path in sorted(named)]
 
 
+def forget_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints of more than ``step`` steps: a run that goes on from there takes another course.
+
+    Left there, the next resume would take one of them for the newest, and the rotation would keep it for a new one.
+    """
+    for path in found(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors by group, state) of a checkpoint. Raises CheckpointError where a file is missing or not as it was saved."""
+    """(tensors by group, state) of a checkpoint. Raises CheckpointError where a file is missing or has changed."""
     remedy = "choose an older checkpoint of the run with --checkpoint"
     try:
         manifest: dict[str, str] = json.loads((path / "manifest.json").read_text())
@@ -92,6 +105,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
+    """Raises CheckpointError where the optimiser was made with other settings: the saved ones would win in silence."""
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        for name, setting in (("initial_lr", "learning_rate"), ("weight_decay", "weight_decay")):
+            if group.get(name) != saved.get(name):
+                raise CheckpointError(
+                    f"{setting} is {group.get(name)} here and {saved.get(name)} in the checkpoint: resume with the "
+                    "run's own, or start a new run"
+                )
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
+import re
 import sys
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import (
     ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
     ArgumentError,
     ArgumentParser,
-    Namespace,
+    set_parsing_settings,
 )
 
-from stable_rlhf.config import PRESETS, SECTIONS, Config, ConfigError
+from stable_rlhf.config import PRESETS, SECTIONS, Config, ConfigError, ModelConfig
+from stable_rlhf.control import controller_settings
+from stable_rlhf.validation import wanted
 
 USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
@@ -25,109 +31,333 @@ stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    go on with a run
 stable-rlhf report RUN                                          write RUN/report.html
 
 `stable-rlhf train --help` lists every setting."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+SHOWN = 1000
+"""Characters of an error that are shown: its beginning and its end. Transformers lists every architecture it knows."""
+_TOP = [field.name for field in dataclasses.fields(Config) if field.name not in SECTIONS]
+_HINTS: dict[str, Any] = {name: hint for name, hint in typing.get_type_hints(Config).items() if name in _TOP} | {
+    f"{name}.{field}": hint
+    for name, section in SECTIONS.items()
+    for field, hint in typing.get_type_hints(section).items()
+}
+"""The type of every setting, by its name on the command line."""
+# The docstring below each field is its help.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0 done, 1 failed, 2 bad settings or usage."""
+    """Runs a command; returns its exit code: 0 done, 1 failed, 2 bad settings, usage or input, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "resume": _resume, "report": _report}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    if arguments[0] not in commands:
-        print(f"stable-rlhf: there is no command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
-        return 2
     try:
-        commands[arguments[0]](arguments[1:])
+        if arguments[0] not in commands:
+            raise ConfigError(f"there is no command {arguments[0]!r}; the commands are {', '.join(commands)}")
+        return commands[arguments[0]](arguments[1:])
     except ConfigError as error:
-        print(f"stable-rlhf: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return _say(error, 2)
+    except KeyboardInterrupt:
+        return _say("interrupted before training began", INTERRUPTED)
+
+
+# -- settings -----------------------------------------------------------------------------------------------------
 
 
 def parser(preset: str) -> ArgumentParser:
-    """Every setting of Config as an argument, with the preset's values as defaults. No abbreviations, no other names."""
-    made = ArgumentParser(prog="stable-rlhf train", exit_on_error=False, default_meta=False, allow_abbrev=False)
-    made.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; later arguments override it")
+    """Every setting of Config as an argument, the preset's values as defaults. No abbreviations, no other names."""
+    made = ArgumentParser(prog="stable-rlhf train", exit_on_error=False, allow_abbrev=False, print_config=None)
+    made.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; what is given here wins")
     made.add_class_arguments(Config, skip=set(SECTIONS))
     for name, section in SECTIONS.items():
         made.add_class_arguments(section, name)
-    made.set_defaults(
-        {
-            "preset": preset,
-            **{f"{name}.{field}": value for name in SECTIONS for field, value in PRESETS[preset].get(name, {}).items()},
-        }
-    )
+    changes = {f"{name}.{field}": value for name in SECTIONS for field, value in PRESETS[preset].get(name, {}).items()}
+    made.set_defaults({"preset": preset, **changes})
     return made
 
 
 def load_config(arguments: Sequence[str]) -> Config:
     """Defaults < preset < --config FILE < --section.field VALUE, in this order. Raises ConfigError."""
-    first = _parse(parser("safe"), arguments)
-    if first.preset not in PRESETS:
-        raise ConfigError(f"preset={first.preset!r}: choose one of {', '.join(PRESETS)}")
-    settings = _parse(parser(first.preset), arguments).as_dict()
-    settings.pop("config", None)
-    sections = {name: section(**settings.pop(name)) for name, section in SECTIONS.items()}
-    return Config(**settings, **sections)
-
-
-def _parse(made: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    made = parser("safe")
+    files, arguments = _taken_out("--config", arguments)
+    for file in files:
+        _check_file(Path(file))
+    arguments = [*(f"--config={file}" for file in files), *arguments]  # what is given here wins, wherever it stands
+    given, complete = (_parse(made, arguments, defaults) for defaults in (False, True))
+    for section, field in (("reward", "functions"), ("reward", "trust_remote_code")):
+        if field in given.get(section, {}):  # `--reward.functions+ x` adds to the default
+            given[section][field] = complete[section][field]
+    config = Config.from_preset(given.pop("preset", "safe"), **given)
     try:
-        return made.parse_args(list(arguments))
+        controller_settings(config.kl.controller, config.kl.settings)
+    except ValueError as error:
+        names = controller_settings(config.kl.controller, {})
+        unknown = [name for name in config.kl.settings if name not in names]
+        close = _suggestion(unknown[0], names, otherwise="") if unknown else ""
+        raise ConfigError(f"kl.settings: {str(error).rstrip('.')}{close}") from error
+    return config
+
+
+def _parse(made: ArgumentParser, arguments: Sequence[str], defaults: bool) -> dict[str, Any]:
+    try:
+        settings = made.parse_args(list(arguments), defaults=defaults).as_dict()
     except (ArgumentError, argparse.ArgumentError) as error:
-        raise ConfigError(_with_suggestion(str(error), made)) from error
+        raise ConfigError(_in_one_sentence(str(error))) from error
+    settings.pop("config", None)
+    return settings
 
 
-def _with_suggestion(message: str, made: ArgumentParser) -> str:
-    """jsonargparse's message in one line, with the setting that was probably meant."""
-    line = " ".join(message.split())
-    names = [name for name in made.get_defaults().as_flat().__dict__]
-    for word in line.replace("'", " ").replace('"', " ").replace(",", " ").split():
-        name = word.lstrip("-").split("=")[0].rstrip(".:")
-        if name in names:
-            break
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-        if close and ("." in name or word.startswith("--")):
-            return f"{line}. Did you mean --{close[0]}?"
-    return line
+def _in_one_sentence(message: str) -> str:
+    """jsonargparse's message as setting, value and remedy; as it is, on one line, where it has another form."""
+    if found := re.match(r"unrecognized arguments: (\S+)", message):
+        name = found[1].split("=")[0]
+        if not name.startswith("--"):
+            return f"unexpected {name!r}: a setting is given as --section.field VALUE, a file as --config FILE"
+        return f"unknown setting {name}{_suggestion(name.lstrip('-'), _HINTS)}"
+    found = re.search(r'Parser key "([\w.]+)"|argument --([\w.]+): expected', message)
+    name = found[1] or found[2] if found else ""
+    if name in SECTIONS:
+        return f"--{name} is a section: give its fields one by one, such as --{name}.{_fields(name)[0]} VALUE"
+    if name not in _HINTS:
+        return " ".join(message.split())
+    values = re.findall(r"(?:Got|Given) value: (.*)", message)
+    return f"{name}{f'={values[-1]!r}' if values else ' has no value'}: {wanted(_HINTS[name])}"
 
 
-def _train(arguments: list[str]) -> None:
+def _suggestion(name: str, known: Iterable[str], otherwise: str = "; `stable-rlhf train --help` lists them") -> str:
+    """The settings that were probably meant: of that name in any section, or with a name like it."""
+    known = list(known)
+    close = [setting for setting in known if "." not in name and setting.endswith(f".{name}")]
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f". Did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def _check_file(file: Path) -> None:
+    """Raises ConfigError unless the file is a YAML mapping of known settings and sections, none of them twice."""
+    try:
+        loader = _SafeLoader(file.read_text(encoding="utf-8"))
+        content = loader.get_single_data()
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {file}: is not UTF-8 text; give a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"--config {file}{line}: {getattr(error, 'problem', error)}; repair the YAML") from error
+    if not isinstance(content, dict) or not content:
+        what = "is empty" if content is None or content == {} else f"is a {type(content).__name__}"
+        raise ConfigError(f"--config {file}: {what}; give a mapping of settings, such as `preset: safe`")
+    for name, value in content.items():
+        if name not in SECTIONS:
+            if name not in _TOP:
+                close = _suggestion(str(name), [*_TOP, *SECTIONS, *_HINTS])
+                raise ConfigError(f"--config {file}: unknown setting {name!r}{close}")
+        elif not isinstance(value, dict):
+            fields = ", ".join(_fields(name))
+            raise ConfigError(f"--config {file}: {name}={value!r}: a section is a mapping of its fields: {fields}")
+        elif unknown := [field for field in value if field not in _fields(name)]:
+            close = _suggestion(f"{name}.{unknown[0]}", [f"{name}.{field}" for field in _fields(name)])
+            raise ConfigError(f"--config {file}: unknown setting {f'{name}.{unknown[0]}'!r}{close}")
+
+
+class _SafeLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's own loaders keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _fields(section: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(SECTIONS[section])]
+
+
+def _taken_out(option: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(every value that a command line gives to an option, the other arguments)."""
+    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    made.add_argument(option, action="append", default=[], dest="values")
+    try:
+        known, others = made.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{option} has no value: give one") from error
+    return known.values, others
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are ConfigErrors with the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {' '.join(self.format_usage().split())}")
+
+
+def _train(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
-        parser("safe").print_help()
-        return
-    _run(load_config(arguments), resume=None)
+        preset = (_taken_out("--preset", arguments)[0] or ["safe"])[-1]
+        parser(preset if preset in PRESETS else "safe").print_help()
+        return 0
+    return _run(load_config(arguments), resume=None)
 
 
-def _resume(arguments: list[str]) -> None:
-    made = argparse.ArgumentParser(prog="stable-rlhf resume", allow_abbrev=False)
+def _resume(arguments: list[str]) -> int:
+    made = _Parser(prog="stable-rlhf resume", allow_abbrev=False)
     made.add_argument("run", type=Path, help="the run's folder")
     made.add_argument("--max_steps", type=int, help="train to this many steps instead")
     made.add_argument("--checkpoint", type=Path, help="go on from this checkpoint instead of the newest")
     given = made.parse_args(arguments)
     file = given.run / "config.yaml"
     if not file.is_file():
-        raise ConfigError(f"{given.run} is not a run folder: it has no config.yaml")
+        raise ConfigError(f"{given.run} is not a run folder: it has no config.yaml; check the path")
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])
-    _run(config, resume=given.checkpoint or True)
+    if (done := _last_step(given.run)) == 0 and given.checkpoint is None:
+        raise ConfigError(
+            f"{given.run} has no checkpoint to go on from; start again with `stable-rlhf train --config {file} "
+            "--output_dir NEW_FOLDER`"
+        )
+    if given.checkpoint is None and config.max_steps == done and _is_whole(given.run):
+        print(
+            f"{given.run} is finished: {done} of {config.max_steps} steps are done. To train it further: "
+            f"stable-rlhf resume {given.run} --max_steps {2 * done}"
+        )
+        return 0
+    return _run(config, resume=given.checkpoint or True)
 
 
-def _run(config: Config, resume: bool | Path | None) -> None:
+def _report(arguments: list[str]) -> int:
+    made = _Parser(prog="stable-rlhf report", allow_abbrev=False)
+    made.add_argument("run", type=Path, help="the run's folder")
+    run = made.parse_args(arguments).run
+    from stable_rlhf.report import read_run, write_report
+
+    try:
+        read_run(run)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    print(write_report(run))
+    return 0
+
+
+def _run(config: Config, resume: bool | Path | None) -> int:
     """Trains, writes the report whatever happens, and prints the closing tables."""
+    _check_output(config)
     from transformers.utils import logging  # torch and transformers load only when the settings are good
 
+    from stable_rlhf.checkpoint import CheckpointError
+    from stable_rlhf.prompts import PromptError
     from stable_rlhf.report import write_report
+    from stable_rlhf.scoring import RewardError
     from stable_rlhf.telemetry import print_summary
     from stable_rlhf.trainer import SAFETrainer
 
     logging.disable_progress_bar()  # the run has a bar of its own
-    trainer = SAFETrainer(config.model.name, args=config)
-    with _report_at_the_end(trainer, write_report):
-        evaluation = trainer.train(resume_from_checkpoint=resume)
+    _check_machine(config)
+    _check_model(config.model)
+    try:
+        trainer = SAFETrainer(config.model.name, args=config)
+    except (PromptError, RewardError) as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:  # what Transformers raises for a tokenizer, weights or a GGUF file that is not there
+        raise _not_a_model(config.model, error) from error
+    except ValueError as error:
+        if "AutoModelForCausalLM" in str(error):
+            raise _not_a_model(config.model, error) from error
+        if config.model.lora_target_modules is None or "arget modules" not in str(error):
+            raise
+        setting = f"model.lora_target_modules={config.model.lora_target_modules!r}"
+        raise ConfigError(f"{setting}: {error}; name linear layers of the model, or leave it out") from error
+    run = trainer.run_dir
+    try:
+        with _report_at_the_end(trainer, write_report):
+            evaluation = trainer.train(resume_from_checkpoint=resume)
+    except (CheckpointError, PromptError) as error:  # of the checkpoint that it should go on from
+        raise ConfigError(str(error)) from error
+    except ValueError as error:
+        if isinstance(error, ConfigError) or resume is None or trainer.step > 0:
+            raise
+        raise ConfigError(str(error)) from error  # a saved state does not fit config.yaml, which somebody changed
+    except RewardError as error:
+        return _say(error, 1)
+    except KeyboardInterrupt:
+        saved = _last_step(run)
+        how = f"`stable-rlhf resume {run}` goes on from step {saved}" if saved else "no checkpoint to resume from yet"
+        return _say(f"interrupted after {trainer.step} steps; {how}", INTERRUPTED)
     if trainer.args.log.progress:
-        print_summary(trainer.run_dir, evaluation, f"stable-rlhf resume {trainer.run_dir} --max_steps N")
+        print_summary(run, evaluation, f"stable-rlhf resume {run} --max_steps N")
+    return 0
+
+
+def _check_output(config: Config) -> None:
+    if config.output_dir is None:
+        return
+    for folder in (path := Path(config.output_dir), *path.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"output_dir={config.output_dir!r}: {folder} is a file; choose another folder")
+
+
+def _check_machine(config: Config) -> None:
+    """Raises ConfigError for a device or a tracker that is not here, before a model loads."""
+    import torch
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    try:
+        device = torch.device("cpu" if config.model.device == "auto" else config.model.device)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device={config.model.device!r}: give auto, cpu, cuda or cuda:NUMBER") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        here = f"this machine has {torch.cuda.device_count()} CUDA devices"
+        raise ConfigError(f"model.device={config.model.device!r}: {here}; set model.device=auto")
+    available = get_available_reporting_integrations()
+    if missing := [name for name in config.log.report_to if name not in available]:
+        raise ConfigError(
+            f"log.report_to={config.log.report_to!r}: {missing[0]} is not a tracker that is installed here; install "
+            f"it, or choose from {', '.join(sorted(available)) or 'none'}"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Raises ConfigError for a name that is no model, before anything else loads."""
+    from transformers import AutoConfig
+
+    if model.name == "builtin" or model.gguf_file is not None:  # a GGUF file's settings take as long to read as it does
+        return
+    try:
+        AutoConfig.from_pretrained(
+            model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_a_model(model, error) from error
+
+
+def _not_a_model(model: ModelConfig, error: Exception) -> ConfigError:
+    setting = f"model.name={model.name!r}" + (f", model.gguf_file={model.gguf_file!r}" if model.gguf_file else "")
+    remedy = "give builtin, the folder of a causal language model in safetensors or GGUF, or a hub name"
+    return ConfigError(f"{setting}: {str(error).rstrip('.')}; {remedy}")
+
+
+def _last_step(run: Path) -> int:
+    """Steps done at the newest checkpoint of a run; 0 without one."""
+    from stable_rlhf.checkpoint import found
+
+    saved = found(run / "checkpoints")
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
+
+
+def _is_whole(run: Path) -> bool:
+    """Whether a run that has done its steps also has its model, and its evaluation after training."""
+    from stable_rlhf.evaluation import read
+
+    known = read(run)
+    return (run / "final" / "value_heads.safetensors").is_file() and ("after" in known or not known)
 
 
 @contextlib.contextmanager
@@ -135,18 +365,24 @@ def _report_at_the_end(trainer: Any, write_report: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if (trainer.run_dir / "metrics.jsonl").exists():
-            write_report(trainer.run_dir)
+        if trainer.step > 0 and (trainer.run_dir / "metrics.jsonl").exists():
+            try:
+                write_report(trainer.run_dir)
+            except (OSError, ValueError) as error:  # what stopped the run is the error to show
+                _say(f"the report could not be written: {error}", 1)
         raise
     write_report(trainer.run_dir)
 
 
-def _report(arguments: list[str]) -> None:
-    made = argparse.ArgumentParser(prog="stable-rlhf report", allow_abbrev=False)
-    made.add_argument("run", type=Path, help="the run's folder")
-    from stable_rlhf.report import write_report
+def _say(message: object, code: int) -> int:
+    """One line on stderr, with nothing in it that a terminal would act on; returns the exit code."""
+    from stable_rlhf.telemetry import visible
 
-    print(write_report(made.parse_args(arguments).run))
+    line = visible(" ".join(str(message).split()))
+    if len(line) > SHOWN:
+        line = f"{line[: SHOWN // 2]} ... {line[-SHOWN // 2 :]}"
+    print(f"stable-rlhf: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

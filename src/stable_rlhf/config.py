@@ -7,33 +7,19 @@ preset's. ``Config.from_preset`` takes partial overrides, as the command line do
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from stable_rlhf.presets import PRESETS, preset_section
+from stable_rlhf.validation import ConfigError, check_types, not_negative, only_with, positive, require
+
+__all__ = ["PRESETS", "SECTIONS", "Config", "ConfigError"]
 
 _FROM_PRESET: Any = None
 """Marks a section that the caller did not give: ``Config.__post_init__`` puts the preset's there."""
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, of the wrong type, out of range, or in conflict with another."""
-
-
-def _require(ok: bool, setting: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise ConfigError(f"{setting}={value!r}: {remedy}")
-
-
-def _positive(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0 and math.isfinite(value), f"{section}.{name}", value, "must be greater than 0")
-
-
-def _not_negative(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= 0 and math.isfinite(value), f"{section}.{name}", value, "must be 0 or more")
+_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
+"""Endings of prompt files: a file is one split, taken whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +44,25 @@ class ModelConfig:
     lora_alpha: float | None = None
     """LoRA scale; None is twice the rank (the usual choice). Only with lora_r > 0."""
     lora_target_modules: list[str] | None = None
-    """Names of the linear layers that get an adapter; None is every linear layer but the LM head. Only with lora_r > 0."""
+    """Names of the linear layers that get an adapter; None is every one but the LM head. Only with lora_r > 0."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
-        _not_negative("model", self, "lora_r")
+        check_types("model", self)
+        not_negative("model", self, "lora_r")
+        for name in ("gguf_file", "trust_remote_code"):
+            only_with("model", self, name, self.name != "builtin", "model.name is a folder or a hub name")
+        on_hub = self.name != "builtin" and not Path(self.name).is_dir()
+        only_with("model", self, "revision", on_hub, "model.name is a hub name")
         for name in ("lora_alpha", "lora_target_modules"):
             value = getattr(self, name)
             remedy = "has no effect without an adapter: set model.lora_r to a rank above 0, or leave it out"
-            _require(value is None or self.lora_r > 0, f"model.{name}", value, remedy)
+            require(value is None or self.lora_r > 0, f"model.{name}", value, remedy)
         if self.lora_alpha is not None:
-            _positive("model", self, "lora_alpha")
+            positive("model", self, "lora_alpha")
+        remedy = "name at least one layer, or leave it out for every linear layer"
+        require(self.lora_target_modules != [], "model.lora_target_modules", self.lora_target_modules, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +89,17 @@ class DataConfig:
     """Read only the first ``limit`` rows of the training set; None reads all."""
 
     def __post_init__(self) -> None:
-        _positive("data", self, "max_prompt_length")
-        _not_negative("data", self, "eval_size")
+        check_types("data", self)
+        positive("data", self, "max_prompt_length")
+        not_negative("data", self, "eval_size")
         if self.limit is not None:
-            _positive("data", self, "limit")
+            positive("data", self, "limit")
+        whole = self.train.endswith(_FILE_SUFFIXES)
+        only_with("data", self, "split", not whole, "data.train is a hub name or builtin (a file is taken whole)")
+        only_with("data", self, "eval", self.eval_size > 0, "data.eval_size is above 0")
+        source = self.train if self.eval is None and self.train == "builtin" else self.eval
+        split = self.eval_size > 0 and source is not None and not source.endswith(_FILE_SUFFIXES)
+        only_with("data", self, "eval_split", split, "held-out prompts come from a hub name or builtin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,23 +111,29 @@ class RewardConfig:
     weights: list[float] | None = None
     """One weight a function; None weighs all 1."""
     missing_eos_penalty: float | None = None
-    """Subtracted from the reward (scorer's units) of a completion that did not end within max_completion_length."""
+    """Subtracted from the reward (scorer's units) of a completion that did not end within max_completion_length; None
+    subtracts nothing."""
     normalise: Literal["none", "running", "paper"] = "running"
-    """``running`` divides by the running standard deviation, after subtracting the running mean, of all rewards seen, so
-    that rewards of any scale and shift train alike; ``paper`` is the published code's rule; ``none`` takes them as they are."""
+    """``running`` subtracts the mean of all rewards seen so far and divides by their deviation, so that rewards of any
+    scale and shift train alike; ``paper`` is the published code's rule; ``none`` takes them as they are."""
     batch_size: int = 64
     """Completions a reward model scores at once; limits memory only."""
     trust_remote_code: list[str] = dataclasses.field(default_factory=list)
     """Those of ``functions`` whose own Python code may run. Empty unless you have read that code."""
 
     def __post_init__(self) -> None:
-        _require(len(self.functions) > 0, "reward.functions", self.functions, "name at least one reward")
+        check_types("reward", self)
+        require(len(self.functions) > 0, "reward.functions", self.functions, "name at least one reward")
         if self.weights is not None:
             remedy = f"give one weight for each of the {len(self.functions)} reward.functions"
-            _require(len(self.weights) == len(self.functions), "reward.weights", self.weights, remedy)
-        _positive("reward", self, "batch_size")
+            require(len(self.weights) == len(self.functions), "reward.weights", self.weights, remedy)
+            remedy = "nothing would be rewarded: give at least one weight other than 0"
+            require(any(self.weights), "reward.weights", self.weights, remedy)
+        if self.missing_eos_penalty is not None:
+            not_negative("reward", self, "missing_eos_penalty")
+        positive("reward", self, "batch_size")
         unknown = sorted(set(self.trust_remote_code) - set(self.functions))
-        _require(not unknown, "reward.trust_remote_code", unknown, "every entry must be one of reward.functions")
+        require(not unknown, "reward.trust_remote_code", unknown, "every entry must be one of reward.functions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +148,8 @@ class RolloutConfig:
     """Sampling temperature. Log-probs, ratios, entropy and KL are of the distribution at this temperature."""
 
     def __post_init__(self) -> None:
-        _positive("rollout", self, "batch_size", "max_completion_length", "temperature")
+        check_types("rollout", self)
+        positive("rollout", self, "batch_size", "max_completion_length", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,23 +173,25 @@ class OptimConfig:
     epsilon: float = 0.2
     """Clip range of the probability ratio (PPO section 3)."""
     gamma: float = 1.0
-    """Discount a token."""
+    """Discount of later rewards, a token; 1 is none."""
     lam: float = 0.95
     """GAE's lambda for the advantages (Schulman et al. 2016)."""
     whiten_floor: float = 0.1
     """Least deviation that advantages are divided by, in normalised reward units: below it the batch is saturated and
     whitening would blow up noise."""
     entropy_coef: float = 0.0
-    """Coefficient of an entropy bonus in the loss. 0: with 0.01 entropy inflates into gibberish (docs/deviations.md)."""
+    """Weight of an entropy bonus in the loss, per nat. 0: with 0.01 entropy inflates into gibberish
+    (docs/deviations.md)."""
     max_grad_norm: float = 1.0
     """Gradient norm at which the policy's gradient is clipped."""
 
     def __post_init__(self) -> None:
-        _positive("optim", self, "learning_rate", "num_iterations", "num_mini_batches", "gradient_accumulation_steps")
-        _positive("optim", self, "epsilon", "whiten_floor", "max_grad_norm")
-        _not_negative("optim", self, "warmup_steps", "weight_decay", "entropy_coef")
-        _require(0 < self.gamma <= 1, "optim.gamma", self.gamma, "must be in (0, 1]")
-        _require(0 <= self.lam <= 1, "optim.lam", self.lam, "must be in [0, 1]")
+        check_types("optim", self)
+        positive("optim", self, "learning_rate", "num_iterations", "num_mini_batches", "gradient_accumulation_steps")
+        positive("optim", self, "epsilon", "whiten_floor", "max_grad_norm")
+        not_negative("optim", self, "warmup_steps", "weight_decay", "entropy_coef")
+        require(0 < self.gamma <= 1, "optim.gamma", self.gamma, "must be in (0, 1]")
+        require(0 <= self.lam <= 1, "optim.lam", self.lam, "must be in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,15 +201,17 @@ class CriticConfig:
     heads: Literal[1, 2] = 2
     """2 is the pessimistic double critic; 1 is PPO's."""
     temperature: float = 0.3
-    """Alpha of the soft-min of the two heads, in normalised reward units: smaller is closer to the minimum."""
+    """Alpha of the soft-min of the two heads, in normalised reward units: smaller is closer to the minimum. Only with
+    heads=2."""
     regress: Literal["each", "soft_min"] = "each"
-    """What is fitted to the returns: each head, or only their soft-min, which leaves the heads free to drift apart."""
+    """What is fitted to the returns: each head, or only their soft-min, which leaves the heads free to drift apart.
+    Only with heads=2."""
     bootstrap: Literal["online", "target", "mixed"] = "online"
     """Values on the two sides of the TD error: ``online`` heads, Polyak ``target`` heads, or ``mixed``: the target's
     V(s_{t+1}) beside the online V(s_t), which is the paper's and is biased by the target's lag."""
     target_tau: float = 0.05
-    """Share of the online heads that enters the target heads after each optimiser step. With bootstrap=online the targets
-    only show drift (``safe/target_gap``)."""
+    """Share of the online heads that enters the target heads after each optimiser step. With bootstrap=online the
+    targets only show drift (``safe/target_gap``)."""
     loss: Literal["huber", "mse"] = "huber"
     """Regression loss of the values."""
     huber_delta: float = 0.5
@@ -223,14 +234,18 @@ class CriticConfig:
     """First steps in which only the critic learns."""
 
     def __post_init__(self) -> None:
-        _positive("critic", self, "temperature", "huber_delta", "vf_coef", "max_grad_norm")
-        _not_negative("critic", self, "warmup_steps")
-        _require(0 < self.target_tau <= 1, "critic.target_tau", self.target_tau, "must be in (0, 1]")
+        check_types("critic", self)
+        positive("critic", self, "temperature", "huber_delta", "vf_coef", "max_grad_norm")
+        only_with("critic", self, "temperature", self.heads == 2, "critic.heads=2")
+        only_with("critic", self, "regress", self.heads == 2, "critic.heads=2")
+        only_with("critic", self, "huber_delta", self.loss == "huber", "critic.loss=huber")
+        not_negative("critic", self, "warmup_steps")
+        require(0 < self.target_tau <= 1, "critic.target_tau", self.target_tau, "must be in (0, 1]")
         for name in ("learning_rate", "cliprange_value"):
             if getattr(self, name) is not None:
-                _positive("critic", self, name)
+                positive("critic", self, name)
         if self.lam is not None:
-            _require(0 <= self.lam <= 1, "critic.lam", self.lam, "must be in [0, 1]")
+            require(0 <= self.lam <= 1, "critic.lam", self.lam, "must be in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,28 +255,31 @@ class KLConfig:
     controller: Literal["none", "fixed", "adaptive", "asymmetric", "safe", "paper"] = "safe"
     """The rule that yields the coefficient."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The rule's own settings, such as ``beta`` of ``fixed`` or ``budget`` of ``safe``; what is left out has its default.
-    docs/algorithm.md lists them."""
+    """The rule's own settings, such as ``beta`` of ``fixed`` or ``budget`` of ``safe``; what is left out has the
+    preset's value if the preset has the same rule, else its default. docs/algorithm.md lists them."""
     in_reward: bool = True
     """Subtract coefficient x (logp - ref) from every token's reward, so that it passes through GAE."""
     in_loss: Literal["none", "k2", "exact"] = "none"
-    """Add coefficient x KL to the loss: ``k2`` (half the squared log-ratio) or ``exact`` (over the whole vocabulary)."""
+    """Add coefficient x KL to the loss: ``k2`` (half the squared log-ratio), ``exact`` (over the whole vocabulary)."""
     allow_both: bool = False
     """Take the KL in the reward and in the loss: it is then applied twice."""
 
     def __post_init__(self) -> None:
+        check_types("kl", self)
         in_loss = self.in_loss != "none"
         both = self.in_reward and in_loss
         remedy = (
             "the KL is asked for twice, in the loss and in the reward (kl.in_reward=true): set kl.in_reward=false or "
             "kl.in_loss=none, or kl.allow_both=true if you mean it"
         )
-        _require(not both or self.allow_both, "kl.in_loss", self.in_loss, remedy)
+        require(not both or self.allow_both, "kl.in_loss", self.in_loss, remedy)
         remedy = "has no effect unless the KL is in the reward and in the loss; leave it out"
-        _require(both or not self.allow_both, "kl.allow_both", self.allow_both, remedy)
+        require(both or not self.allow_both, "kl.allow_both", self.allow_both, remedy)
         acts = self.in_reward or in_loss
         remedy = "its coefficient acts nowhere: set kl.in_reward=true or kl.in_loss, or kl.controller=none"
-        _require(acts or self.controller == "none", "kl.controller", self.controller, remedy)
+        require(acts or self.controller == "none", "kl.controller", self.controller, remedy)
+        remedy = "has no effect with kl.controller=none, whose coefficient is 0: set kl.in_loss=none"
+        require(not in_loss or self.controller != "none", "kl.in_loss", self.in_loss, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +294,8 @@ class LogConfig:
     """Show the progress bar and the closing tables on the console."""
 
     def __post_init__(self) -> None:
-        _not_negative("log", self, "completions_steps")
+        check_types("log", self)
+        not_negative("log", self, "completions_steps")
 
 
 SECTIONS: dict[str, type] = {
@@ -290,39 +309,14 @@ SECTIONS: dict[str, type] = {
     "log": LogConfig,
 }
 
-_PPO: dict[str, Any] = {
-    "critic": {"heads": 1, "loss": "mse", "clip_reduction": "max", "bootstrap": "online"},
-    "reward": {"normalise": "none"},
-}
-"""PPO as Ouyang et al. (2022) and TRL had it: one value head, squared error, clipped by the maximum, rewards as they come."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "safe": {},
-    "paper": {
-        "critic": {"bootstrap": "mixed", "regress": "soft_min"},
-        "reward": {"normalise": "paper"},
-        "kl": {"controller": "paper", "in_reward": False, "in_loss": "k2"},
-        "optim": {"entropy_coef": 0.01},
-    },
-    "ppo": {**_PPO, "kl": {"controller": "fixed", "settings": {"beta": 0.05}}},
-    "ppo-adaptive": {**_PPO, "kl": {"controller": "adaptive"}},
-    "ppo-nokl": {**_PPO, "kl": {"controller": "none", "in_reward": False}},
-    "asymmetric": {**_PPO, "kl": {"controller": "asymmetric", "in_reward": False, "in_loss": "k2"}},
-    # Ablations: each takes one layer out of `safe`.
-    "safe-single-critic": {"critic": {"heads": 1}},
-    "safe-no-regulation": {"kl": {"controller": "none", "in_reward": False}},
-    "safe-no-gate": {"kl": {"settings": {"gate_on": False}}},
-    "safe-no-threshold": {"kl": {"settings": {"threshold_on": False}}},
-}
-"""What each preset changes in the defaults, which are ``safe``."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run. A section left out is the preset's; a section given replaces the preset's."""
 
     preset: str = "safe"
-    """Where the settings that are not given come from: one of ``PRESETS``."""
+    """Where the settings that are not given come from: safe, paper, ppo, ppo-adaptive, ppo-nokl, asymmetric, or safe
+    without one layer: safe-single-critic, safe-no-regulation, safe-no-gate, safe-no-threshold."""
     output_dir: str | None = None
     """Run folder; None makes one under runs/, named after the preset and the time."""
     max_steps: int = 60
@@ -343,18 +337,22 @@ class Config:
     log: LogConfig = _FROM_PRESET
 
     def __post_init__(self) -> None:
-        _require(self.preset in PRESETS, "preset", self.preset, f"choose one of {', '.join(PRESETS)}")
+        require(self.preset in PRESETS, "preset", self.preset, f"choose one of {', '.join(PRESETS)}")
         for name, section in SECTIONS.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, section(**PRESETS[self.preset].get(name, {})))
+                object.__setattr__(self, name, section(**preset_section(self.preset, name, {})))
+        check_types("", self)
         for name in ("max_steps", "save_total_limit"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be greater than 0")
-        for name in ("save_steps", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be greater than 0")
+        require(self.save_steps >= 0, "save_steps", self.save_steps, "must be 0 or more")
+        # 2^63: the seeds of permutations and generators are signed 64-bit numbers.
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or more, and below 2^63")
         self._check_divisible()
-        both = self.critic.warmup_steps < self.max_steps
         remedy = f"the policy would never learn in max_steps={self.max_steps}: make it smaller"
-        _require(both, "critic.warmup_steps", self.critic.warmup_steps, remedy)
+        require(self.critic.warmup_steps < self.max_steps, "critic.warmup_steps", self.critic.warmup_steps, remedy)
+        remedy = "divides by the number of rewards less 1: set rollout.batch_size to 2 or more"
+        fits = self.reward.normalise != "paper" or self.rollout.batch_size > 1
+        require(fits, "reward.normalise", self.reward.normalise, remedy)
 
     def _check_divisible(self) -> None:
         pieces = self.optim.num_mini_batches * self.optim.gradient_accumulation_steps
@@ -362,25 +360,26 @@ class Config:
             f"must divide by optim.num_mini_batches x optim.gradient_accumulation_steps = {pieces}: "
             f"try {max(1, round(self.rollout.batch_size / pieces)) * pieces}"
         )
-        _require(self.rollout.batch_size % pieces == 0, "rollout.batch_size", self.rollout.batch_size, remedy)
+        require(self.rollout.batch_size % pieces == 0, "rollout.batch_size", self.rollout.batch_size, remedy)
 
     @classmethod
     def from_preset(cls, preset: str = "safe", **overrides: Any) -> Config:
-        """The preset with overrides: top-level settings as they are, a section as a dictionary of the fields to change.
+        """The preset with overrides: top-level settings as they are, a section as a dictionary of fields to change.
 
-        ``Config.from_preset("ppo", max_steps=10, optim={"learning_rate": 1e-4})``. Raises ConfigError on an unknown name.
+        ``Config.from_preset("ppo", max_steps=10, optim={"learning_rate": 1e-4})``. Raises ConfigError on unknown names.
         """
-        _require(preset in PRESETS, "preset", preset, f"choose one of {', '.join(PRESETS)}")
-        top = {f.name for f in dataclasses.fields(cls)}
+        require(preset in PRESETS, "preset", preset, f"choose one of {', '.join(PRESETS)}")
+        top = [f.name for f in dataclasses.fields(cls)]
         for name, value in overrides.items():
-            _require(name in top, name, value, f"unknown setting; the top level has {', '.join(sorted(top))}")
+            require(name in top, name, value, f"unknown setting; the top level has {', '.join(top)}")
         arguments = {"preset": preset, **{k: v for k, v in overrides.items() if k not in SECTIONS}}
         for name, section in SECTIONS.items():
             given = overrides.get(name, {})
+            require(isinstance(given, dict), name, given, "a section is a dictionary of the fields to change")
             known = [f.name for f in dataclasses.fields(section)]
             for field, value in given.items():
-                _require(field in known, f"{name}.{field}", value, f"unknown setting; {name} has {', '.join(known)}")
-            arguments[name] = section(**{**PRESETS[preset].get(name, {}), **given})
+                require(field in known, f"{name}.{field}", value, f"unknown setting; {name} has {', '.join(known)}")
+            arguments[name] = section(**preset_section(preset, name, given))
         return cls(**arguments)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,19 +1,23 @@
-"""The held-out prompts before and after training: evaluation.json."""
+"""The held-out prompts: which they are, and what they show before and after training (evaluation.json)."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from torch import nn
 
-from stable_rlhf.config import Config
+from stable_rlhf.checkpoint import load_random_state, random_state
+from stable_rlhf.config import Config, ConfigError
 from stable_rlhf.models import ActorCritic
 from stable_rlhf.ops.masked import distinct_n
 from stable_rlhf.optimize import Measured, measure, plain
-from stable_rlhf.prompts import EncodedPrompts, prompt_text
+from stable_rlhf.prompts import EncodedPrompts, load_prompts, prompt_text
 from stable_rlhf.records import Rollout
 from stable_rlhf.rollout import Sampler
 
@@ -23,18 +27,52 @@ SAMPLES = 16
 """Completions kept in evaluation.json, before and after training: a page of the report."""
 
 
+def split_datasets(config: Config, train: Any, evaluation: Any) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """(training prompts, held-out prompts or None).
+
+    ``train`` and ``evaluation`` are data sets or lists of rows; None takes what ``config.data`` names, where rows are
+    held out of the training set if no other are named. Raises ConfigError when the training set is too small for that.
+    """
+    data, size = config.data, config.data.eval_size
+    from_config = train is None
+    if from_config:
+        train = load_prompts(data.train, format=data.format, split=data.split, limit=data.limit)
+    elif not isinstance(train, datasets.Dataset):
+        train = datasets.Dataset.from_list(list(train))
+    if evaluation is not None:
+        evaluation = (
+            evaluation if isinstance(evaluation, datasets.Dataset) else datasets.Dataset.from_list(list(evaluation))
+        )
+        return train, evaluation
+    if size == 0 or not from_config:
+        return train, None
+    if data.eval is not None or data.train == "builtin":
+        source = "builtin" if data.eval is None else data.eval
+        return train, load_prompts(source, format=data.format, split=data.eval_split, limit=size)
+    if len(train) <= size:
+        raise ConfigError(
+            f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval"
+        )
+    parts = train.train_test_split(test_size=size, seed=config.seed)
+    return parts["train"], parts["test"]
+
+
 def evaluate(
     model: ActorCritic, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, config: Config
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """(figures over all rows, the first SAMPLES completions). The run's own random draws stay as if it had not been."""
-    devices = [model.device] if model.device.type == "cuda" else []
     size, parts = config.rollout.batch_size, []
-    with torch.random.fork_rng(devices):
+    tensors, state = random_state()  # Python's and NumPy's too: a reward function may draw from them
+    try:
+        random.seed(SEED)
+        np.random.seed(SEED)
         torch.manual_seed(SEED)
         for start in range(0, len(dataset), size):
             indices = range(start, min(start + size, len(dataset)))
             rollout, _ = sampler.collect(model, dataset, encoded, indices)
             parts.append((rollout, measure(model, rollout, config, 0)))
+    finally:
+        load_random_state(tensors, state)
     samples = [
         {"prompt": prompt_text(prompt), "completion": completion, "reward": score if valid else None}
         for rollout, _ in parts
@@ -46,8 +84,11 @@ def evaluate(
 
 
 def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Enters one side (``before`` or ``after``) into run_dir/evaluation.json; returns the whole content."""
-    known = read(run_dir)
+    """Enters one side (``before`` or ``after``) into run_dir/evaluation.json; returns the whole content.
+
+    ``before`` begins the file anew: a run that stopped before its first step may have left one in the folder.
+    """
+    known = {} if side == "before" else read(run_dir)
     known[side] = figures
     kept = known.get("samples") or [{"prompt": sample["prompt"]} for sample in samples]
     for sample, new in zip(kept, samples, strict=True):
@@ -77,7 +118,7 @@ def evaluation_metrics(parts: list[tuple[Rollout, Measured]]) -> dict[str, float
     )
     metrics = {
         "reward": reward.mean(),
-        "reward_se": reward.std() / len(scores) ** 0.5,
+        "reward_se": reward.std() / len(scores) ** 0.5 if len(scores) > 1 else torch.nan,
         "kl": kl / tokens,
         "entropy": entropy / tokens,
         "distinct_2": distinct_n(responses, masks, 2),

@@ -59,10 +59,10 @@ class Output:
 
 
 class ActorCritic(nn.Module):
-    """Policy, value heads and Polyak target heads. Dropout is off always, so that a ratio is of one and the same policy.
+    """Policy, value heads and Polyak target heads. Dropout is off always, so that a ratio is of one policy.
 
-    ``policy`` is a causal language model or a PEFT model around one. With PEFT the reference is the policy with its adapter
-    off; otherwise it is a frozen copy of the policy as given.
+    ``policy`` is a causal language model or a PEFT model around one. With PEFT the reference is the policy with its
+    adapter off; otherwise it is a frozen copy of the policy as given.
     """
 
     def __init__(self, policy: PreTrainedModel | PeftModel, critic: CriticConfig, *, autocast: bool = False) -> None:
@@ -94,7 +94,8 @@ class ActorCritic(nn.Module):
     ) -> Output:
         """Log-probs, entropy and values of the response tokens in one pass; see ``Output``.
 
-        ``reference`` adds the reference's log-probs, ``exact_kl`` the KL over the vocabulary, ``targets`` the target heads.
+        ``reference`` adds the reference's log-probs, ``exact_kl`` the KL over the vocabulary, ``targets`` the target
+        heads.
         """
         hidden = self._hidden(self.policy, tokens)
         weight = causal_lm(self.policy).get_output_embeddings().weight
@@ -147,8 +148,8 @@ class ActorCritic(nn.Module):
 
     @contextlib.contextmanager
     def checkpointing(self, enabled: bool) -> Iterator[None]:
-        """Recompute layers in the backward pass inside the context. Only the layers themselves are told that they train:
-        their dropouts stay off, and outside (when sampling) the KV cache works."""
+        """Recompute layers in the backward pass inside the context. Only the layers themselves are told that they
+        train: their dropouts stay off, and outside (when sampling) the KV cache works."""
         layers = [m for m in self.policy.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
         if enabled and not layers:
             raise ConfigError(
@@ -235,7 +236,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Padding on the left, pad = EOS where there is none (masks are built from the first EOS, never from the pad id)."""
+    """Padding on the left, pad = EOS where there is none (masks are built from the first EOS, not from the pad id)."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token: no completion could end")
     tokenizer.padding_side = "left"

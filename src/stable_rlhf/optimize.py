@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from stable_rlhf.config import Config
 from stable_rlhf.control import Decision, Observation
 from stable_rlhf.models import ActorCritic, Output
 from stable_rlhf.ops.advantages import gae, token_rewards
-from stable_rlhf.ops.masked import distinct_n, masked_mean, whiten
+from stable_rlhf.ops.masked import distinct_n, masked_mean, masked_sum, whiten
 from stable_rlhf.ops.objective import approx_kl, explained_variance, kl_estimate, kl_penalty, ppo_clip_loss, value_loss
+from stable_rlhf.prompts import prompt_text
 from stable_rlhf.records import Batch, Rollout, StepStats, Tokens
 
 
@@ -50,7 +52,7 @@ def permutation(rows: int, seed: int, step: int, iteration: int) -> Tensor:
 
 
 def minibatches(order: Tensor, config: Config) -> Iterator[list[Tensor]]:
-    """The microbatches (row indices) of each minibatch of a pass; the configuration has checked that B divides evenly."""
+    """The microbatches (row indices) of each minibatch of a pass; the configuration has checked that B divides."""
     for rows in order.chunk(config.optim.num_mini_batches):
         yield list(rows.chunk(config.optim.gradient_accumulation_steps))
 
@@ -102,7 +104,7 @@ def make_batch(
 ) -> tuple[Batch, dict[str, float | None]]:
     """(batch to learn from, its metrics): rewards per token, GAE, whitening over the batch.
 
-    ``scores`` [B] are normalised. algorithm.md, layer 1: critic.bootstrap says whose values stand on which side of delta.
+    ``scores`` [B] are normalised. critic.bootstrap says whose values stand on which side of delta.
     """
     mask = measured.tokens.mask
     log_ratio = measured.logp - measured.ref_logp
@@ -129,7 +131,6 @@ def make_batch(
     penalty = (-kl_coef * log_ratio * mask).sum() / rows
     metrics = {
         "objective/non_score_reward": penalty,
-        "objective/rlhf_reward": score[mask.any(1)].mean() + penalty,
         "val/explained_variance": explained_variance(returns, online, mask),
         "val/mean": masked_mean(online, mask),
         "val/returns_mean": masked_mean(returns, mask),
@@ -148,17 +149,22 @@ def update(
     config: Config,
     step: int,
 ) -> StepStats:
-    """num_iterations passes x num_mini_batches optimiser steps on the batch; means over them as metrics."""
+    """num_iterations passes x num_mini_batches optimiser steps on the batch; means over them as metrics.
+
+    A minibatch in which no row has a reward takes no step and is in no mean.
+    """
     learns_policy = step >= config.critic.warmup_steps
     sums: dict[str, Tensor] = {}
-    ratios: list[Tensor] = []
+    steps = 0
     with model.checkpointing(config.model.gradient_checkpointing):
         for iteration in range(config.optim.num_iterations):
             order = permutation(len(batch.logp), config.seed, step, iteration)
             for microbatches in minibatches(order, config):
-                # One denominator for the whole minibatch, so that accumulation changes nothing. A minibatch without a
-                # valid row has no loss and no gradient.
-                tokens = batch.tokens.mask[torch.cat(microbatches)].sum().clamp(min=1)
+                # One denominator for the whole minibatch, so that accumulation changes nothing.
+                tokens = batch.tokens.mask[torch.cat(microbatches)].sum()
+                if tokens == 0:  # no row has a reward: AdamW would move the weights by its momentum alone
+                    continue
+                steps += 1
                 metrics: dict[str, Tensor] = {}
                 for rows in microbatches:
                     part = batch.rows(rows)
@@ -170,11 +176,10 @@ def update(
                     loss, figures = objective(out, part, model, decision, config, tokens, learns_policy)
                     loss.backward()
                     _add(metrics, figures)
-                ratios.append(metrics["val/ratio"])
                 _add(metrics, _clipped_step(model, optimizer, config, learns_policy))
                 _add(sums, metrics)
-    figures = {name: float(value) / len(ratios) for name, value in sums.items()}
-    figures["val/ratio_var"] = float(torch.stack(ratios).var(correction=0))
+    figures = {name: float(value) / steps for name, value in sums.items()}
+    figures["val/ratio_var"] = max(0.0, figures["val/ratio_var"] - (figures["val/ratio"] - 1) ** 2)
     return StepStats(metrics=figures)
 
 
@@ -215,6 +220,8 @@ def objective(
         "policy/entropy_avg": entropy,
         "val/clipfrac_avg": torch.stack([v.clip_fraction for v in losses]).mean(),
         "val/ratio": masked_mean(policy.ratio, mask, tokens),
+        # About 1, where the ratios are, so that little is lost when `update` makes it the variance about their mean.
+        "val/ratio_var": masked_mean((policy.ratio - 1).square(), mask, tokens),
     }
     if learns_policy:
         loss = loss + policy.loss
@@ -274,9 +281,25 @@ def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | N
     return plain(metrics)
 
 
+def completion_rows(rollout: Rollout, measured: Measured) -> list[dict[str, Any]]:
+    """Rows of completions/*.parquet; score and kl (nats per token) are None where there is no reward."""
+    mask = measured.tokens.mask
+    kl = masked_sum(measured.logp - measured.ref_logp, mask, dim=1) / mask.sum(1).clamp(min=1)
+    return [
+        {
+            "prompt": prompt_text(rollout.prompts[row]),
+            "completion": rollout.completions[row],
+            "score": rollout.scores[row] if valid else None,
+            "length": int(rollout.tokens.mask[row].sum()),
+            "kl": float(kl[row]) if valid else None,
+        }
+        for row, valid in enumerate(rollout.valid)
+    ]
+
+
 def plain(metrics: Mapping[str, Tensor | float]) -> dict[str, float | None]:
-    """Numbers; None where the figure is undefined (constant returns, no completion of two tokens)."""
-    undefined = ("val/explained_variance", "completions/distinct_2", "distinct_2")
+    """Numbers; None where the figure is undefined (constant returns, no completion of two tokens, a single reward)."""
+    undefined = ("val/explained_variance", "completions/distinct_2", "distinct_2", "reward_se")
     plain = {name: float(value) for name, value in metrics.items()}
     return {name: None if name in undefined and value != value else value for name, value in plain.items()}
 

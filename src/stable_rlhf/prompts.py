@@ -136,8 +136,8 @@ def encode_prompts(
         if context_length is not None and len(kept) + max_completion_length > context_length:
             raise PromptError(
                 f"prompt in row {row} has {len(kept)} tokens, which with rollout.max_completion_length "
-                f"({max_completion_length}) do not fit the model's context of {context_length}. Set data.max_prompt_length "
-                f"to {max(1, context_length - max_completion_length)} to cut it on the left, or lower the completions."
+                f"({max_completion_length}) do not fit the model's context of {context_length}. Set "
+                f"data.max_prompt_length to {max(1, context_length - max_completion_length)} to cut it, or lower the latter."
             )
         input_ids.append(kept)
         truncated.append(is_long)

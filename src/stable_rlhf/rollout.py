@@ -62,7 +62,7 @@ class Sampler:
 
     @torch.no_grad()
     def generate(self, model: ActorCritic, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
-        """[B, T] sampled tokens, T <= max_completion_length, from the distribution at the temperature, nothing cut off."""
+        """[B, T] sampled tokens, T <= max_completion_length, from the whole distribution at the temperature."""
         settings = GenerationConfig(
             max_new_tokens=self.config.max_completion_length,
             do_sample=True,

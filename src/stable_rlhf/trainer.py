@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import yaml
@@ -34,7 +33,7 @@ from stable_rlhf.models import (
     resolve_device,
     wrap_policy,
 )
-from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts, load_prompts, prompt_text
+from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts
 from stable_rlhf.rollout import Sampler
 from stable_rlhf.scoring import RewardFunction, Scorer, resolve_reward
 
@@ -71,10 +70,10 @@ class SAFETrainer:
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: LoraConfig | None = None,
     ) -> None:
-        self.args = config = _with_model_name(args or Config(), model)
+        self.args = config = _as_given(args or Config(), model, reward_funcs, train_dataset)
         self.controller = make_controller(config.kl.controller, **config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
-        train_dataset, eval_dataset = _datasets(config, train_dataset, eval_dataset)
+        train_dataset, eval_dataset = evaluation.split_datasets(config, train_dataset, eval_dataset)
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -82,8 +81,7 @@ class SAFETrainer:
         self.processing_class = (
             prepare_tokenizer(processing_class) if processing_class else load_tokenizer(config.model)
         )
-        policy, low = load_policy(config.model, peft_config) if named else (_given(model, config, peft_config), False)
-        low = low or (not named and next(policy.parameters()).dtype == torch.bfloat16)
+        policy, low = load_policy(config.model, peft_config) if named else _given(model, config, peft_config)
         self.model = ActorCritic(policy, config.critic, autocast=low)
         self.scorer = _scorer(config, reward_funcs, reward_processing_classes, self.model.device)
         self.sampler = Sampler(
@@ -97,13 +95,14 @@ class SAFETrainer:
         self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
         self.stream = PromptStream(len(train_dataset), config.seed)
         self.optimizer = torch.optim.AdamW(optimize.optimizer_groups(self.model, config))
-        self.scheduler = make_scheduler(
-            config.optim.lr_scheduler_type, self.optimizer, config.optim.warmup_steps, config.max_steps
-        )
+        course = config.optim.lr_scheduler_type
+        course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
+        self.scheduler = make_scheduler(course, self.optimizer, config.optim.warmup_steps, config.max_steps)
         self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.step = 0
         self.episode = 0
         self._set_up_callbacks(callbacks)
+        self._random = checkpoint.random_state()  # where `train` begins, whatever is drawn until then
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -154,12 +153,13 @@ class SAFETrainer:
             "lr": learning_rates[0],
             "lr_critic": learning_rates[1],
         }
+        row["objective/rlhf_reward"] = row["objective/scores"] + row["objective/non_score_reward"]
         ended = time.perf_counter()
         length = int(rollout.tokens.mask.sum())
         timing |= {"update_s": ended - sampled, "total_s": ended - started, "tokens_per_s": length / (ended - started)}
         self.writer.write(row, {"step": step, **timing})
         if config.log.completions_steps and step % config.log.completions_steps == 0:
-            telemetry.write_completions(self.run_dir, step, _completion_rows(rollout, measured))
+            telemetry.write_completions(self.run_dir, step, optimize.completion_rows(rollout, measured))
         self.step += 1
         return row
 
@@ -168,7 +168,8 @@ class SAFETrainer:
         self.state.global_step = self.step
         self.state.epoch = self.episode / len(self.train_dataset)
         self.control = self.handler.on_step_end(self._arguments, self.state, self.control)
-        self.control = self.handler.on_log(self._arguments, self.state, self.control, dict(row))
+        known = {name: value for name, value in row.items() if value is not None}  # trackers warn of each None
+        self.control = self.handler.on_log(self._arguments, self.state, self.control, known)
         every = self.args.save_steps
         due = every > 0 and self.step % every == 0
         if due or self.control.should_save or self.step == self.args.max_steps or self.control.should_training_stop:
@@ -210,9 +211,14 @@ class SAFETrainer:
             if resume is True and not saved:
                 raise checkpoint.CheckpointError(f"{self.run_dir} has no checkpoint: start a new run")
             self.load_checkpoint(saved[-1] if resume is True else Path(resume))
+            if self.step > self.args.max_steps:
+                raise ConfigError(
+                    f"max_steps={self.args.max_steps}: the run has done {self.step} steps already; give that many or "
+                    "more, or resume from an older checkpoint"
+                )
+            checkpoint.forget_after(self.run_dir / "checkpoints", self.step)
             self.writer.truncate(self.step)
-            return
-        if (self.run_dir / "metrics.jsonl").exists():
+        elif (self.run_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"output_dir={str(self.run_dir)!r}: holds a run already; go on with it by `stable-rlhf resume "
                 f"{self.run_dir}`, or choose another folder"
@@ -220,8 +226,12 @@ class SAFETrainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         complete = {**self.args.to_dict(), "output_dir": str(self.run_dir)}
         complete["kl"]["settings"] = controller_settings(self.args.kl.controller, self.args.kl.settings)
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False))
-        self._evaluate_into("before")
+        (self.run_dir / "config.yaml").write_text(
+            yaml.safe_dump(complete, sort_keys=False)
+        )  # a resume may train longer
+        if not resume:
+            checkpoint.load_random_state(*self._random)
+            self._evaluate_into("before")
 
     def save_checkpoint(self) -> Path:
         """Everything that affects the future, in run_dir/checkpoints/step-<steps done>."""
@@ -309,50 +319,51 @@ class SAFETrainer:
         )
 
 
-def _given(model: Any, config: Config, peft_config: LoraConfig | None) -> Any:
-    """A model that came as an object, on its device, with the adapter that is asked for."""
+def _given(model: Any, config: Config, peft_config: LoraConfig | None) -> tuple[Any, bool]:
+    """As ``load_policy``, of a model that came as an object; ``model.dtype=auto`` is the object's own."""
     if config.model.device != "auto" or torch.cuda.is_available():
         model = model.to(resolve_device(config.model.device))
-    return wrap_policy(model, config.model, peft_config)
+    own, dtype = next(model.parameters()).dtype, config.model.dtype
+    low = own == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
+    model = wrap_policy(model if low or own == torch.float32 else model.float(), config.model, peft_config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # trained weights are float32: see load_policy
+            parameter.data = parameter.data.float()
+    return model, low
 
 
-def _with_model_name(config: Config, model: Any) -> Config:
-    """The settings with the model that is really trained, so that config.yaml tells the truth."""
+def _as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Config:
+    """The settings with what is really trained and rewarded, so that config.yaml tells the truth.
+
+    What is no name has none that could be loaded: `stable-rlhf resume` refuses it instead of taking another.
+    """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
+    given: dict[str, Any] = {"model": dataclasses.replace(config.model, name=name)}
+    if reward_funcs is not None:
+        functions = [_reward_name(function) for function in _listed(reward_funcs)]
+        given["reward"] = dataclasses.replace(config.reward, functions=functions)
+    if train is not None:
+        given["data"] = dataclasses.replace(config.data, train="<train_dataset>")
+    return dataclasses.replace(config, **given)
 
 
-def _datasets(config: Config, train: Any, evaluation: Any) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """(training prompts, held-out prompts or None); rows are held out of the training set where none are given."""
-    data, size = config.data, config.data.eval_size
-    from_config = train is None
-    if from_config:
-        train = load_prompts(data.train, format=data.format, split=data.split, limit=data.limit)
-    elif not isinstance(train, datasets.Dataset):
-        train = datasets.Dataset.from_list(list(train))
-    if evaluation is not None:
-        evaluation = (
-            evaluation if isinstance(evaluation, datasets.Dataset) else datasets.Dataset.from_list(list(evaluation))
-        )
-        return train, evaluation
-    if size == 0 or not from_config:
-        return train, None
-    if data.eval is not None or data.train == "builtin":
-        source = "builtin" if data.eval is None else data.eval
-        return train, load_prompts(source, format=data.format, split=data.eval_split, limit=size)
-    if len(train) <= size:
-        raise ConfigError(
-            f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval"
-        )
-    parts = train.train_test_split(test_size=size, seed=config.seed)
-    return parts["train"], parts["test"]
+def _reward_name(function: Any) -> str:
+    if isinstance(function, str):
+        return function
+    if isinstance(function, torch.nn.Module):
+        return getattr(getattr(function, "config", None), "_name_or_path", "") or f"<{type(function).__name__}>"
+    own = function if hasattr(function, "__qualname__") else type(function)
+    return f"{own.__module__}:{own.__qualname__}"
+
+
+def _listed(reward_funcs: Any) -> list[Any]:
+    one = isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence)
+    return [reward_funcs] if one else list(reward_funcs)
 
 
 def _scorer(config: Config, reward_funcs: Any, tokenizers: Sequence[Any] | None, device: torch.device) -> Scorer:
-    specs = config.reward.functions if reward_funcs is None else reward_funcs
-    if isinstance(specs, str) or not isinstance(specs, Sequence):
-        specs = [specs]
+    specs = _listed(config.reward.functions if reward_funcs is None else reward_funcs)
     tokenizers = tokenizers or [None] * len(specs)
     if len(tokenizers) != len(specs):
         raise ConfigError(f"reward_processing_classes has {len(tokenizers)} entries for {len(specs)} reward_funcs")
@@ -372,17 +383,6 @@ def _scorer(config: Config, reward_funcs: Any, tokenizers: Sequence[Any] | None,
 def _decision_metrics(decision: Decision) -> dict[str, Any]:
     fields = dataclasses.asdict(decision)
     return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in telemetry.METRICS}
-
-
-def _completion_rows(rollout: Any, measured: optimize.Measured) -> list[dict[str, Any]]:
-    kl = ((measured.logp - measured.ref_logp) * measured.tokens.mask).sum(1).tolist()
-    lengths = rollout.tokens.mask.sum(1).tolist()
-    return [
-        {"prompt": prompt_text(prompt), "completion": completion, "score": score, "length": length, "kl": k}
-        for prompt, completion, score, length, k in zip(
-            rollout.prompts, rollout.completions, rollout.scores, lengths, kl, strict=True
-        )
-    ]
 
 
 def _console(config: Config) -> Any:

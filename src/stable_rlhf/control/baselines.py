@@ -96,8 +96,8 @@ class AdaptiveSettings:
     with."""
     horizon: float = setting(16.0, above=0.2)
     """Rollouts in which the coefficient changes by at most 22 % (e^0.2: the error is clipped). Ziegler et al. count
-    prompts: their horizon is this times the batch size. Their 10,000 moves the coefficient by 18 % in a run of 160 steps
-    of 64 prompts; 16 rollouts are 1,000 prompts. Above 0.2, or one step could take the coefficient to 0."""
+    prompts: their horizon is this times the batch size. Their 10,000 moves the coefficient by 18 % in a run of 160
+    steps of 64 prompts; 16 rollouts are 1,000 prompts. Above 0.2, or one step could take the coefficient to 0."""
 
     def __post_init__(self) -> None:
         check_settings(self)

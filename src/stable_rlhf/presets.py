@@ -1,0 +1,47 @@
+"""The presets: what each changes in the defaults of config.py, which are ``safe``."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+_PPO: dict[str, Any] = {
+    "critic": {"heads": 1, "loss": "mse", "clip_reduction": "max", "bootstrap": "online"},
+    "reward": {"normalise": "none"},
+}
+"""PPO as Ouyang et al. (2022) and TRL had it: one value head, squared error, clipped by the maximum, rewards as they
+come."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "safe": {},
+    "paper": {
+        "critic": {"bootstrap": "mixed", "regress": "soft_min"},
+        "reward": {"normalise": "paper"},
+        "kl": {"controller": "paper", "in_reward": False, "in_loss": "k2"},
+        "optim": {"entropy_coef": 0.01},
+    },
+    "ppo": {**_PPO, "kl": {"controller": "fixed", "settings": {"beta": 0.05}}},
+    "ppo-adaptive": {**_PPO, "kl": {"controller": "adaptive"}},
+    "ppo-nokl": {**_PPO, "kl": {"controller": "none", "in_reward": False}},
+    "asymmetric": {**_PPO, "kl": {"controller": "asymmetric", "in_reward": False, "in_loss": "k2"}},
+    # Ablations: each takes one layer out of `safe`.
+    "safe-single-critic": {"critic": {"heads": 1}},
+    "safe-no-regulation": {"kl": {"controller": "none", "in_reward": False}},
+    "safe-no-gate": {"kl": {"settings": {"gate_on": False}}},
+    "safe-no-threshold": {"kl": {"settings": {"threshold_on": False}}},
+}
+"""Section -> field -> value, by the preset's name; ``kl.settings`` holds what changes in the controller's defaults."""
+
+
+def preset_section(preset: str, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a section that the preset or the caller sets; the caller's win.
+
+    The preset's kl.settings are of its own controller: those not given stay with it, and none goes to another one.
+    """
+    base = copy.deepcopy(PRESETS[preset].get(name, {}))
+    merged = {**base, **copy.deepcopy(given)}
+    if name == "kl" and isinstance(merged.get("settings"), dict):
+        own = base.get("controller", "safe")  # the default of kl.controller
+        kept = base.get("settings", {}) if merged.get("controller", own) == own else {}
+        merged["settings"] = {**kept, **given.get("settings", {})}
+    return merged

@@ -1,0 +1,163 @@
+"""What docs/, README.md and benchmarks/README.md say of the package is so: names, defaults, files, commands."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stable_rlhf.cli import load_config
+from stable_rlhf.config import PRESETS, SECTIONS, Config
+from stable_rlhf.control import CONTROLLERS, controller_settings, paper, safe
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "stable_rlhf"
+DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "benchmarks/README.md"])
+# The log tells what was typed on a day; its settings may have gone since. Its links may not.
+OF_TODAY = [path for path in DOCUMENTS if path.name != "LOG.md"]
+ALGORITHM = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+FILES = (".safetensors", ".json", ".jsonl", ".py", ".md", ".yaml")
+
+
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def code(path: Path) -> list[str]:
+    """Every code span, and every line of every code block (joined where a backslash ends it)."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text(path), flags=re.DOTALL)
+    indented = re.findall(r"^    (\S.*)$", text(path), flags=re.MULTILINE)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text(path), flags=re.DOTALL))
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [*lines, *indented, *spans]
+
+
+def rows(table: str) -> list[list[str]]:
+    """Cells of a Markdown table's rows, without heading and rule."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")][1:]
+
+
+def section(heading: str, level: str) -> str:
+    """What stands below a heading of algorithm.md, up to the next of its level or above."""
+    end = rf"(?=^#{{2,{len(level)}}} |\Z)"
+    found = re.search(rf"^{level} {re.escape(heading)}\n(.*?){end}", ALGORITHM, re.DOTALL | re.MULTILINE)
+    assert found is not None, heading
+    return found[1]
+
+
+# --- settings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_the_table_of_a_controllers_settings_is_its_settings(name: str) -> None:
+    """Names, order, defaults and their types; unit and meaning of each."""
+    tables = [rows(part) for part in section(f"`{name}`", "###").split("\n\n") if part.startswith("| setting |")]
+    shown = tables[0] if tables else []
+    documented = [(cells[0].strip("`"), ast.literal_eval(cells[1])) for cells in shown]
+    assert [(k, repr(v)) for k, v in documented] == [(k, repr(v)) for k, v in controller_settings(name, {}).items()]
+    assert all(len(cells) == 4 and all(cells) for cells in shown)
+
+
+def test_every_controller_has_a_section_and_no_section_is_of_another() -> None:
+    assert sorted(re.findall(r"^### `(\w+)`$", ALGORITHM, flags=re.MULTILINE)) == sorted(CONTROLLERS)
+
+
+def test_defaults_that_the_text_gives_are_the_defaults() -> None:
+    given = re.findall(r"`(\w+)\.(\w+)` = (-?[\d.]+\d|\d)", ALGORITHM.split("\n## Presets\n")[0])
+    assert len(given) >= 8
+    for name, field, value in given:
+        assert getattr(getattr(Config(), name), field) == float(value), f"{name}.{field}"
+
+
+def test_every_section_and_field_that_is_named_exists() -> None:
+    names = "|".join(SECTIONS)
+    known = {f"{name}.{field.name}" for name, part in SECTIONS.items() for field in dataclasses.fields(part)}
+    for path in OF_TODAY:
+        spans = " ".join(code(path))
+        mentioned = set(re.findall(rf"(?<![\w./])(?:--)?((?:{names})\.[a-z_]\w*)", spans))
+        assert sorted(name for name in mentioned - known if not name.endswith(FILES)) == [], path.name
+
+
+def test_every_command_to_train_that_is_shown_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    commands = [span for path in OF_TODAY for span in code(path) if re.search(r"(^|/)stable-rlhf train(?: |$)", span)]
+    assert len(commands) >= 3
+    for command in commands:
+        arguments = shlex.split(command.split("stable-rlhf train")[1], comments=True)
+        assert isinstance(load_config(arguments), Config), command
+
+
+def test_every_preset_that_is_named_exists_and_all_are_listed() -> None:
+    for path in OF_TODAY:
+        whole = text(path)
+        named = set(re.findall(r"--preset (\w[\w-]*)|^preset: (\S+)|from_preset\(\"([^\"]+)\"", whole, re.MULTILINE))
+        spans = re.findall(r"`((?:safe|ppo)-[\w-]+)`", whole)
+        assert {name for found in named for name in found if name} | set(spans) <= set(PRESETS), path.name
+    assert [cells[0].strip("`") for cells in rows(section("Presets", "##"))] == list(PRESETS)
+    readme = text(ROOT / "README.md").split("## Presets\n")[1].split("\n## ")[0]
+    assert {name for cells in rows(readme) for name in re.findall(r"`([^`]+)`", cells[0])} == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_table_of_presets_says_what_they_set(preset: str) -> None:
+    (cells,) = [cells for cells in rows(section("Presets", "##")) if cells[0] == f"`{preset}`"]
+    _, critic, rewards, kl, other = cells
+    config = Config(preset=preset)
+    assert critic.startswith({1: "one head", 2: "two heads"}[config.critic.heads])
+    assert rewards == f"`{config.reward.normalise}`"
+    place = ", in the reward" if config.kl.in_reward else f", in the loss (`{config.kl.in_loss}`)"
+    assert kl == f"`{config.kl.controller}`" + ("" if config.kl.controller == "none" else place)
+    changed: dict[str, Any] = {k: v for k, v in config.kl.settings.items() if v != defaults(config)[k]}
+    shown = [f"`{name}` {value}" for name, value in changed.items()]
+    if config.optim.entropy_coef:
+        shown.append(f"`optim.entropy_coef` = {config.optim.entropy_coef}")
+    assert other == "; ".join(shown)
+
+
+def defaults(config: Config) -> dict[str, Any]:
+    return controller_settings(config.kl.controller, {})
+
+
+def test_the_factors_of_the_phases_are_those_of_the_controllers() -> None:
+    own = {cells[0]: float(cells[2]) for cells in rows(section("`safe`", "###")) if cells[0].isupper()}
+    assert own == {phase.value: factor for phase, factor in safe.MULTIPLE.items()}
+    published = dict(re.findall(r"\b([A-Z]+) \u00d7 ([\d.]+\d)", section("`paper`", "###")))
+    assert {name: float(factor) for name, factor in published.items()} == {
+        phase.value: factor for phase, factor in paper.MULTIPLIER.items()
+    }
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, PACKAGE / "assets" / "README.md"], ids=lambda path: path.name)
+def test_every_relative_link_leads_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", text(path))
+    relative = [target.split("#")[0] for target in targets if not re.match(r"\w+:|#", target)]
+    assert [target for target in relative if not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_of_the_repository_that_is_named_exists(path: Path) -> None:
+    folders = "docs|tests|benchmarks|scripts|configs|src"
+    named = {m for span in code(path) for m in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", span)}
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
+def test_every_function_that_is_named_with_its_file_is_there() -> None:
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", ALGORITHM)
+    assert len(named) > 15
+    for file, function in named:
+        body: list[Any] = ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body
+        for part in function.split("."):
+            found = [node for node in body if getattr(node, "name", None) == part]
+            assert found, f"{file}:{function}"
+            body = found[0].body
+    files = set(re.findall(r"`((?:control/|ops/)?\w+\.py)`", ALGORITHM))
+    assert sorted(file for file in files if not (PACKAGE / file).is_file()) == []

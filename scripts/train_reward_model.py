@@ -218,7 +218,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", default="Anthropic/hh-rlhf", help="file (.jsonl, .jsonl.gz, .json, .csv, .parquet) or hub data set")
-    add("--data-dir", default=None, help="part of a hub data set (harmless-base for the default data)")
+    add("--data-dir", default=None, help="part of a hub data set, such as harmless-base")
     add("--split", default="train", help="split of a hub data set; a file is one split")
     add("--format", choices=["hh", "pairs"], default="hh", help="hh: whole dialogues; pairs: prompt, chosen, rejected")
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="language model: hub name or folder")
@@ -233,8 +233,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=32, help="pairs a step")
     add("--lora-r", type=int, default=0, help="rank of LoRA adapters; 0 trains all weights")
     options = parser.parse_args(arguments)
-    if options.data == parser.get_default("data") and options.data_dir is None:
-        options.data_dir = "harmless-base"  # the data set's root mixes four kinds of pairs
     if not 0 < options.eval_fraction < 1:
         parser.error(f"--eval-fraction is {options.eval_fraction}; it must be between 0 and 1")
     if options.limit is not None and options.limit < 2:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stable_rlhf import SAFETrainer
 from stable_rlhf.config import ConfigError, CriticConfig, ModelConfig
 from stable_rlhf.models import ActorCritic, check_lm_head, load_policy, load_tokenizer, positions, wrap_policy
 from stable_rlhf.records import Tokens
@@ -208,3 +209,48 @@ def test_positions_count_tokens_not_padding() -> None:
 def test_a_peft_model_is_taken_as_it_is(llama: LlamaForCausalLM) -> None:
     adapted = lora(llama)
     assert wrap_policy(adapted, ModelConfig(lora_r=8)) is adapted
+
+
+def test_an_adapter_folder_is_refused_instead_of_being_frozen_or_replaced(
+    tiny_folder: Path, llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    llama.config._name_or_path = str(tiny_folder)
+    adapted = get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny_folder)
+    adapted.save_pretrained(tmp_path)
+    for rank in (0, 4):
+        with pytest.raises(ConfigError, match="is an adapter, which would stay frozen"):
+            load_policy(ModelConfig(name=str(tmp_path), lora_r=rank, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["q_proj"], "bias": "all"}, "trains biases"),
+        ({"target_modules": ["lm_head"]}, "the adapter is on the LM head"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_that_the_forward_or_the_reference_would_pass_over_is_refused(
+    llama: LlamaForCausalLM, settings: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        wrap_policy(llama, ModelConfig(), LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+
+
+def test_a_frozen_adapter_is_refused(llama: LlamaForCausalLM) -> None:
+    adapted = lora(llama).requires_grad_(False)
+    with pytest.raises(ConfigError, match="no weight of the policy is trainable"):
+        wrap_policy(adapted, ModelConfig())
+
+
+def test_another_kind_of_adapter_is_refused_by_name(llama: LlamaForCausalLM) -> None:
+    prompt_tuning = get_peft_model(llama, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ConfigError, match="PROMPT_TUNING: the forward runs the layers, where only LoRA acts"):
+        wrap_policy(prompt_tuning, ModelConfig())
+
+
+def test_many_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2: this release trains in one process"):
+        SAFETrainer("builtin")

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from stable_rlhf import Config, ConfigError, RewardError, SAFETrainer
 from stable_rlhf.checkpoint import CheckpointError
@@ -261,3 +262,79 @@ def test_a_run_made_of_objects_is_not_resumed_by_name_with_something_else(tokeni
     assert written["reward"]["functions"] == ["tests.runs:letters"]
     assert written["data"]["train"] == "<train_dataset>"
     assert written["model"]["name"] == "LlamaForCausalLM"
+
+
+def test_a_longer_run_is_not_final_until_it_is(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Extended and stopped on the way, it has neither the shorter run's model nor its evaluation for its own."""
+    data = [{"prompt": text} for text in PROMPTS[:3]]
+    short = settings(tmp_path, max_steps=2)
+    trainer(short, tokenizer, eval_dataset=data).train()
+    before = json.loads((tmp_path / "evaluation.json").read_text())
+
+    class Killed(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            raise KeyboardInterrupt
+
+    longer = trainer(settings(tmp_path, max_steps=4), tokenizer, eval_dataset=data, callbacks=[Killed()])
+    with pytest.raises(KeyboardInterrupt):
+        longer.train(resume_from_checkpoint=True)
+    known = json.loads((tmp_path / "evaluation.json").read_text())
+    assert not (tmp_path / "final").exists()
+    assert known["before"] == before["before"]
+    assert "after" not in known
+    assert set(known["samples"][0]) == {"prompt", "before", "reward_before"}
+    after = trainer(settings(tmp_path, max_steps=4), tokenizer, eval_dataset=data).train(resume_from_checkpoint=True)
+    assert after["after"] != before["after"]
+    assert (tmp_path / "final" / "model.safetensors").is_file()
+
+
+def test_a_longer_linear_schedule_is_that_of_the_longer_run(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    optim = {"lr_scheduler_type": "linear", "learning_rate": 0.006}
+    trainer(settings(tmp_path, max_steps=3, optim=optim), tokenizer).train()
+    trainer(settings(tmp_path, max_steps=6, optim=optim), tokenizer).train(resume_from_checkpoint=True)
+    expected = [0.006, 0.004, 0.002, 0.003, 0.002, 0.001]
+    assert [row["lr"] for row in rows(tmp_path)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_update_that_was_interrupted_leaves_no_gradient_behind(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trainer(settings(tmp_path / "whole"), tokenizer)
+    whole.train()
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 10:  # 4 updates a step: in the third step, after the checkpoint of the second
+            raise KeyboardInterrupt
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    parts = trainer(settings(tmp_path / "parts"), tokenizer)  # its scheduler wraps the step that it finds
+    with pytest.raises(KeyboardInterrupt):
+        parts.train()
+    parts.train(resume_from_checkpoint=True)
+    assert metrics(parts.args) == metrics(whole.args)
+
+
+def test_a_checkpoint_of_another_folder_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    trainer(settings(tmp_path / "one", max_steps=2), tokenizer).train()
+    other = trainer(settings(tmp_path / "two", max_steps=4), tokenizer)
+    with pytest.raises(ConfigError, match="set output_dir to the run that it belongs to"):
+        other.train(resume_from_checkpoint=tmp_path / "one" / "checkpoints" / "step-000002")
+
+
+def test_a_callback_with_a_state_goes_on_counting(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    class Counts(TrainerCallback, ExportableState):
+        seen = 0
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            self.seen += 1
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"seen": self.seen}}
+
+    trainer(settings(tmp_path, max_steps=2), tokenizer, callbacks=[Counts()]).train()
+    counter = Counts()
+    trainer(settings(tmp_path, max_steps=3), tokenizer, callbacks=[counter]).train(resume_from_checkpoint=True)
+    assert counter.seen == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stable_rlhf.config import CriticConfig, RolloutConfig
@@ -102,3 +103,14 @@ def test_a_rollout_carries_prompts_completions_columns_and_scores_in_order(
     for row, text in enumerate(rollout.completions):
         kept = rollout.tokens.response[row][rollout.tokens.mask[row]]
         assert text == tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def test_a_completion_keeps_the_space_that_it_begins_with_under_a_sentencepiece_like_tokenizer() -> None:
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "▁the": 2, "▁soup": 3, "▁was": 4, "▁good": 5}, "<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
+    prompt, mask = torch.tensor([[0, 2, 3], [2, 3, 4]]), torch.tensor([[False, True, True], [True, True, True]])
+    response, kept = torch.tensor([[4, 5, 1], [5, 1, 0]]), torch.tensor([[True, True, True], [True, True, False]])
+    assert tokenizer.decode([4, 5]) == "was good"  # decoded alone the space is lost
+    assert make_sampler(tokenizer).decode(prompt, mask, response, kept) == [" was good", " good"]

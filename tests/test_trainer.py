@@ -150,7 +150,9 @@ def test_scaling_and_shifting_the_reward_changes_nothing_but_its_own_figures(tok
     def tenfold(prompts, completions, **columns):
         return [10 * score + 5 for score in letters(prompts, completions)]
 
-    own = {"objective/scores", "objective/scores_std", "objective/rlhf_reward", "safe/reward_mean", "safe/reward_std"}
+    own = {"objective/scores", "objective/scores_std", "objective/rlhf_reward", "objective/non_score_reward"}
+    own |= {"safe/reward_mean", "safe/reward_std"}
+    factor = {scaled: 8, tenfold: 10}
     runs = {
         function: rows(finished(settings(tmp_path / function.__name__, max_steps=3), tokenizer, function).run_dir)
         for function in (letters, scaled, tenfold)
@@ -163,6 +165,9 @@ def test_scaling_and_shifting_the_reward_changes_nothing_but_its_own_figures(tok
                 expected = plain[name] if isinstance(plain[name], str | None) else pytest.approx(plain[name], abs=1e-4)
                 assert other[name] == expected, name
             assert other["objective/scores"] != plain["objective/scores"]
+            penalty = factor[function] * plain["objective/non_score_reward"]
+            assert other["objective/non_score_reward"] == pytest.approx(penalty, rel=1e-3, abs=1e-6)
+            assert other["objective/rlhf_reward"] == pytest.approx(other["objective/scores"] + penalty, rel=1e-3)
 
 
 def test_evaluation_changes_no_row_and_is_on_prompts_that_are_not_trained_on(tokenizer, tmp_path: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import LlamaForSequenceClassification, TrainerCallback
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
 
-from stable_rlhf import ConfigError
+from stable_rlhf import ConfigError, SAFETrainer
+from stable_rlhf.evaluation import split_datasets
+from stable_rlhf.optimize import DivergenceError
 from tests.runs import PROMPTS, finished, letters, lora, policy, rows, settings, trainer
 
 CHAT_TEMPLATE = (
@@ -47,7 +51,7 @@ def test_two_rewards_are_weighted_and_reported_apart(tokenizer, tmp_path: Path) 
     def one(prompts, completions, **columns):
         return [1.0] * len(prompts)
 
-    config = settings(tmp_path / "run", max_steps=1, reward={"functions": ["a", "b"], "weights": [2.0, -3.0]})
+    config = settings(tmp_path / "run", max_steps=1, reward={"weights": [2.0, -3.0]})
     (row,) = rows(finished(config, tokenizer, [letters, one]).run_dir)
     assert row["rewards/one/mean"] == 1.0
     assert row["objective/scores"] == pytest.approx(2 * row["rewards/letters/mean"] - 3)
@@ -149,3 +153,52 @@ def test_pushing_uploads_policy_and_tokenizer(tokenizer, tmp_path: Path, monkeyp
     assert sorted(pushed, key=str) == sorted(
         ((owner, "me/mine", {"private": True}) for owner in (type(run.model.policy), type(tokenizer))), key=str
     )
+
+
+def test_rows_keep_every_column_that_any_of_them_has(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def labelled(prompts, completions, label):
+        seen.extend(zip(prompts, label, strict=True))
+        return letters(prompts, completions)
+
+    data = [{"prompt": "a"}, {"prompt": "b", "label": 1}]
+    config = settings(tmp_path / "run", max_steps=1, rollout={"batch_size": 2}, optim={"num_mini_batches": 1})
+    trainer(config, tokenizer, labelled, train_dataset=data).train()
+    assert set(seen) == {("a", None), ("b", 1)}
+
+
+def test_a_weight_too_many_is_named_before_anything_loads(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", reward={"weights": [1.0, 2.0]})
+    with pytest.raises(ConfigError, match=r"reward\.weights=\[1\.0, 2\.0\]: give one weight for each of the 1 rewards"):
+        SAFETrainer("no such model", letters, config)
+
+
+def test_a_policy_that_diverges_stops_with_the_step_and_the_remedy(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+            if state.global_step == 3:
+                with torch.no_grad():
+                    model.model.norm.weight.fill_(1e30)
+
+    made = trainer(settings(tmp_path / "run"), tokenizer, callbacks=[Breaks()])
+    with pytest.raises(DivergenceError, match=r"step 3: .* is (nan|inf).*lower optim\.learning_rate"):
+        made.train()
+    assert [row["step"] for row in rows(made.run_dir)] == [0, 1, 2]
+    assert (made.run_dir / "checkpoints" / "step-000002").is_dir()
+
+
+def test_no_held_out_conversation_is_trained_on_at_another_length(tokenizer, tmp_path: Path) -> None:
+    turns = [[{"role": "user", "content": f"question {i // 2}"}] for i in range(20)]
+    for i in range(1, 20, 2):
+        turns[i] = [*turns[i], {"role": "assistant", "content": "so"}, {"role": "user", "content": "and?"}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in turns))
+    config = settings(tmp_path / "run", data={"train": str(file), "eval_size": 4})
+    train, held_out = split_datasets(config, None, None)
+    assert len(held_out) == 4
+    began = {prompt[0]["content"] for prompt in held_out["prompt"]}
+    assert began.isdisjoint(prompt[0]["content"] for prompt in train["prompt"])
+    assert len(train) == 20 - 2 * len(began)

@@ -253,6 +253,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     from transformers.utils import logging  # torch and transformers load only when the settings are good
 
     from stable_rlhf.checkpoint import CheckpointError
+    from stable_rlhf.optimize import DivergenceError
     from stable_rlhf.prompts import PromptError
     from stable_rlhf.report import write_report
     from stable_rlhf.scoring import RewardError
@@ -285,7 +286,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         if isinstance(error, ConfigError) or resume is None or trainer.step > 0:
             raise
         raise ConfigError(str(error)) from error  # a saved state does not fit config.yaml, which somebody changed
-    except RewardError as error:
+    except (RewardError, DivergenceError) as error:
         return _say(error, 1)
     except KeyboardInterrupt:
         saved = _last_step(run)

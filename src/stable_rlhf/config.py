@@ -109,7 +109,7 @@ class RewardConfig:
     functions: list[str] = dataclasses.field(default_factory=lambda: ["builtin"])
     """Each is ``builtin``, ``package.module:function``, or a folder or hub name of a sequence-classification model."""
     weights: list[float] | None = None
-    """One weight a function; None weighs all 1."""
+    """One weight a function (the trainer counts: functions may come as objects); None weighs all 1."""
     missing_eos_penalty: float | None = None
     """Subtracted from the reward (scorer's units) of a completion that did not end within max_completion_length; None
     subtracts nothing."""
@@ -125,8 +125,6 @@ class RewardConfig:
         check_types("reward", self)
         require(len(self.functions) > 0, "reward.functions", self.functions, "name at least one reward")
         if self.weights is not None:
-            remedy = f"give one weight for each of the {len(self.functions)} reward.functions"
-            require(len(self.weights) == len(self.functions), "reward.weights", self.weights, remedy)
             remedy = "nothing would be rewarded: give at least one weight other than 0"
             require(any(self.weights), "reward.weights", self.weights, remedy)
         if self.missing_eos_penalty is not None:

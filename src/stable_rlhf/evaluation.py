@@ -34,17 +34,12 @@ def split_datasets(config: Config, train: Any, evaluation: Any) -> tuple[dataset
     held out of the training set if no other are named. Raises ConfigError when the training set is too small for that.
     """
     data, size = config.data, config.data.eval_size
-    from_config = train is None
-    if from_config:
-        train = load_prompts(data.train, format=data.format, split=data.split, limit=data.limit)
-    elif not isinstance(train, datasets.Dataset):
-        train = datasets.Dataset.from_list(list(train))
+    if train is not None:
+        return _as_dataset(train), None if evaluation is None else _as_dataset(evaluation)
+    train = load_prompts(data.train, format=data.format, split=data.split, limit=data.limit)
     if evaluation is not None:
-        evaluation = (
-            evaluation if isinstance(evaluation, datasets.Dataset) else datasets.Dataset.from_list(list(evaluation))
-        )
-        return train, evaluation
-    if size == 0 or not from_config:
+        return train, _as_dataset(evaluation)
+    if size == 0:
         return train, None
     if data.eval is not None or data.train == "builtin":
         source = "builtin" if data.eval is None else data.eval
@@ -53,8 +48,29 @@ def split_datasets(config: Config, train: Any, evaluation: Any) -> tuple[dataset
         raise ConfigError(
             f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval"
         )
-    parts = train.train_test_split(test_size=size, seed=config.seed)
-    return parts["train"], parts["test"]
+    held_out = train.train_test_split(test_size=size, seed=config.seed)["test"]
+    # Data sets hold one conversation at several lengths, and prompts twice: none of a held-out one is trained on.
+    begun = {_beginning(prompt) for prompt in held_out["prompt"]}
+    kept = [row for row, prompt in enumerate(train["prompt"]) if _beginning(prompt) not in begun]
+    if not kept:
+        raise ConfigError(f"data.eval_size={size}: no training prompt begins otherwise than those held out; lower it")
+    return train.select(kept), held_out
+
+
+def _beginning(prompt: Any) -> str:
+    """What tells conversations apart: the first thing that the user says."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((message["content"] for message in prompt if message["role"] == "user"), prompt[0]["content"])
+
+
+def _as_dataset(rows: Any) -> datasets.Dataset:
+    """A data set as it is; a list of rows with every column that any row has."""
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    rows = list(rows)
+    columns = {name: None for row in rows for name in row}  # a dict keeps the order of first appearance
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
 
 
 def evaluate(
@@ -96,6 +112,15 @@ def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: 
     known["samples"] = kept
     (run_dir / "evaluation.json").write_text(json.dumps(known, indent=1))
     return known
+
+
+def forget_after(run_dir: Path) -> None:
+    """Takes ``after`` out of run_dir/evaluation.json: the run goes on, so its end is not measured yet."""
+    known = read(run_dir)
+    if known.pop("after", None) is not None:
+        for sample in known["samples"]:
+            del sample["after"], sample["reward_after"]
+        (run_dir / "evaluation.json").write_text(json.dumps(known, indent=1))
 
 
 def read(run_dir: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -76,6 +78,7 @@ class ActorCritic(nn.Module):
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
         self.peft = isinstance(policy, PeftModel)
         # A list hides the copy from state dicts, optimisers and wrappers: it never changes.
+        self._policy_parameters = [p for p in policy.parameters() if p.requires_grad]
         self._reference = [] if self.peft else [copy.deepcopy(policy).requires_grad_(False).eval()]
         self.eval()
 
@@ -169,7 +172,7 @@ class ActorCritic(nn.Module):
                 layer.training = False
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.policy.parameters() if p.requires_grad]
+        return self._policy_parameters
 
     def critic_parameters(self) -> list[nn.Parameter]:
         return list(self.heads.parameters())
@@ -205,7 +208,7 @@ class ActorCritic(nn.Module):
         digest = hashlib.sha256()
         with self.reference() as model:
             for name, parameter in sorted(causal_lm(model).named_parameters()):
-                if "lora_" not in name:
+                if "lora_" not in name and ".modules_to_save." not in name:
                     values = parameter.detach().flatten()
                     sample = values[:: max(1, len(values) // 1024)].float().cpu()  # 1,024 a tensor: fast at any size
                     digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
@@ -219,6 +222,12 @@ def positions(mask: Tensor) -> Tensor:
 
 def causal_lm(policy: Any) -> Any:
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def refuse_many_processes() -> None:
+    """Raises ConfigError under a launcher: the processes would train a policy each, in one run folder."""
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(f"WORLD_SIZE={size}: this release trains in one process; start it without a launcher")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -254,9 +263,7 @@ def load_policy(config: ModelConfig, peft_config: LoraConfig | None = None) -> t
     # Weights that are trained stay float32: bfloat16 has 8 bits of mantissa, and a step of 1e-5 would round away.
     dtype = torch.bfloat16 if low and adapter else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
-    if (
-        config.gguf_file is not None
-    ):  # dequantised on loading, but it still calls itself quantised and refuses to be saved
+    if config.gguf_file is not None:  # dequantised on loading, but it still calls itself quantised: no saving then
         model.hf_quantizer = None
         model.is_quantized = False
         model.config.__dict__.pop("quantization_config", None)
@@ -266,8 +273,13 @@ def load_policy(config: ModelConfig, peft_config: LoraConfig | None = None) -> t
 def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> Any:
     """The model with the adapter that the settings or ``peft_config`` ask for; checked to be one we can train."""
     check_lm_head(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"model.name={config.name!r}: is an adapter, which would stay frozen under a new one; merge it "
+            "(merge_and_unload, save_pretrained) and name the merged folder, or pass a PeftModel with is_trainable=True"
+        )
     if isinstance(model, PeftModel):
-        return model
+        return check_adapter(model)
     if peft_config is None and config.lora_r > 0:
         peft_config = LoraConfig(
             r=config.lora_r,
@@ -276,7 +288,35 @@ def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None 
             target_modules=config.lora_target_modules or "all-linear",
             task_type="CAUSAL_LM",
         )
-    return model if peft_config is None else get_peft_model(model, peft_config)
+    return model if peft_config is None else check_adapter(get_peft_model(model, peft_config))
+
+
+def given_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
+    """As ``load_policy``, of a model that came as an object; ``model.dtype=auto`` is the object's own."""
+    if config.device != "auto" or torch.cuda.is_available():
+        model = model.to(resolve_device(config.device))
+    own = next(model.parameters()).dtype
+    low = own == torch.bfloat16 if config.dtype == "auto" else config.dtype == "bfloat16"
+    model = wrap_policy(model if low or own == torch.float32 else model.float(), config, peft_config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # trained weights are float32: see load_policy
+            parameter.data = parameter.data.float()
+    return model, low
+
+
+def check_adapter(model: PeftModel) -> PeftModel:
+    """Raises ConfigError for an adapter that would not train, or whose "off" would not be the reference."""
+    for name, adapter in model.peft_config.items():
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        if kind != "LORA":
+            raise ConfigError(f"the adapter {name!r} is {kind}: the forward runs the layers, where only LoRA acts")
+        if (bias := getattr(adapter, "bias", "none")) != "none":
+            raise ConfigError(f"the adapter {name!r} trains biases (bias={bias!r}), which stay on in the reference")
+    if isinstance(causal_lm(model).get_output_embeddings(), LoraLayer):
+        raise ConfigError("the adapter is on the LM head, whose weight the chunked head reads without it: leave it out")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("no weight of the policy is trainable: load the adapter with is_trainable=True")
+    return model
 
 
 @torch.no_grad()
@@ -293,8 +333,8 @@ def check_lm_head(model: Any) -> None:
     tolerance = HEAD_TOLERANCE if own.dtype == torch.float32 else 100 * HEAD_TOLERANCE
     if not difference < tolerance:
         raise ConfigError(
-            f"{type(lm).__name__}: its logits differ from hidden @ lm_head.weight by {difference:.2g} nats (a bias, a scale "
-            "or a soft cap on the logits), which the chunked LM head does not compute; choose another model"
+            f"{type(lm).__name__}: its logits differ from hidden @ lm_head.weight by {difference:.2g} nats (a bias, a "
+            "scale or a soft cap on the logits), which the chunked LM head does not compute; choose another model"
         )
 
 

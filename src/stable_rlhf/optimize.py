@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,10 @@ from stable_rlhf.ops.masked import distinct_n, masked_mean, masked_sum, whiten
 from stable_rlhf.ops.objective import approx_kl, explained_variance, kl_estimate, kl_penalty, ppo_clip_loss, value_loss
 from stable_rlhf.prompts import prompt_text
 from stable_rlhf.records import Batch, Rollout, StepStats, Tokens
+
+
+class DivergenceError(ArithmeticError):
+    """A figure of the policy or of its update is not finite. What is on disk is from before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +95,20 @@ def observe(step: int, rollout: Rollout, measured: Measured) -> Observation:
     """What the controller is given: mean reward of the valid rows, mean k1 and mean entropy over response tokens."""
     scores = [score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid]
     mask = measured.tokens.mask
-    return Observation(
-        step=step,
-        reward=sum(scores) / len(scores),
-        kl=masked_mean((measured.logp - measured.ref_logp).double(), mask).item(),
-        entropy=masked_mean(measured.entropy.double(), mask).item(),
-    )
+    kl = masked_mean((measured.logp - measured.ref_logp).double(), mask).item()
+    entropy = masked_mean(measured.entropy.double(), mask).item()
+    check_finite(step, {"objective/kl": kl, "objective/entropy": entropy})
+    return Observation(step=step, reward=sum(scores) / len(scores), kl=kl, entropy=entropy)
+
+
+def check_finite(step: int, figures: Mapping[str, float | None]) -> None:
+    """Raises DivergenceError, with the step, the figure and the remedy, for the first that is NaN or infinite."""
+    for name, figure in figures.items():
+        if figure is not None and not math.isfinite(figure):
+            raise DivergenceError(
+                f"step {step}: {name} is {figure}, so the policy has diverged and the step is not recorded; resume "
+                "from the last checkpoint, or start anew with a lower optim.learning_rate"
+            )
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ from typing import Any
 _PPO: dict[str, Any] = {
     "critic": {"heads": 1, "loss": "mse", "clip_reduction": "max", "bootstrap": "online"},
     "reward": {"normalise": "none"},
+    "optim": {"whiten_floor": 1e-4},
 }
 """PPO as Ouyang et al. (2022) and TRL had it: one value head, squared error, clipped by the maximum, rewards as they
-come."""
+come, advantages whitened whatever their size (1e-4 is TRL's 1e-8 under the root)."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "safe": {},

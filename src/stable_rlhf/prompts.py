@@ -137,7 +137,7 @@ def encode_prompts(
             raise PromptError(
                 f"prompt in row {row} has {len(kept)} tokens, which with rollout.max_completion_length "
                 f"({max_completion_length}) do not fit the model's context of {context_length}. Set "
-                f"data.max_prompt_length to {max(1, context_length - max_completion_length)} to cut it, or lower the latter."
+                f"data.max_prompt_length to {max(1, context_length - max_completion_length)} to cut it."
             )
         input_ids.append(kept)
         truncated.append(is_long)

@@ -38,7 +38,7 @@ class Sampler:
         prompt, prompt_mask = pad_left([encoded.input_ids[i] for i in indices], self.pad_token_id, model.device)
         response = self.generate(model, prompt, prompt_mask)
         mask, ended = response_mask(response, self.eos_token_ids)
-        completions = self.decode(response, mask)
+        completions = self.decode(prompt, prompt_mask, response, mask)
         sampled = time.perf_counter()
         rows = dataset[list(indices)]
         columns = {name: values for name, values in rows.items() if name != "prompt"}
@@ -87,10 +87,23 @@ class Sampler:
             language_model.generation_config = own
         return sequences[:, prompt.shape[1] :]
 
-    def decode(self, response: Tensor, mask: Tensor) -> list[str]:
-        """Completions as text, without special tokens."""
-        ids = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    def decode(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> list[str]:
+        """Completions as text, without special tokens: what they add to the prompt's text.
+
+        Decoded alone, a completion would lose the space it begins with under tokenizers of the SentencePiece kind.
+        """
+        before = [row[keep].tolist() for row, keep in zip(prompt, prompt_mask, strict=True)]
+        after = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]
+        heads = self.tokenizer.batch_decode(before, skip_special_tokens=True)
+        whole = self.tokenizer.batch_decode(
+            [p + r for p, r in zip(before, after, strict=True)], skip_special_tokens=True
+        )
+        alone = self.tokenizer.batch_decode(after, skip_special_tokens=True)
+        # A prompt that was cut inside a character has no text of its own to take away: there the completion alone.
+        return [
+            text[len(head) :] if text.startswith(head) else own
+            for text, head, own in zip(whole, heads, alone, strict=True)
+        ]
 
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

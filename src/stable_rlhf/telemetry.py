@@ -336,9 +336,10 @@ def samples_table(evaluation: Mapping[str, Any], count: int = 3, limit: int = 24
 def print_summary(
     run_dir: str | Path, evaluation: Mapping[str, Any], resume_command: str | None, console: Console | None = None
 ) -> None:
-    """Print both tables, the run's folder and, unless None, the command that resumes it."""
+    """Print both tables (none without held-out prompts), the run's folder, and the command that resumes it if any."""
     console = console or Console()
-    console.print(summary_table(evaluation))
+    if evaluation:
+        console.print(summary_table(evaluation))
     if evaluation.get("samples"):
         console.print(samples_table(evaluation))
     lines = {"Run": str(run_dir), "Report": str(Path(run_dir) / "report.html"), "Resume": resume_command}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 import yaml
 from peft import LoraConfig, PeftModel
+from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import get_scheduler as make_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 
 from stable_rlhf import checkpoint, evaluation, optimize, telemetry
 from stable_rlhf.config import Config, ConfigError
@@ -27,11 +29,11 @@ from stable_rlhf.models import (
     ActorCritic,
     context_length,
     eos_token_ids,
+    given_policy,
     load_policy,
     load_tokenizer,
     prepare_tokenizer,
-    resolve_device,
-    wrap_policy,
+    refuse_many_processes,
 )
 from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts
 from stable_rlhf.rollout import Sampler
@@ -70,6 +72,8 @@ class SAFETrainer:
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: LoraConfig | None = None,
     ) -> None:
+        refuse_many_processes()
+        model = str(model) if isinstance(model, Path) else model
         self.args = config = _as_given(args or Config(), model, reward_funcs, train_dataset)
         self.controller = make_controller(config.kl.controller, **config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
@@ -81,7 +85,9 @@ class SAFETrainer:
         self.processing_class = (
             prepare_tokenizer(processing_class) if processing_class else load_tokenizer(config.model)
         )
-        policy, low = load_policy(config.model, peft_config) if named else _given(model, config, peft_config)
+        policy, low = (
+            load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
+        )
         self.model = ActorCritic(policy, config.critic, autocast=low)
         self.scorer = _scorer(config, reward_funcs, reward_processing_classes, self.model.device)
         self.sampler = Sampler(
@@ -97,10 +103,11 @@ class SAFETrainer:
         self.optimizer = torch.optim.AdamW(optimize.optimizer_groups(self.model, config))
         course = config.optim.lr_scheduler_type
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
-        self.scheduler = make_scheduler(course, self.optimizer, config.optim.warmup_steps, config.max_steps)
+        self.scheduler: Any = make_scheduler(course, self.optimizer, config.optim.warmup_steps, config.max_steps)
         self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.step = 0
         self.episode = 0
+        self._console = Console(quiet=not config.log.progress)
         self._set_up_callbacks(callbacks)
         self._random = checkpoint.random_state()  # where `train` begins, whatever is drawn until then
 
@@ -116,7 +123,7 @@ class SAFETrainer:
         self.state.max_steps = self.args.max_steps
         self.state.global_step = self.step
         self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
-        with telemetry.Progress(self.args.max_steps, first_step=self.step, console=_console(self.args)) as progress:
+        with telemetry.Progress(self.args.max_steps, first_step=self.step, console=self._console) as progress:
             while self.step < self.args.max_steps and not self.control.should_training_stop:
                 row = self._train_step()
                 progress.update(row)
@@ -139,6 +146,7 @@ class SAFETrainer:
         batch, batch_metrics = optimize.make_batch(self.model, measured, scores, decision, config)
         learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         stats = optimize.update(self.model, self.optimizer, batch, decision, config, step)
+        optimize.check_finite(step, {**batch_metrics, **stats.metrics})
         self.scheduler.step()
         self.episode += len(indices)
         row = {
@@ -153,6 +161,7 @@ class SAFETrainer:
             "lr": learning_rates[0],
             "lr_critic": learning_rates[1],
         }
+        row["objective/non_score_reward"] *= self.normaliser.unit  # back in the scorer's units
         row["objective/rlhf_reward"] = row["objective/scores"] + row["objective/non_score_reward"]
         ended = time.perf_counter()
         length = int(rollout.tokens.mask.sum())
@@ -210,7 +219,10 @@ class SAFETrainer:
             saved = checkpoint.found(self.run_dir / "checkpoints")
             if resume is True and not saved:
                 raise checkpoint.CheckpointError(f"{self.run_dir} has no checkpoint: start a new run")
-            self.load_checkpoint(saved[-1] if resume is True else Path(resume))
+            path = saved[-1] if resume is True else Path(resume)
+            self.load_checkpoint(path)
+            if path.resolve().parent != (self.run_dir / "checkpoints").resolve():
+                raise ConfigError(f"resume_from_checkpoint={str(path)!r}: set output_dir to the run that it belongs to")
             if self.step > self.args.max_steps:
                 raise ConfigError(
                     f"max_steps={self.args.max_steps}: the run has done {self.step} steps already; give that many or "
@@ -218,6 +230,9 @@ class SAFETrainer:
                 )
             checkpoint.forget_after(self.run_dir / "checkpoints", self.step)
             self.writer.truncate(self.step)
+            if self.step < self.args.max_steps:  # what was final is so no more
+                shutil.rmtree(self.run_dir / "final", ignore_errors=True)
+                evaluation.forget_after(self.run_dir)
         elif (self.run_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"output_dir={str(self.run_dir)!r}: holds a run already; go on with it by `stable-rlhf resume "
@@ -226,9 +241,8 @@ class SAFETrainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         complete = {**self.args.to_dict(), "output_dir": str(self.run_dir)}
         complete["kl"]["settings"] = controller_settings(self.args.kl.controller, self.args.kl.settings)
-        (self.run_dir / "config.yaml").write_text(
-            yaml.safe_dump(complete, sort_keys=False)
-        )  # a resume may train longer
+        # Written again by a resume, which may train longer.
+        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False))
         if not resume:
             checkpoint.load_random_state(*self._random)
             self._evaluate_into("before")
@@ -246,6 +260,11 @@ class SAFETrainer:
             "prompts": self.stream.state_dict(),
             "random": rng,
             "reference": self.model.reference_fingerprint(),
+            "callbacks": {
+                type(callback).__name__: callback.state()
+                for callback in self.handler.callbacks
+                if isinstance(callback, ExportableState)
+            },
         }
         tensors = {"model": self.model.trained_state(), "optimizer": moments, "random": generators}
         return checkpoint.save(self.run_dir / "checkpoints", self.step, tensors, state, self.args.save_total_limit)
@@ -257,11 +276,17 @@ class SAFETrainer:
                 f"{path}: its reference model is another one; give the model it began with"
             )
         self.model.load_trained_state(tensors["model"])
+        self.optimizer.zero_grad(set_to_none=True)  # an interrupted update may have left some
         checkpoint.load_optimizer_state(self.optimizer, tensors["optimizer"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = lr * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)  # max_steps may be another now
         self.controller.load_state_dict(state["controller"])
         self.normaliser.load_state_dict(state["normaliser"])
         self.stream.load_state_dict(state["prompts"])
+        for callback in self.handler.callbacks:
+            for name, value in state["callbacks"].get(type(callback).__name__, {}).get("attributes", {}).items():
+                setattr(callback, name, value)
         self.step, self.episode = state["step"], state["episode"]
         checkpoint.load_random_state(tensors["random"], state["random"])
 
@@ -319,19 +344,6 @@ class SAFETrainer:
         )
 
 
-def _given(model: Any, config: Config, peft_config: LoraConfig | None) -> tuple[Any, bool]:
-    """As ``load_policy``, of a model that came as an object; ``model.dtype=auto`` is the object's own."""
-    if config.model.device != "auto" or torch.cuda.is_available():
-        model = model.to(resolve_device(config.model.device))
-    own, dtype = next(model.parameters()).dtype, config.model.dtype
-    low = own == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
-    model = wrap_policy(model if low or own == torch.float32 else model.float(), config.model, peft_config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # trained weights are float32: see load_policy
-            parameter.data = parameter.data.float()
-    return model, low
-
-
 def _as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Config:
     """The settings with what is really trained and rewarded, so that config.yaml tells the truth.
 
@@ -345,7 +357,11 @@ def _as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Conf
         given["reward"] = dataclasses.replace(config.reward, functions=functions)
     if train is not None:
         given["data"] = dataclasses.replace(config.data, train="<train_dataset>")
-    return dataclasses.replace(config, **given)
+    config = dataclasses.replace(config, **given)
+    functions, weights = config.reward.functions, config.reward.weights
+    if weights is not None and len(weights) != len(functions):
+        raise ConfigError(f"reward.weights={weights!r}: give one weight for each of the {len(functions)} rewards")
+    return config
 
 
 def _reward_name(function: Any) -> str:
@@ -364,7 +380,7 @@ def _listed(reward_funcs: Any) -> list[Any]:
 
 def _scorer(config: Config, reward_funcs: Any, tokenizers: Sequence[Any] | None, device: torch.device) -> Scorer:
     specs = _listed(config.reward.functions if reward_funcs is None else reward_funcs)
-    tokenizers = tokenizers or [None] * len(specs)
+    tokenizers = [None] * len(specs) if tokenizers is None else _listed(tokenizers)
     if len(tokenizers) != len(specs):
         raise ConfigError(f"reward_processing_classes has {len(tokenizers)} entries for {len(specs)} reward_funcs")
     functions: list[RewardFunction] = [
@@ -383,9 +399,3 @@ def _scorer(config: Config, reward_funcs: Any, tokenizers: Sequence[Any] | None,
 def _decision_metrics(decision: Decision) -> dict[str, Any]:
     fields = dataclasses.asdict(decision)
     return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in telemetry.METRICS}
-
-
-def _console(config: Config) -> Any:
-    from rich.console import Console
-
-    return Console(quiet=not config.log.progress)

@@ -191,7 +191,14 @@ def test_the_value_loss_of_literal_numbers(kind, cliprange, reduction, expected)
         values, torch.zeros_like(values), returns, mask, kind, 0.5, cliprange=cliprange, reduction=reduction
     )
     assert result.loss.item() == pytest.approx(expected, rel=1e-14)
-    assert result.clip_fraction.item() == (0.0 if cliprange is None else 0.5)
+    assert result.clip_fraction.item() == (0.0 if cliprange is None else 1.0)
+
+
+def test_values_inside_the_clip_range_count_as_unclipped_whatever_their_rounding():
+    old = torch.linspace(0.1, 7.0, 1000).view(1, -1)
+    values = old + torch.tensor([[0.1, 0.3]]).repeat(1, 500)  # every second one is outside 0.2
+    mask = torch.ones_like(old, dtype=torch.bool)
+    assert objective.value_loss(values, old, old, mask, cliprange=0.2).clip_fraction.item() == 0.5
 
 
 @given(

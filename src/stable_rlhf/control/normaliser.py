@@ -98,6 +98,13 @@ class RewardNormaliser:
             return [(reward - mean) / (math.sqrt(self.moments.variance) + PAPER_EPSILON) for reward in rewards]
         return [(reward - mean) / deviation if deviation > 0.0 else 0.0 for reward in rewards]
 
+    @property
+    def unit(self) -> float:
+        """The scorer's units in one unit of a normalised reward; 1 for `none`, 0 where `running` has seen no spread."""
+        if self.kind == "none":
+            return 1.0
+        return self.moments.deviation + (PAPER_EPSILON if self.kind == "paper" else 0.0)
+
     def state_dict(self) -> dict[str, Any]:
         """Version, kind and moments, as plain JSON values."""
         return {"version": STATE_VERSION, "kind": self.kind, "moments": dataclasses.asdict(self.moments)}

@@ -146,7 +146,7 @@ def ppo_clip_loss(
 
     Returns:
         The loss; the fraction (same denominator) of tokens whose gradient the clip cuts off; the ratio per token.
-        An infinite ratio is not hidden: it gives a non-finite loss, which the guard sees.
+        An infinite ratio is not hidden: it gives a non-finite loss, which the trainer refuses.
 
     Raises:
         ValueError: for an epsilon that is not positive. TypeError, ValueError: see `masked.check_mask` and
@@ -192,7 +192,7 @@ def value_loss(
         denominator: see the module; None is the number of True entries.
 
     Returns:
-        The loss; the fraction (same denominator) of tokens for which the clipped error is the larger, 0 without clip.
+        The loss; the fraction (same denominator) of tokens with |V - V_old| > cliprange, 0 without clip.
 
     Raises:
         ValueError: for an unknown kind or reduction, a delta or a cliprange that is not positive. TypeError,
@@ -219,7 +219,7 @@ def value_loss(
         return ValueLoss(masked_mean(unclipped, mask, denominator), torch.zeros_like(unclipped).sum().detach())
     clipped = error(old_values + (values - old_values).clamp(-cliprange, cliprange))
     both = torch.maximum(unclipped, clipped) if reduction == "max" else (unclipped + clipped) / 2
-    clip_fraction = masked_mean((clipped > unclipped).to(values.dtype), mask, denominator)
+    clip_fraction = masked_mean(((values - old_values).abs() > cliprange).to(values.dtype), mask, denominator)
     return ValueLoss(masked_mean(both, mask, denominator), clip_fraction)
 
 

@@ -296,6 +296,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, generates: bool) -> 
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version of transformers knows
+    for how_it_was_loaded in ("is_local", "local_files_only"):
+        config.pop(how_it_was_loaded, None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

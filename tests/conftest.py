@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests read nothing from a network
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, and says why
 
 import pytest
 import torch

@@ -120,8 +120,7 @@ class SAFETrainer:
         if it had never stopped.
         """
         self._open_run(resume_from_checkpoint)
-        self.state.max_steps = self.args.max_steps
-        self.state.global_step = self.step
+        self.state.max_steps, self.state.global_step = self.args.max_steps, self.step
         self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
         with telemetry.Progress(self.args.max_steps, first_step=self.step, console=self._console) as progress:
             while self.step < self.args.max_steps and not self.control.should_training_stop:
@@ -194,8 +193,7 @@ class SAFETrainer:
 
     def evaluate(self) -> dict[str, float | None]:
         """Reward with its standard error, KL, entropy, distinct-2 and length on the held-out prompts."""
-        figures, _ = self._evaluate()
-        return figures
+        return self._evaluate()[0]
 
     def _evaluate(self) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
         if self.eval_dataset is None or self.eval_prompts is None:
@@ -241,7 +239,7 @@ class SAFETrainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         complete = {**self.args.to_dict(), "output_dir": str(self.run_dir)}
         complete["kl"]["settings"] = controller_settings(self.args.kl.controller, self.args.kl.settings)
-        # Written again by a resume, which may train longer.
+        # Again by a resume, which may train longer.
         (self.run_dir / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False))
         if not resume:
             checkpoint.load_random_state(*self._random)
@@ -358,9 +356,9 @@ def _as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Conf
     if train is not None:
         given["data"] = dataclasses.replace(config.data, train="<train_dataset>")
     config = dataclasses.replace(config, **given)
-    functions, weights = config.reward.functions, config.reward.weights
-    if weights is not None and len(weights) != len(functions):
-        raise ConfigError(f"reward.weights={weights!r}: give one weight for each of the {len(functions)} rewards")
+    weights, count = config.reward.weights, len(config.reward.functions)
+    if weights is not None and len(weights) != count:
+        raise ConfigError(f"reward.weights={weights!r}: give one weight for each of the {count} rewards")
     return config
 
 

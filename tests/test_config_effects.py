@@ -138,6 +138,7 @@ TURNED: dict[str, Turn | str] = {
     "kl.controller": Turn(to="none", of="safe/kl_coef"),
     "kl.settings": Turn(to={"initial_coef": 1.0}, of="safe/kl_coef"),
     "kl.in_reward": Turn(to=True, of="objective/non_score_reward", given=BOTH_WAYS, also={"kl": {"allow_both": True}}),
+    "kl.length_neutral": Turn(to=False),
     "kl.in_loss": Turn(to="exact", of="loss/kl_avg", given=BOTH_WAYS),
     "kl.allow_both": Turn(to=True, shows_in="error", given={"kl": {"in_reward": True, "in_loss": "k2"}}),
     "log.report_to": Turn(to=["tensorboard"], shows_in="files"),

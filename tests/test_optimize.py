@@ -165,18 +165,27 @@ def naive_soft_min(v1: float, v2: float, alpha: float = 0.3) -> float:
 @pytest.mark.parametrize("critic_lam", [None, 1.0])
 @pytest.mark.parametrize("floor", [0.1, 10.0])
 @pytest.mark.parametrize("bootstrap", ["online", "target", "mixed"])
+@pytest.mark.parametrize("neutral", [False, True])
 def test_advantages_and_returns_are_those_of_a_loop_over_tokens(
-    tokenizer, bootstrap: str, floor: float, critic_lam
+    tokenizer, neutral: bool, bootstrap: str, floor: float, critic_lam
 ) -> None:
     """delta_t = r_t + gamma V''(s_{t+1}) - V'(s_t): V', V'' the values that critic.bootstrap names."""
     kl_coef, gamma, lam = 0.4, 0.9, 0.8
     config = make_config(
-        optim={"gamma": gamma, "lam": lam, "whiten_floor": floor}, critic={"bootstrap": bootstrap, "lam": critic_lam}
+        optim={"gamma": gamma, "lam": lam, "whiten_floor": floor},
+        critic={"bootstrap": bootstrap, "lam": critic_lam},
+        kl={"length_neutral": neutral},
     )
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer), skipped=(4,))
     measured = optimize.measure(model, rollout, config, 0)
     batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
     expected_advantages, expected_returns = [], []
+    ratios = [
+        (measured.logp[row, t] - measured.ref_logp[row, t]).item()
+        for row in range(ROWS)
+        for t in range(int(measured.tokens.mask[row].sum()))
+    ]
+    level = sum(ratios) / len(ratios) if neutral else 0.0
     for row in range(ROWS):
         length = int(measured.tokens.mask[row].sum())
         online, target = (
@@ -188,7 +197,7 @@ def test_advantages_and_returns_are_those_of_a_loop_over_tokens(
         for weight, out in ((lam, expected_advantages), (lam if critic_lam is None else critic_lam, expected_returns)):
             carried, column = 0.0, []
             for t in reversed(range(length)):
-                reward = -kl_coef * (measured.logp[row, t] - measured.ref_logp[row, t]).item()
+                reward = -kl_coef * ((measured.logp[row, t] - measured.ref_logp[row, t]).item() - level)
                 last = t == length - 1
                 delta = reward + (rollout.scores[row] if last else gamma * there[t + 1]) - here[t]
                 carried = delta + gamma * weight * carried
@@ -211,6 +220,23 @@ def test_the_kl_coefficient_acts_on_the_advantages_only_when_the_kl_is_in_the_re
         )
         assert ((without - with_kl).abs().max() > 0.05) == acts
         assert torch.equal(without, with_kl) != acts
+
+
+def test_the_kl_in_the_reward_pays_for_no_length_of_its_own(tokenizer) -> None:
+    """With every log-ratio the same, no completion is better for its length: the KL part of the reward is 0."""
+    rollout = make_rollout(len(tokenizer))
+    config = make_config(optim={"lam": 1.0, "whiten_floor": 1e3})
+    model = make_model(tokenizer, config)
+    measured = optimize.measure(model, rollout, config, 0)
+    measured = dataclasses.replace(measured, ref_logp=measured.logp - 0.5)
+    without, with_kl = (
+        optimize.make_batch(model, measured, rollout.scores, decide(coef), config)[0].returns for coef in (0.0, 1.0)
+    )
+    torch.testing.assert_close(with_kl, without, atol=1e-6, rtol=0)
+    paid = make_config(optim={"lam": 1.0, "whiten_floor": 1e3}, kl={"length_neutral": False})
+    charged = optimize.make_batch(model, measured, rollout.scores, decide(1.0), paid)[0].returns
+    lengths = measured.tokens.mask.sum(1)
+    torch.testing.assert_close((without - charged)[:, 0], 0.5 * lengths, atol=1e-5, rtol=0)
 
 
 # -- gradients ----------------------------------------------------------------------------------------------------

@@ -257,6 +257,9 @@ class KLConfig:
     preset's value if the preset has the same rule, else its default. docs/algorithm.md lists them."""
     in_reward: bool = True
     """Subtract coefficient x (logp - ref) from every token's reward, so that it passes through GAE."""
+    length_neutral: bool = True
+    """In the reward, subtract the rollout's mean from logp - ref first. Otherwise a policy pays less by stopping early,
+    while the mean per token, which a budget is on, stays. Only with in_reward."""
     in_loss: Literal["none", "k2", "exact"] = "none"
     """Add coefficient x KL to the loss: ``k2`` (half the squared log-ratio), ``exact`` (over the whole vocabulary)."""
     allow_both: bool = False

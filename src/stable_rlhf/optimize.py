@@ -123,7 +123,9 @@ def make_batch(
     log_ratio = measured.logp - measured.ref_logp
     kl_coef = decision.kl_coef if config.kl.in_reward else 0.0
     score = torch.tensor(scores, device=mask.device, dtype=torch.float32)
-    rewards = token_rewards(score, log_ratio, kl_coef, mask)
+    # With c = E sum_t l_t / E T, the gradient of E sum_t (l_t - c) is E T times that of c, the mean per token.
+    level = masked_mean(log_ratio, mask) if config.kl.length_neutral else 0.0
+    rewards = token_rewards(score, log_ratio - level, kl_coef, mask)
     online, target = model.combine(measured.values), model.combine(measured.targets)
     values = target if config.critic.bootstrap == "target" else online
     bootstrap = online if config.critic.bootstrap == "online" else target

@@ -21,8 +21,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl": {"controller": "paper", "in_reward": False, "in_loss": "k2"},
         "optim": {"entropy_coef": 0.01},
     },
-    "ppo": {**_PPO, "kl": {"controller": "fixed", "settings": {"beta": 0.05}}},
-    "ppo-adaptive": {**_PPO, "kl": {"controller": "adaptive"}},
+    # Ziegler et al. (2019) subtract the sum of the log-ratios, so length pays.
+    "ppo": {**_PPO, "kl": {"controller": "fixed", "settings": {"beta": 0.05}, "length_neutral": False}},
+    "ppo-adaptive": {**_PPO, "kl": {"controller": "adaptive", "length_neutral": False}},
     "ppo-nokl": {**_PPO, "kl": {"controller": "none", "in_reward": False}},
     "asymmetric": {**_PPO, "kl": {"controller": "asymmetric", "in_reward": False, "in_loss": "k2"}},
     # Ablations: each takes one layer out of `safe`.

@@ -63,7 +63,7 @@ def test_defaults_give_way_to_the_preset_the_preset_to_the_file_and_the_file_to_
     file.write_text("preset: ppo\nmax_steps: 7\noptim:\n  lam: 0.9\n  gamma: 0.99\nkl:\n  settings:\n    beta: 1e-3\n")
     config = cli.load_config(["--optim.lam", "0.8", "--config", str(file)])
     assert (config.optim.lam, config.optim.gamma, config.max_steps) == (0.8, 0.99, 7)
-    assert config.optim.learning_rate == 3e-4  # default
+    assert config.optim.learning_rate == 1e-4  # default
     assert config.critic == CriticConfig(heads=1, loss="mse", clip_reduction="max")  # preset
     assert config.kl.settings == {"beta": 0.001}
     assert cli.load_config(["--config", str(file), "--kl.settings.beta", "0.5"]).kl.settings == {"beta": 0.5}

@@ -297,8 +297,13 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         how = f"`stable-rlhf resume {run}` goes on from step {saved}" if saved else "no checkpoint to resume from yet"
         return _say(f"interrupted after {trainer.step} steps; {how}", INTERRUPTED)
     if trainer.args.log.progress:
-        print_summary(run, evaluation, f"stable-rlhf resume {run} --max_steps N")
+        print_summary(run, evaluation, f"{_command()} resume {run} --max_steps {2 * trainer.args.max_steps}")
     return 0
+
+
+def _command() -> str:
+    """What the user typed to get here, so that a printed command can be copied: with its path where it has one."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "stable-rlhf" else "stable-rlhf"
 
 
 def _check_output(config: Config) -> None:

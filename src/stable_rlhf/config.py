@@ -155,8 +155,8 @@ class OptimConfig:
     """The policy's update (Schulman et al. 2017) and the optimiser."""
 
     learning_rate: float = 1e-4
-    """AdamW's step size for the policy. 1e-4 holds the KL of the built-in policy, all weights trained; with 3e-4 the noise
-    of the updates alone keeps it above the budget (docs/LOG.md). LoRA takes about three times as much."""
+    """AdamW's step size for the policy. 1e-4 holds the KL of the built-in policy, all weights trained; with 3e-4 the
+    noise of the updates alone keeps it above the budget (docs/LOG.md). LoRA takes about three times as much."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Course of both learning rates over max_steps, after warm-up."""
     warmup_steps: int = 0

@@ -15,6 +15,7 @@ from stable_rlhf import SAFETrainer
 from stable_rlhf.config import ConfigError, CriticConfig, ModelConfig
 from stable_rlhf.models import ActorCritic, check_lm_head, load_policy, load_tokenizer, positions, wrap_policy
 from stable_rlhf.records import Tokens
+from tests.runs import lora
 
 
 def some_tokens(vocabulary: int, seed: int = 0) -> Tokens:
@@ -33,16 +34,6 @@ def naive_logits(model: LlamaForCausalLM, tokens: Tokens, row: int) -> Tensor:
     response = tokens.response[row][tokens.mask[row]]
     with torch.no_grad():
         return model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
-
-
-def lora(model: LlamaForCausalLM, seed: int = 0):
-    """An adapter whose B is not zero, so that it changes the policy."""
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.3, generator=generator)
-    return adapted
 
 
 def test_log_probs_and_entropy_are_those_of_the_unpadded_row_at_the_temperature(llama: LlamaForCausalLM) -> None:

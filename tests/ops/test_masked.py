@@ -43,6 +43,17 @@ def test_the_means_of_microbatches_over_the_whole_denominator_add_up_to_the_mean
     assert parts[4].item() == 0.0
 
 
+def test_a_tensor_denominator_is_never_looked_at_so_the_host_waits_for_no_device():
+    # A tensor on the meta device has no value: looking at it raises.
+    x, mask = torch.ones(2, 3, device="meta"), torch.ones(2, 3, dtype=torch.bool, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(mask.sum() > 0)
+    assert masked.masked_mean(x, mask, mask.sum()).shape == ()
+    ones, everywhere = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    assert masked.masked_mean(ones, everywhere, torch.tensor(12)).item() == 0.5
+    assert masked.masked_mean(ones, everywhere, torch.tensor(0)).item() == math.inf
+
+
 def test_the_gradient_of_a_masked_mean_is_zero_outside_the_mask_whatever_stands_there():
     x = torch.tensor([[1.0, torch.nan], [torch.inf, 4.0]], requires_grad=True)
     masked.masked_mean(x, torch.tensor([[True, False], [False, True]])).backward()
@@ -122,8 +133,9 @@ def test_what_has_no_meaning_is_refused_with_a_remedy():
     x, none = torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="give a denominator"):
         masked.masked_mean(x, none)
-    with pytest.raises(ValueError, match=r"denominator is 0\.0"):
-        masked.masked_mean(x, ~none, denominator=torch.tensor(0))
+    for bad in (0, -1.5, math.nan):
+        with pytest.raises(ValueError, match=f"denominator is {bad}: give the positive number"):
+            masked.masked_mean(x, ~none, denominator=bad)
     with pytest.raises(ValueError, match="no True entry"):
         masked.masked_var(x, none)
     with pytest.raises(ValueError, match="floor is 0"):

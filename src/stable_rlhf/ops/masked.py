@@ -77,19 +77,21 @@ def masked_mean(x: Tensor, mask: Tensor, denominator: float | Tensor | None = No
         mask: bool, the shape of x; True marks the entries that count.
         denominator: what the sum is divided by; None is the number of True entries. Give the number of response
             tokens of the whole minibatch, over all microbatches and ranks, and the results of the parts add up to
-            the mean of the whole, whatever the microbatch size (and an empty part gives 0).
+            the mean of the whole, whatever the microbatch size (and an empty part gives 0). A tensor is taken as it
+            is: to look at its value, the host would wait for the device at every call. Whoever counts checks that
+            the count is positive; over 0 the mean is NaN or infinite.
 
     Raises:
-        TypeError, ValueError: see `check_mask`; ValueError for a denominator that is not positive, and for an empty
-            mask when no denominator is given.
+        TypeError, ValueError: see `check_mask`; ValueError for a number that is not positive, and for an empty mask
+            when no denominator is given (to see that, the host waits for the device).
     """
     total = masked_sum(x, mask)
     if denominator is None:
         denominator = mask.sum()
         if denominator == 0:
             raise ValueError("the mask has no True entry, so a mean over it is undefined: give a denominator")
-    elif not denominator > 0:
-        raise ValueError(f"denominator is {float(denominator)}: give the positive number of response tokens")
+    elif not isinstance(denominator, Tensor) and not denominator > 0:
+        raise ValueError(f"denominator is {denominator}: give the positive number of response tokens")
     return total / denominator
 
 

@@ -2,6 +2,8 @@
 
 Every loss is a sum over the response tokens divided by `denominator`. Give the number of response tokens of the whole
 minibatch, over all microbatches and ranks, and the gradients of the parts add up exactly to those of the whole.
+A denominator that is a tensor is not looked at, which would make the host wait for the device: that it is positive is
+the caller's to check (`masked.masked_mean`).
 """
 
 from __future__ import annotations

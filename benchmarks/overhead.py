@@ -2,6 +2,7 @@
 
     python benchmarks/overhead.py                    the built-in pair; on CUDA where there is one, else on the CPU
     python benchmarks/overhead.py --presets ppo ppo  the same preset twice: what the machine's noise alone shows
+    python benchmarks/overhead.py --shape 3b         a model of that shape, random weights, LoRA of rank 128 (shapes.py)
 
 How the comparison is kept fair:
 1. both train in one process and take turns step by step, the first of a pair last in the next, so that whatever else
@@ -18,12 +19,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,18 +29,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import shapes
 import torch
+from measuring import MIB, peak_resident, provenance, split, spread
 from transformers.utils import logging
 
 from stable_rlhf.config import Config
 from stable_rlhf.models import resolve_device
 from stable_rlhf.trainer import SAFETrainer
 
-PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "update": "update_s"}  # column of the table -> timings.jsonl
 STILL = 1e-9  # learning rate: Adam moves a weight by at most this a step, and weights are 1e-2 and more
 RESAMPLES = 10_000  # of the bootstrap: its own error on an end of the interval is then far below the interval
 MEMORY_STEPS = 3  # AdamW's moments come with the first step; the third is like every later one
-MIB = 2**20
+RANK = 128  # of the adapter on a shape's linear layers
 
 
 def make_trainer(preset: str, folder: Path, arguments: argparse.Namespace) -> SAFETrainer:
@@ -55,13 +53,17 @@ def make_trainer(preset: str, folder: Path, arguments: argparse.Namespace) -> SA
         max_steps=total,
         save_steps=0,
         seed=arguments.seed,
-        model={"name": arguments.model, "device": arguments.device},
-        data={"eval_size": 0},
+        model={"device": arguments.device, **({"lora_r": RANK} if arguments.shape else {"name": arguments.model})},
+        data={"eval_size": 0, **({"max_prompt_length": arguments.prompt_length} if arguments.shape else {})},
         rollout={"batch_size": arguments.batch_size, "max_completion_length": arguments.max_completion_length},
         optim={"learning_rate": STILL},
         log={"progress": False, "completions_steps": 0},
     )
-    trainer = SAFETrainer(arguments.model, args=config)
+    given = {"model": arguments.model}
+    if arguments.shape:
+        device, rows = resolve_device(arguments.device), 4 * arguments.batch_size
+        given = shapes.trainer_arguments(arguments.shape, device, rows, arguments.prompt_length, arguments.seed)
+    trainer = SAFETrainer(args=config, **given)
     # An id beyond the vocabulary is never sampled, so no completion ends early.
     trainer.sampler = dataclasses.replace(trainer.sampler, eos_token_ids=[len(trainer.processing_class)])
     trainer._open_run(None)
@@ -78,7 +80,7 @@ def take_step(trainer: SAFETrainer, seed: int) -> tuple[float, float]:
 
 
 def measure_time(arguments: argparse.Namespace, folder: Path) -> list[list[dict[str, float]]]:
-    """For each of the two presets, seconds of each counted step: rollout, scoring, update, other, total, CPU."""
+    """For each of the two presets, seconds of each counted step: the parts, other, total, CPU."""
     names = [f"{i}-{preset}" for i, preset in enumerate(arguments.presets)]
     trainers = [make_trainer(p, folder / n, arguments) for p, n in zip(arguments.presets, names, strict=True)]
     totals: list[list[tuple[float, float]]] = [[], []]
@@ -88,9 +90,8 @@ def measure_time(arguments: argparse.Namespace, folder: Path) -> list[list[dict[
     rows = []
     for name, total in zip(names, totals, strict=True):
         timings = [json.loads(line) for line in (folder / name / "timings.jsonl").read_text().splitlines()]
-        steps = [{part: timing[key] for part, key in PARTS.items()} for timing in timings]
-        for step, (seconds, cpu) in zip(steps, total, strict=True):
-            step |= {"other": seconds - sum(step.values()), "total": seconds, "total, CPU": cpu}
+        pairs = zip(timings, total, strict=True)
+        steps = [{**split(timing, seconds), "total, CPU": cpu} for timing, (seconds, cpu) in pairs]
         rows.append(steps[arguments.warmup :])
     return rows
 
@@ -113,8 +114,7 @@ def peak_memory(preset: str, arguments: argparse.Namespace) -> float:
             take_step(trainer, arguments.seed)
         if trainer.model.device.type == "cuda":
             return torch.cuda.max_memory_allocated(trainer.model.device) / MIB
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there and KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+    return peak_resident()
 
 
 def measure_memory(arguments: argparse.Namespace, given: Sequence[str]) -> list[list[float]]:
@@ -148,36 +148,15 @@ def table(arguments: argparse.Namespace, times: list[list[dict[str, float]]], me
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float]) -> float:
-    """Half the distance between the quartiles; 0 of a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / 2
-
-
 def origin(arguments: argparse.Namespace, device: torch.device) -> str:
     """One line: date, commit, machine, versions and sizes."""
-    root = Path(__file__).resolve().parent.parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, check=False, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    model = f"model {arguments.model}"
+    if arguments.shape:
+        model = f"shape {arguments.shape}, LoRA {RANK}, prompts of {arguments.prompt_length} tokens"
     return (
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; commit {described or 'unknown'}; {machine}; "
-        f"torch {torch.__version__}; {arguments.pairs} pairs after {arguments.warmup}; {arguments.batch_size} "
-        f"completions of {arguments.max_completion_length} tokens; seed {arguments.seed}; model {arguments.model}"
+        f"{provenance(device)}; {arguments.pairs} pairs after {arguments.warmup}; {arguments.batch_size} "
+        f"completions of {arguments.max_completion_length} tokens; seed {arguments.seed}; {model}"
     )
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def parse(given: Sequence[str]) -> argparse.Namespace:
@@ -191,6 +170,8 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="completions a step")
     parser.add_argument("--max-completion-length", type=int, default=32, help="tokens of every completion")
     parser.add_argument("--model", default="builtin", help="a causal language model: a folder or a name")
+    parser.add_argument("--shape", choices=shapes.SHAPES, help="instead of --model: random weights, LoRA, bfloat16")
+    parser.add_argument("--prompt-length", type=int, default=96, help="tokens of every prompt, with --shape")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from stable_rlhf.trainer import SAFETrainer
 
@@ -27,6 +28,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as for `python benchmarks/overhead.py`, which imports its neighbours
 overhead, regulation = script("overhead"), script("regulation")
 
 
@@ -107,6 +109,20 @@ def test_the_ratio_is_the_median_over_pairs_and_its_interval_holds_the_truth_in_
 def test_spread_is_half_the_distance_between_the_quartiles() -> None:
     assert overhead.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 1.0
     assert overhead.spread([7.0]) == 0.0
+
+
+def test_overhead_measures_a_shape_with_its_adapter_and_prompts_of_one_length(tmp_path: Path) -> None:
+    arguments = overhead.parse([*SIZES, "--shape", "tiny", "--prompt-length", "6", "--pairs", "1", "--warmup", "0"])
+    trainers = [overhead.make_trainer(preset, tmp_path / preset, arguments) for preset in ("safe", "ppo")]
+    weights = [dict(trainer.model.policy.named_parameters()) for trainer in trainers]
+    for trainer, own in zip(trainers, weights, strict=True):
+        assert {len(ids) for ids in trainer.train_prompts.input_ids} == {6}
+        adapters = [weight for name, weight in own.items() if "lora_A" in name]
+        assert len(adapters) == 2 * 7  # two layers of seven linear maps
+        assert {len(weight) for weight in adapters} == {128}
+        assert min(overhead.take_step(trainer, seed=0)) > 0
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if "lora_" not in name)
+    assert "shape tiny, LoRA 128, prompts of 6 tokens" in overhead.origin(arguments, torch.device("cpu"))
 
 
 def test_overhead_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:

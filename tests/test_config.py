@@ -170,7 +170,7 @@ POSITIVE = {
         ["max_steps", "save_total_limit", "data.max_prompt_length", "data.limit", "reward.batch_size"], int
     ),
     **dict.fromkeys(["rollout.batch_size", "rollout.max_completion_length", "optim.num_iterations"], int),
-    **dict.fromkeys(["optim.num_mini_batches", "optim.gradient_accumulation_steps"], int),
+    **dict.fromkeys(["optim.num_mini_batches", "optim.microbatch_tokens"], int),
     **dict.fromkeys(["rollout.temperature", "optim.learning_rate", "optim.epsilon", "optim.whiten_floor"], float),
     **dict.fromkeys(["optim.max_grad_norm", "critic.temperature", "critic.huber_delta", "critic.vf_coef"], float),
     **dict.fromkeys(["critic.max_grad_norm", "critic.learning_rate", "critic.cliprange_value"], float),
@@ -268,8 +268,14 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
         ("reward.weights", [0.0], {}, "nothing would be rewarded: give at least one weight other than 0"),
         ("reward.trust_remote_code", ["x"], {}, "every entry must be one of reward.functions"),
         ("reward.normalise", "paper", {"rollout": {"batch_size": 1}, "optim": {"num_mini_batches": 1}}, "divides by "),
-        ("rollout.batch_size", 63, {}, "must divide by optim.num_mini_batches x optim.gradient_accumulation_steps = 2"),
-        ("rollout.batch_size", 20, {"optim": {"gradient_accumulation_steps": 8}}, "must divide by optim.num_mini_"),
+        ("rollout.batch_size", 63, {}, "must divide by optim.num_mini_batches=2: try 64"),
+        (
+            "rollout.batch_size",
+            20,
+            {"optim": {"num_mini_batches": 8}},
+            "must divide by optim.num_mini_batches=8: try",
+        ),
+        ("optim.microbatch_tokens", 0, {}, "must be greater than 0"),
         ("critic.temperature", 0.1, {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
         ("critic.regress", "soft_min", {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
         ("critic.huber_delta", 0.1, {"preset": "ppo"}, "has no effect unless critic.loss=huber; leave it out"),
@@ -300,7 +306,7 @@ def test_the_kl_may_be_in_both_places_by_name() -> None:
 
 
 def test_the_batch_size_that_is_proposed_divides() -> None:
-    context: dict[str, Any] = {"optim": {"num_mini_batches": 3, "gradient_accumulation_steps": 2}}
+    context: dict[str, Any] = {"optim": {"num_mini_batches": 6}}
     sentence = refused("rollout.batch_size", 64, **context)
     proposed = int(sentence.rpartition(" ")[2])
     assert proposed == 66

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 
 from stable_rlhf import SAFETrainer
 from stable_rlhf.config import ConfigError, CriticConfig, ModelConfig
-from stable_rlhf.models import ActorCritic, check_lm_head, load_policy, load_tokenizer, positions, wrap_policy
+from stable_rlhf.models import ActorCritic, check_lm_head, load_policy, load_tokenizer, wrap_policy
 from stable_rlhf.records import Tokens
 from tests.runs import lora
 
@@ -25,12 +25,12 @@ def some_tokens(vocabulary: int, seed: int = 0) -> Tokens:
     response = torch.randint(3, vocabulary, (3, 5), generator=generator)
     prompt_mask = torch.tensor([[False, False, False, True], [False, True, True, True], [True] * 4])
     mask = torch.tensor([[True] * 5, [True, True, False, False, False], [True, True, True, True, False]])
-    return Tokens(prompt=prompt, prompt_mask=prompt_mask, response=response, mask=mask)
+    return Tokens.pack(prompt, prompt_mask, response, mask)
 
 
 def naive_logits(model: LlamaForCausalLM, tokens: Tokens, row: int) -> Tensor:
     """[t, V] logits at s_0 .. s_{t-1} of one row alone, without any padding, by the model's own forward."""
-    prompt = tokens.prompt[row][tokens.prompt_mask[row]]
+    prompt = tokens.ids[row, : tokens.start[row]]
     response = tokens.response[row][tokens.mask[row]]
     with torch.no_grad():
         return model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
@@ -52,7 +52,7 @@ def test_a_value_has_not_seen_its_own_action(llama: LlamaForCausalLM) -> None:
     model = ActorCritic(llama, CriticConfig())
     tokens = some_tokens(llama.config.vocab_size)
     changed = copy.deepcopy(tokens)
-    changed.response[0, 2] = (changed.response[0, 2] - 2) % 200 + 3
+    changed.ids[0, tokens.start[0] + 2] = (changed.response[0, 2] - 2) % 200 + 3
     before, after = (model(t, temperature=1.0).values[0, 0] for t in (tokens, changed))
     assert torch.equal(before[:3], after[:3])
     assert not torch.equal(before[3:], after[3:])
@@ -65,13 +65,13 @@ def test_the_reference_is_the_policy_as_given_and_the_exact_kl_is_over_the_vocab
         for parameter in model.policy_parameters():
             parameter.mul_(1.1)
     tokens = some_tokens(llama.config.vocab_size)
-    out = model(tokens, temperature=1.3, reference=True, exact_kl=True)
+    out, ref_logp = model(tokens, temperature=1.3, exact_kl=True), model.reference_logp(tokens, temperature=1.3)
     for row in range(3):
         keep = tokens.mask[row]
         log_p = (naive_logits(llama, tokens, row) / 1.3).log_softmax(-1)
         log_q = (naive_logits(original, tokens, row) / 1.3).log_softmax(-1)
         response = tokens.response[row][keep]
-        torch.testing.assert_close(out.ref_logp[row][keep], log_q.gather(1, response[:, None])[:, 0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(ref_logp[row][keep], log_q.gather(1, response[:, None])[:, 0], atol=1e-5, rtol=0)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         assert kl.max() > 0.01
         torch.testing.assert_close(out.exact_kl[row][keep], kl, atol=1e-5, rtol=0)
@@ -81,10 +81,10 @@ def test_with_lora_the_reference_is_the_same_weights_with_the_adapter_off(llama:
     base = copy.deepcopy(llama)
     model = ActorCritic(lora(llama), CriticConfig())
     tokens = some_tokens(base.config.vocab_size)
-    out = model(tokens, temperature=1.0, reference=True)
+    out, ref_logp = model(tokens, temperature=1.0), model.reference_logp(tokens, temperature=1.0)
     expected = ActorCritic(base, CriticConfig())(tokens, temperature=1.0)
-    assert torch.equal(out.ref_logp, expected.logp)
-    assert (out.logp - out.ref_logp).abs().max() > 0.01
+    assert torch.equal(ref_logp, expected.logp)
+    assert (out.logp - ref_logp).abs().max() > 0.01
 
 
 def test_the_value_loss_reaches_the_transformer_only_when_asked(llama: LlamaForCausalLM) -> None:
@@ -190,11 +190,6 @@ def test_pad_becomes_eos_where_the_tokenizer_has_none(
     loaded = load_tokenizer(ModelConfig(name=str(tmp_path)))
     assert loaded.pad_token_id == loaded.eos_token_id == 2
     assert loaded.padding_side == "left"
-
-
-def test_positions_count_tokens_not_padding() -> None:
-    mask = torch.tensor([[False, False, True, True], [True, True, True, False]])
-    assert positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
 
 
 def test_a_peft_model_is_taken_as_it_is(llama: LlamaForCausalLM) -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_rlhf import Config, optimize
+from stable_rlhf import Config, optimize, passes
+from stable_rlhf.microbatches import permutation
 from stable_rlhf.models import ActorCritic, causal_lm
+from stable_rlhf.passes import Passes
 from stable_rlhf.records import Batch, Tokens
 from tests.updates import (
     ONE_STEP,
@@ -36,16 +38,16 @@ def test_the_first_minibatch_has_ratio_one_at_every_token_and_the_second_has_not
     tokenizer, monkeypatch: pytest.MonkeyPatch, adapter: bool, checkpointing: bool, accumulation: int, dtype: str
 ) -> None:
     seen: list[Tensor] = []
-    real = optimize.ppo_clip_loss
+    real = passes.ppo_clip_loss
 
     def watched(logp, old_logp, advantages, mask, *rest):
         result = real(logp, old_logp, advantages, mask, *rest)
         seen.append(result.ratio[mask])
         return result
 
-    monkeypatch.setattr(optimize, "ppo_clip_loss", watched)
+    monkeypatch.setattr(passes, "ppo_clip_loss", watched)
     config = make_config(
-        optim={"gradient_accumulation_steps": accumulation, "learning_rate": 1e-2},
+        optim={"microbatch_tokens": 1 if accumulation == 4 else 8192, "learning_rate": 1e-2},
         model={"gradient_checkpointing": checkpointing, "dtype": dtype},
     )
     learn(make_model(tokenizer, config, adapter), make_rollout(len(tokenizer)), config)
@@ -56,14 +58,14 @@ def test_the_first_minibatch_has_ratio_one_at_every_token_and_the_second_has_not
 
 def test_the_variance_of_the_ratio_is_over_tokens(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    real = optimize.ppo_clip_loss
+    real = passes.ppo_clip_loss
 
     def watched(logp, old_logp, advantages, mask, *rest):
         result = real(logp, old_logp, advantages, mask, *rest)
         seen.append(result.ratio[mask].double())
         return result
 
-    monkeypatch.setattr(optimize, "ppo_clip_loss", watched)
+    monkeypatch.setattr(passes, "ppo_clip_loss", watched)
     config = make_config(optim={"num_iterations": 3, "num_mini_batches": 1, "learning_rate": 1e-2})
     metrics, _ = learn(make_model(tokenizer, config), make_rollout(len(tokenizer)), config)
     ratios = torch.cat(seen)  # the same 31 tokens three times
@@ -74,14 +76,14 @@ def test_the_variance_of_the_ratio_is_over_tokens(tokenizer, monkeypatch: pytest
 # -- optimiser steps, accumulation, padding -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("iterations", "mini_batches", "accumulation"), [(1, 1, 1), (2, 4, 1), (3, 2, 2)])
+@pytest.mark.parametrize(("iterations", "mini_batches", "microbatch"), [(1, 1, 8192), (2, 4, 8192), (3, 2, 9)])
 def test_an_update_takes_iterations_times_minibatches_optimiser_steps(
-    tokenizer, iterations, mini_batches, accumulation
+    tokenizer, iterations, mini_batches, microbatch
 ) -> None:
     optim = {
         "num_iterations": iterations,
         "num_mini_batches": mini_batches,
-        "gradient_accumulation_steps": accumulation,
+        "microbatch_tokens": microbatch,
     }
     config = make_config(optim=optim)
     _, steps = learn(make_model(tokenizer, config), make_rollout(len(tokenizer)), config)
@@ -89,10 +91,10 @@ def test_an_update_takes_iterations_times_minibatches_optimiser_steps(
 
 
 def test_every_pass_sees_each_row_once_in_another_order_given_by_seed_and_step() -> None:
-    orders = [optimize.permutation(ROWS, seed, step, i).tolist() for seed in (0, 1) for step in (0, 1) for i in (0, 1)]
+    orders = [permutation(ROWS, seed, step, i).tolist() for seed in (0, 1) for step in (0, 1) for i in (0, 1)]
     assert all(sorted(order) == list(range(ROWS)) for order in orders)
     assert len({tuple(order) for order in orders}) == len(orders)
-    assert optimize.permutation(ROWS, 1, 1, 1).tolist() == orders[-1]
+    assert permutation(ROWS, 1, 1, 1).tolist() == orders[-1]
 
 
 def without_clipped_values(metrics: dict) -> dict:
@@ -102,10 +104,10 @@ def without_clipped_values(metrics: dict) -> dict:
 
 @pytest.mark.parametrize("preset", ["safe", "paper"])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_gradient_accumulation_changes_no_weight_and_no_metric(tokenizer, preset: str, adapter: bool) -> None:
+def test_the_cut_into_microbatches_changes_no_weight_and_no_metric(tokenizer, preset: str, adapter: bool) -> None:
     results = []
-    for accumulation in (1, 2, 4):
-        config = make_config(preset, optim={"gradient_accumulation_steps": accumulation, "max_grad_norm": 1.0})
+    for microbatch in (8192, 18, 1):
+        config = make_config(preset, optim={"microbatch_tokens": microbatch, "max_grad_norm": 1.0})
         model = make_model(tokenizer, config, adapter)
         before = weights(model)
         metrics, _ = learn(model, make_rollout(len(tokenizer)), config, kl_coef=0.3, sgd=0.05)
@@ -121,19 +123,18 @@ def test_padding_columns_change_no_weight_and_no_metric(tokenizer) -> None:
     rollout = make_rollout(len(tokenizer))
     tokens = rollout.tokens
     junk = torch.full((ROWS, 3), 77)
-    nothing = torch.zeros(ROWS, 3, dtype=torch.bool)
     wide = Tokens(
-        prompt=torch.cat([junk, tokens.prompt], 1),
-        prompt_mask=torch.cat([nothing, tokens.prompt_mask], 1),
+        ids=torch.cat([tokens.ids, junk], 1),
+        start=tokens.start,
         response=torch.cat([tokens.response, junk], 1),
-        mask=torch.cat([tokens.mask, nothing], 1),
+        mask=torch.cat([tokens.mask, torch.zeros(ROWS, 3, dtype=torch.bool)], 1),
     )
     results = []
     for given in (rollout, dataclasses.replace(rollout, tokens=wide)):
         config = make_config()
         model = make_model(tokenizer, config)
         metrics, _ = learn(model, given, config, kl_coef=0.3, sgd=0.05)
-        figures = optimize.rollout_metrics(given, optimize.measure(model, given, config, 0))
+        figures = optimize.rollout_metrics(given, optimize.measure(Passes(model, config), given, config, 0))
         results.append((metrics | figures, weights(model)))
     assert_same(results[1][1], results[0][1], 1e-6)
     assert without_clipped_values(results[1][0]) == pytest.approx(without_clipped_values(results[0][0]), abs=2e-6)
@@ -142,16 +143,16 @@ def test_padding_columns_change_no_weight_and_no_metric(tokenizer) -> None:
 def test_what_stands_under_the_mask_reaches_no_gradient(tokenizer) -> None:
     rollout = make_rollout(len(tokenizer))
     tokens = rollout.tokens
+    ends = tokens.start + tokens.mask.sum(1)
+    used = torch.arange(tokens.ids.shape[1]) < ends[:, None]
     other = dataclasses.replace(
         tokens,
-        prompt=torch.where(tokens.prompt_mask, tokens.prompt, 5),
+        ids=torch.where(used, tokens.ids, 5),
         response=torch.where(tokens.mask, tokens.response, 9),
     )
+    other = dataclasses.replace(rollout, tokens=other)
     config = make_config("paper", optim=ONE_STEP)
-    gradients = [
-        learn(make_model(tokenizer, config), given, config, kl_coef=1.0)[1][0]
-        for given in (rollout, dataclasses.replace(rollout, tokens=other))
-    ]
+    gradients = [learn(make_model(tokenizer, config), given, config, kl_coef=1.0)[1][0] for given in (rollout, other)]
     assert_same(gradients[1], gradients[0], 0.0)
 
 
@@ -177,7 +178,7 @@ def test_advantages_and_returns_are_those_of_a_loop_over_tokens(
         kl={"length_neutral": neutral},
     )
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer), skipped=(4,))
-    measured = optimize.measure(model, rollout, config, 0)
+    measured = optimize.measure(Passes(model, config), rollout, config, 0)
     batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
     expected_advantages, expected_returns = [], []
     ratios = [
@@ -227,7 +228,7 @@ def test_the_kl_in_the_reward_pays_for_no_length_of_its_own(tokenizer) -> None:
     rollout = make_rollout(len(tokenizer))
     config = make_config(optim={"lam": 1.0, "whiten_floor": 1e3})
     model = make_model(tokenizer, config)
-    measured = optimize.measure(model, rollout, config, 0)
+    measured = optimize.measure(Passes(model, config), rollout, config, 0)
     measured = dataclasses.replace(measured, ref_logp=measured.logp - 0.5)
     without, with_kl = (
         optimize.make_batch(model, measured, rollout.scores, decide(coef), config)[0].returns for coef in (0.0, 1.0)
@@ -253,7 +254,7 @@ def naive_loss(model: ActorCritic, batch: Batch, config: Config, kl_coef: float)
     """
     count, alpha, total = batch.tokens.mask.sum(), config.critic.temperature, torch.zeros(())
     for row in range(len(batch.logp)):
-        prompt = batch.tokens.prompt[row][batch.tokens.prompt_mask[row]]
+        prompt = batch.tokens.ids[row, : batch.tokens.start[row]]
         response = batch.tokens.response[row][batch.tokens.mask[row]]
         ids = torch.cat([prompt, response])[None]
         out = causal_lm(model.policy)(input_ids=ids, output_hidden_states=True)
@@ -311,7 +312,8 @@ def test_the_kl_in_the_loss_has_a_gradient_and_without_it_the_coefficient_has_no
 
     acting, idle = {"in_reward": False, "in_loss": in_loss}, {"controller": "none", "in_reward": False}
     assert torch.equal(gradient(idle, 0.0), gradient(idle, 1.0))
-    assert torch.equal(gradient(idle, 0.0), gradient(acting, 0.0))
+    # To rounding: with a KL to differentiate, the head adds up its terms in another order.
+    torch.testing.assert_close(gradient(idle, 0.0), gradient(acting, 0.0), atol=1e-7, rtol=0)
     one, two = (gradient(acting, coef) - gradient(acting, 0.0) for coef in (1.0, 2.0))
     assert one.norm() > 0.1
     torch.testing.assert_close(two, 2 * one, atol=1e-5, rtol=0)

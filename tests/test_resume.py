@@ -83,7 +83,7 @@ def test_rewards_that_draw_at_random_schedules_and_the_critics_warm_up_go_on_bit
         "max_steps": 6,
         "save_steps": 3,
         "seed": 5,
-        "optim": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "gradient_accumulation_steps": 2},
+        "optim": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "microbatch_tokens": 20},
         "critic": {"warmup_steps": 3, "learning_rate": 3e-2, "bootstrap": "target"},
         "model": {"gradient_checkpointing": True},
     }

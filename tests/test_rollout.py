@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import datasets
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stable_rlhf.config import CriticConfig, RolloutConfig
+from stable_rlhf.decoding import Decoder
 from stable_rlhf.models import ActorCritic
 from stable_rlhf.prompts import EncodedPrompts
 from stable_rlhf.rollout import Sampler, pad_left, response_mask
@@ -21,9 +24,14 @@ def length_reward(prompts, completions, **columns):
     return [float(len(c)) for c in completions]
 
 
-def make_sampler(tokenizer: PreTrainedTokenizerFast, **settings) -> Sampler:
-    scorer = Scorer([resolve_reward(length_reward)], None, None)
-    return Sampler(tokenizer=tokenizer, scorer=scorer, config=RolloutConfig(**settings), eos_token_ids=[EOS])
+def make_sampler(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **settings) -> Sampler:
+    return Sampler(
+        tokenizer=tokenizer,
+        scorer=Scorer([resolve_reward(length_reward)], None, None),
+        config=RolloutConfig(**settings),
+        eos_token_ids=[EOS],
+        decoder=Decoder(ActorCritic(model, CriticConfig())),
+    )
 
 
 def test_the_mask_ends_with_the_first_eos_included() -> None:
@@ -45,7 +53,7 @@ def test_any_of_several_eos_ids_ends_a_completion() -> None:
 
 
 def test_prompts_are_padded_on_the_left() -> None:
-    ids, mask = pad_left([[7], [8, 9, 10]], pad=0, device=torch.device("cpu"))
+    ids, mask = pad_left([[7], [8, 9, 10]], pad=0)
     assert ids.tolist() == [[0, 0, 7], [8, 9, 10]]
     assert mask.int().tolist() == [[0, 0, 1], [1, 1, 1]]
 
@@ -57,11 +65,10 @@ def test_first_tokens_follow_the_softmax_at_the_temperature_whatever_the_model_p
     """Chi-squared over 20,000 draws; the model's own generation settings must not reach the sampler."""
     for name, value in own.items():
         setattr(llama.generation_config, name, value)
-    model = ActorCritic(llama, CriticConfig())
-    sampler = make_sampler(tokenizer, max_completion_length=1, temperature=1.5)
+    sampler = make_sampler(llama, tokenizer, max_completion_length=1, temperature=1.5)
     prompt = torch.tensor([[40, 41]]).repeat(20_000, 1)
     torch.manual_seed(0)
-    drawn = sampler.generate(model, prompt, torch.ones_like(prompt, dtype=torch.bool))[:, 0]
+    drawn = sampler.generate(prompt, torch.ones_like(prompt, dtype=torch.bool))[:, 0]
     with torch.no_grad():
         expected = 20_000 * (llama(input_ids=prompt[:1]).logits[0, -1] / 1.5).softmax(-1).double()
     common = expected > 20
@@ -82,16 +89,14 @@ def test_a_rollout_carries_prompts_completions_columns_and_scores_in_order(
         seen.update(prompts=prompts, completions=completions, answer=answer)
         return [1.0, None, 3.0]
 
-    scorer = Scorer([resolve_reward(reward)], [2.0], 0.5)
-    sampler = Sampler(
-        tokenizer=tokenizer, scorer=scorer, config=RolloutConfig(max_completion_length=4), eos_token_ids=[EOS]
-    )
+    sampler = make_sampler(llama, tokenizer, max_completion_length=4)
+    sampler = dataclasses.replace(sampler, scorer=Scorer([resolve_reward(reward)], [2.0], 0.5))
     dataset = datasets.Dataset.from_dict({"prompt": ["a", "bb", "ccc", "d"], "answer": [10, 11, 12, 13]})
     encoded = EncodedPrompts(
         input_ids=[tokenizer(p)["input_ids"] for p in dataset["prompt"]], truncated=[False, True, True, False]
     )
     torch.manual_seed(1)
-    rollout, seconds = sampler.collect(ActorCritic(llama, CriticConfig()), dataset, encoded, [2, 0, 1])
+    rollout, seconds = sampler.collect(dataset, encoded, [2, 0, 1])
     assert seen["prompts"] == rollout.prompts == ["ccc", "a", "bb"]
     assert seen["answer"] == [12, 10, 11]
     assert seen["completions"] == rollout.completions
@@ -105,7 +110,9 @@ def test_a_rollout_carries_prompts_completions_columns_and_scores_in_order(
         assert text == tokenizer.decode(kept, skip_special_tokens=True)
 
 
-def test_a_completion_keeps_the_space_that_it_begins_with_under_a_sentencepiece_like_tokenizer() -> None:
+def test_a_completion_keeps_the_space_that_it_begins_with_under_a_sentencepiece_like_tokenizer(
+    llama: LlamaForCausalLM,
+) -> None:
     core = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "▁the": 2, "▁soup": 3, "▁was": 4, "▁good": 5}, "<pad>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Metaspace()
@@ -113,4 +120,4 @@ def test_a_completion_keeps_the_space_that_it_begins_with_under_a_sentencepiece_
     prompt, mask = torch.tensor([[0, 2, 3], [2, 3, 4]]), torch.tensor([[False, True, True], [True, True, True]])
     response, kept = torch.tensor([[4, 5, 1], [5, 1, 0]]), torch.tensor([[True, True, True], [True, True, False]])
     assert tokenizer.decode([4, 5]) == "was good"  # decoded alone the space is lost
-    assert make_sampler(tokenizer).decode(prompt, mask, response, kept) == [" was good", " good"]
+    assert make_sampler(llama, tokenizer).decode(prompt, mask, response, kept) == [" was good", " good"]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from stable_rlhf import Config, optimize
 from stable_rlhf.control import Decision
 from stable_rlhf.models import ActorCritic
+from stable_rlhf.passes import Passes
 from stable_rlhf.records import Batch, Rollout, Tokens
 from tests.runs import lora, policy
 
@@ -50,11 +51,11 @@ def make_rollout(vocabulary: int, skipped: tuple[int, ...] = ()) -> Rollout:
     scores = [
         score if keep else 0.0 for score, keep in zip([1.0, -0.5, 0.3, 2.0, 0.0, -1.0, 0.7, 0.1], valid, strict=True)
     ]
-    tokens = Tokens(
-        prompt=torch.randint(3, vocabulary, (ROWS, 4), generator=generator),
-        prompt_mask=torch.arange(4) >= 4 - prompt_lengths[:, None],
-        response=torch.randint(3, vocabulary, (ROWS, 6), generator=generator),
-        mask=torch.arange(6) < lengths[:, None],
+    tokens = Tokens.pack(
+        torch.randint(3, vocabulary, (ROWS, 4), generator=generator),
+        torch.arange(4) >= 4 - prompt_lengths[:, None],
+        torch.randint(3, vocabulary, (ROWS, 6), generator=generator),
+        torch.arange(6) < lengths[:, None],
     )
     return Rollout(
         indices=list(range(ROWS)),
@@ -88,7 +89,7 @@ def decide(kl_coef: float) -> Decision:
 
 
 def prepare(model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float = 0.0) -> Batch:
-    measured = optimize.measure(model, rollout, config, 0)
+    measured = optimize.measure(Passes(model, config), rollout, config, 0)
     batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
     return batch
 
@@ -106,7 +107,7 @@ def learn(
         lambda *_: steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
     batch = prepare(model, rollout, config, kl_coef)
-    return optimize.update(model, optimizer, batch, decide(kl_coef), config, step).metrics, steps
+    return optimize.update(Passes(model, config), optimizer, batch, decide(kl_coef), config, step).metrics, steps
 
 
 def weights(model: ActorCritic) -> dict[str, Tensor]:

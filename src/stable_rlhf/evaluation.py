@@ -14,9 +14,9 @@ from torch import nn
 
 from stable_rlhf.checkpoint import load_random_state, random_state
 from stable_rlhf.config import Config, ConfigError
-from stable_rlhf.models import ActorCritic
 from stable_rlhf.ops.masked import distinct_n
 from stable_rlhf.optimize import Measured, measure, plain
+from stable_rlhf.passes import Passes
 from stable_rlhf.prompts import EncodedPrompts, load_prompts, prompt_text
 from stable_rlhf.records import Rollout
 from stable_rlhf.rollout import Sampler
@@ -74,7 +74,7 @@ def _as_dataset(rows: Any) -> datasets.Dataset:
 
 
 def evaluate(
-    model: ActorCritic, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, config: Config
+    passes: Passes, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, config: Config
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """(figures over all rows, the first SAMPLES completions). The run's own random draws stay as if it had not been."""
     size, parts = config.rollout.batch_size, []
@@ -85,8 +85,8 @@ def evaluate(
         torch.manual_seed(SEED)
         for start in range(0, len(dataset), size):
             indices = range(start, min(start + size, len(dataset)))
-            rollout, _ = sampler.collect(model, dataset, encoded, indices)
-            parts.append((rollout, measure(model, rollout, config, 0)))
+            rollout, _ = sampler.collect(dataset, encoded, indices)
+            parts.append((rollout, measure(passes, rollout, config, 0)))
     finally:
         load_random_state(tensors, state)
     samples = [

@@ -15,7 +15,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StaticCache,
+)
+from transformers.cache_utils import StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stable_rlhf.config import ConfigError, CriticConfig, ModelConfig
@@ -52,10 +61,8 @@ class Output:
     """Entropy of pi(. | s_t), nats."""
     values: Tensor
     """[H, B, T] each head's V(s_t)."""
-    targets: Tensor | None
-    """[H, B, T] each target head's V(s_t), where asked for."""
-    ref_logp: Tensor | None
-    """log pi_ref(a_t | s_t), where asked for."""
+    state: Tensor
+    """[B, T, h] what the heads read: the last hidden state, without a gradient unless critic.backbone_gradient."""
     exact_kl: Tensor | None
     """KL(pi || pi_ref) at s_t over the whole vocabulary, where asked for."""
 
@@ -77,6 +84,11 @@ class ActorCritic(nn.Module):
         self.heads = nn.ModuleList(ValueHead(hidden_size) for _ in range(critic.heads)).to(device, torch.float32)
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
         self.peft = isinstance(policy, PeftModel)
+        self._causal = attends_fully(causal_lm(policy))
+        for module in policy.modules():
+            if autocast and hasattr(module, "cast_input_dtype_enabled"):
+                # PEFT would widen an adapter's input to the float32 of its weights, and autocast narrow it again.
+                setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010
         # A list hides the copy from state dicts, optimisers and wrappers: it never changes.
         self._policy_parameters = [p for p in policy.parameters() if p.requires_grad]
         self._reference = [] if self.peft else [copy.deepcopy(policy).requires_grad_(False).eval()]
@@ -86,38 +98,37 @@ class ActorCritic(nn.Module):
     def device(self) -> torch.device:
         return next(self.heads.parameters()).device
 
-    def forward(
-        self,
-        tokens: Tokens,
-        *,
-        temperature: float,
-        reference: bool = False,
-        exact_kl: bool = False,
-        targets: bool = False,
-    ) -> Output:
+    def forward(self, tokens: Tokens, *, temperature: float, exact_kl: bool = False) -> Output:
         """Log-probs, entropy and values of the response tokens in one pass; see ``Output``.
 
-        ``reference`` adds the reference's log-probs, ``exact_kl`` the KL over the vocabulary, ``targets`` the target
-        heads.
+        ``exact_kl`` adds the KL over the vocabulary, at the price of a pass of the reference.
         """
         hidden = self._hidden(self.policy, tokens)
-        weight = causal_lm(self.policy).get_output_embeddings().weight
-        ref_hidden, ref_weight = self._reference_hidden(tokens) if reference or exact_kl else (None, None)
-        kl_against = (ref_hidden, ref_weight) if exact_kl else (None, None)
-        statistics = token_statistics(hidden, weight, tokens.response, temperature, *kl_against)
-        ref_logp = None
-        if reference and ref_hidden is not None and ref_weight is not None:
-            with torch.no_grad():
-                ref_logp = token_statistics(ref_hidden, ref_weight, tokens.response, temperature).logp
+        against: tuple[Any, Any] = (None, None)
+        if exact_kl:
+            with torch.no_grad(), self.reference() as reference:
+                against = self._hidden(reference, tokens), lm_head(reference)
+        statistics = token_statistics(hidden, lm_head(self.policy), tokens.response, temperature, *against)
         state = hidden.float() if self.critic.backbone_gradient else hidden.detach().float()
         return Output(
             logp=statistics.logp,
             entropy=statistics.entropy,
             values=torch.stack([head(state) for head in self.heads]),
-            targets=torch.stack([head(state) for head in self.target_heads]) if targets else None,
-            ref_logp=ref_logp,
+            state=state,
             exact_kl=statistics.kl,
         )
+
+    @torch.no_grad()
+    def reference_logp(self, tokens: Tokens, *, temperature: float) -> Tensor:
+        """[B, T] log pi_ref(a_t | s_t), nats."""
+        with self.reference() as reference:
+            hidden = self._hidden(reference, tokens)
+            return token_statistics(hidden, lm_head(reference), tokens.response, temperature).logp
+
+    @torch.no_grad()
+    def target_values(self, state: Tensor) -> Tensor:
+        """[H, B, T]: the target heads on ``Output.state``."""
+        return torch.stack([head(state) for head in self.target_heads])
 
     def combine(self, head_values: Tensor) -> Tensor:
         """[H, B, T] -> [B, T]: the one value of a single head, the soft-min of two."""
@@ -127,18 +138,14 @@ class ActorCritic(nn.Module):
 
     def _hidden(self, policy: nn.Module, tokens: Tokens) -> Tensor:
         """[B, T, h]: the last hidden state at s_0 .. s_{T-1}; position t has not seen a_t."""
-        mask = torch.cat([tokens.prompt_mask, tokens.mask], 1)[:, :-1]
-        ids = torch.cat([tokens.prompt, tokens.response], 1)[:, :-1]
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
-            out = causal_lm(policy).get_decoder()(
-                input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
-            )
-        return out.last_hidden_state[:, tokens.prompt.shape[1] - 1 :]
-
-    @torch.no_grad()
-    def _reference_hidden(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        with self.reference() as model:
-            return self._hidden(model, tokens), causal_lm(model).get_output_embeddings().weight
+        ids, lm = tokens.ids, causal_lm(policy)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast), without_mask(lm, self._causal):
+            # No mask and no positions: padding is on the right, where a causal model does not look.
+            out = lm.get_decoder()(input_ids=ids, use_cache=False)
+        at = tokens.start[:, None] - 1 + torch.arange(tokens.response.shape[1], device=ids.device)
+        # Beyond a row's end stands its last position again: a number that means nothing, under the mask.
+        at = at.clamp(max=ids.shape[1] - 1)[..., None]
+        return out.last_hidden_state.gather(1, at.expand(-1, -1, out.last_hidden_state.shape[2]))
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
@@ -153,8 +160,8 @@ class ActorCritic(nn.Module):
     def checkpointing(self, enabled: bool) -> Iterator[None]:
         """Recompute layers in the backward pass inside the context. Only the layers themselves are told that they
         train: their dropouts stay off, and outside (when sampling) the KV cache works."""
-        layers = [m for m in self.policy.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
-        if enabled and not layers:
+        blocks = layers(self.policy) if enabled else []
+        if enabled and not blocks:
             raise ConfigError(
                 f"model.gradient_checkpointing=true: {type(causal_lm(self.policy)).__name__} does not support it in "
                 "Transformers; set model.gradient_checkpointing=false"
@@ -162,14 +169,15 @@ class ActorCritic(nn.Module):
         if enabled:
             model = causal_lm(self.policy)  # renamed in Transformers 5.23
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        for layer in layers:
-            layer.training = True
+            # Nothing random happens in a layer, so no generator's state has to be kept for the second pass.
+            enable({"use_reentrant": False, "preserve_rng_state": False})
+        for block in blocks:
+            block.training = True
         try:
             yield
         finally:
-            for layer in layers:
-                layer.training = False
+            for block in blocks:
+                block.training = False
 
     def policy_parameters(self) -> list[nn.Parameter]:
         return self._policy_parameters
@@ -215,13 +223,42 @@ class ActorCritic(nn.Module):
         return digest.hexdigest()
 
 
-def positions(mask: Tensor) -> Tensor:
-    """[B, L] bool -> [B, L] int64 position of each token among its row's True entries; padding gets 0."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
 def causal_lm(policy: Any) -> Any:
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+UNMASKED = "stable_rlhf_unmasked"
+"""Transformers' scaled dot-product attention by a name for which it makes no mask. By its own name it would look at the
+tokens to see whether one is needed, and wait for the device, or make one wherever it cannot look: in a CUDA graph."""
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+
+
+def attends_fully(lm: Any) -> bool:
+    """Whether every layer attends to all that came before: no sliding window, no chunks, no other kind of layer."""
+    return lm.config._attn_implementation == "sdpa" and all(
+        type(layer) is StaticLayer for layer in StaticCache(lm.config, max_cache_len=1).layers
+    )
+
+
+@contextlib.contextmanager
+def without_mask(lm: Any, applies: bool) -> Iterator[None]:
+    """Inside, a model that attends fully does so without a mask, if ``applies``."""
+    own = lm.config._attn_implementation
+    lm.config._attn_implementation = UNMASKED if applies else own
+    try:
+        yield
+    finally:
+        lm.config._attn_implementation = own
+
+
+def lm_head(policy: Any) -> Tensor:
+    """[V, h]: the weight that turns a hidden state into logits."""
+    return causal_lm(policy).get_output_embeddings().weight
+
+
+def layers(policy: Any) -> list[nn.Module]:
+    """The transformer's blocks, in order; none where Transformers does not mark them."""
+    return [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def refuse_many_processes() -> None:

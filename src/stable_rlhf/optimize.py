@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from stable_rlhf.config import Config
 from stable_rlhf.control import Decision, Observation
-from stable_rlhf.models import ActorCritic, Output
+from stable_rlhf.microbatches import Lengths, plan
+from stable_rlhf.models import ActorCritic
 from stable_rlhf.ops.advantages import gae, token_rewards
 from stable_rlhf.ops.masked import distinct_n, masked_mean, masked_sum, whiten
-from stable_rlhf.ops.objective import approx_kl, explained_variance, kl_estimate, kl_penalty, ppo_clip_loss, value_loss
+from stable_rlhf.ops.objective import explained_variance, kl_estimate
+from stable_rlhf.passes import Passes, Scale
 from stable_rlhf.prompts import prompt_text
-from stable_rlhf.records import Batch, Rollout, StepStats, Tokens
+from stable_rlhf.records import Batch, Rollout, StepStats, Tokens, on
 
 
 class DivergenceError(ArithmeticError):
@@ -26,7 +29,9 @@ class DivergenceError(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The policy, reference and critic on a rollout, as they were when it was sampled. [B, T] float32 unless said."""
+    """The policy, reference and critic on a rollout, as they were when it was sampled; on the CPU.
+
+    [B, T] float32 unless said."""
 
     tokens: Tokens
     """``mask`` is all False in rows whose reward is None."""
@@ -49,46 +54,38 @@ def optimizer_groups(model: ActorCritic, config: Config) -> list[dict]:
     ]
 
 
-def permutation(rows: int, seed: int, step: int, iteration: int) -> Tensor:
-    """[rows] int64: the order of a pass over the rollout, given by its arguments alone, so that resume repeats it."""
-    # Primes keep the seeds of neighbouring steps and iterations apart.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step * 1_009 + iteration) % 2**63)
-    return torch.randperm(rows, generator=generator)
-
-
-def minibatches(order: Tensor, config: Config) -> Iterator[list[Tensor]]:
-    """The microbatches (row indices) of each minibatch of a pass; the configuration has checked that B divides."""
-    for rows in order.chunk(config.optim.num_mini_batches):
-        yield list(rows.chunk(config.optim.gradient_accumulation_steps))
-
-
 @torch.no_grad()
-def measure(model: ActorCritic, rollout: Rollout, config: Config, step: int) -> Measured:
-    """One pass of the training forward over the rollout, in the first pass's microbatches.
+def measure(passes: Passes, rollout: Rollout, config: Config, step: int) -> Measured:
+    """The forward of the update and the reference's over the rollout, in the microbatches of the first pass.
 
-    The same rows go through the same computation again in the first update, so its ratio is exactly 1.
+    The same rows go through the same computation again in the first update, so its ratio is exactly 1. The result is on
+    the CPU, copied there at once: what follows on it is small, and would wait for the device at every figure.
     """
-    tokens = rollout.tokens
-    valid = torch.tensor(rollout.valid, device=tokens.mask.device)
-    tokens = Tokens(
-        prompt=tokens.prompt,
-        prompt_mask=tokens.prompt_mask,
-        response=tokens.response,
-        mask=tokens.mask & valid[:, None],
-    )
+    model, device = passes.model, passes.model.device
+    tokens = dataclasses.replace(rollout.tokens, mask=rollout.tokens.mask & torch.tensor(rollout.valid)[:, None])
+    tokens = tokens.padded(passes.columns)
     shape, heads = tokens.response.shape, len(model.heads)
-    zeros = torch.zeros(shape, device=tokens.mask.device)
-    logp, ref_logp, entropy = zeros.clone(), zeros.clone(), zeros.clone()
-    values, targets = zeros.repeat(heads, 1, 1), zeros.repeat(heads, 1, 1)
-    for microbatches in minibatches(permutation(shape[0], config.seed, step, 0), config):
-        for rows in microbatches:
-            part = tokens.rows(rows)
-            out = model(part, temperature=config.rollout.temperature, reference=True, targets=True)
-            length = part.response.shape[1]
-            for whole, piece in ((logp, out.logp), (ref_logp, out.ref_logp), (entropy, out.entropy)):
-                whole[rows, :length] = piece
-            values[:, rows, :length], targets[:, rows, :length] = out.values, out.targets
-    return Measured(tokens=tokens, logp=logp, ref_logp=ref_logp, entropy=entropy, values=values, targets=targets)
+    names = ("logp", "ref_logp", "entropy")
+    figures = torch.zeros(len(names) + 2 * heads, *shape, device=device)
+    there = on(tokens, device)
+    for minibatch in plan(lengths(tokens), config, step, 0, device, passes.columns):
+        for micro in minibatch:
+            rows = micro.rows.to(device)
+            out, ref_logp = passes.measure(there.rows(rows, micro.width, micro.length), learns_policy(config, step))
+            parts = [out.logp[None], ref_logp[None], out.entropy[None], out.values, model.target_values(out.state)]
+            figures[:, rows, : micro.length] = torch.cat(parts)[:, : len(rows)]
+    figures = figures.cpu()
+    named = dict(zip(names, figures, strict=False))
+    return Measured(tokens=tokens, values=figures[3 : 3 + heads], targets=figures[3 + heads :], **named)
+
+
+def lengths(tokens: Tokens) -> Lengths:
+    return Lengths(prompt=tokens.start.tolist(), response=tokens.mask.sum(1).tolist())
+
+
+def learns_policy(config: Config, step: int) -> bool:
+    """Whether the step is past the critic's warm-up."""
+    return step >= config.critic.warmup_steps
 
 
 def observe(step: int, rollout: Rollout, measured: Measured) -> Observation:
@@ -122,7 +119,7 @@ def make_batch(
     mask = measured.tokens.mask
     log_ratio = measured.logp - measured.ref_logp
     kl_coef = decision.kl_coef if config.kl.in_reward else 0.0
-    score = torch.tensor(scores, device=mask.device, dtype=torch.float32)
+    score = torch.tensor(scores, dtype=torch.float32)
     # With c = E sum_t l_t / E T, the gradient of E sum_t (l_t - c) is E T times that of c, the mean per token.
     level = masked_mean(log_ratio, mask) if config.kl.length_neutral else 0.0
     rewards = token_rewards(score, log_ratio - level, kl_coef, mask)
@@ -157,114 +154,62 @@ def make_batch(
 
 
 def update(
-    model: ActorCritic,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    decision: Decision,
-    config: Config,
-    step: int,
+    passes: Passes, optimizer: torch.optim.Optimizer, batch: Batch, decision: Decision, config: Config, step: int
 ) -> StepStats:
     """num_iterations passes x num_mini_batches optimiser steps on the batch; means over them as metrics.
 
-    A minibatch in which no row has a reward takes no step and is in no mean.
+    A minibatch in which no row has a reward takes no step and is in no mean. Nothing here waits for the device but the
+    end, where the metrics are read.
     """
-    learns_policy = step >= config.critic.warmup_steps
-    sums: dict[str, Tensor] = {}
-    steps = 0
-    with model.checkpointing(config.model.gradient_checkpointing):
-        for iteration in range(config.optim.num_iterations):
-            order = permutation(len(batch.logp), config.seed, step, iteration)
-            for microbatches in minibatches(order, config):
-                # One denominator for the whole minibatch, so that accumulation changes nothing.
-                tokens = batch.tokens.mask[torch.cat(microbatches)].sum()
-                if tokens == 0:  # no row has a reward: AdamW would move the weights by its momentum alone
-                    continue
-                steps += 1
-                metrics: dict[str, Tensor] = {}
-                for rows in microbatches:
-                    part = batch.rows(rows)
-                    out = model(
-                        part.tokens,
-                        temperature=config.rollout.temperature,
-                        exact_kl=config.kl.in_loss == "exact" and learns_policy,
-                    )
-                    loss, figures = objective(out, part, model, decision, config, tokens, learns_policy)
-                    loss.backward()
-                    _add(metrics, figures)
-                _add(metrics, _clipped_step(model, optimizer, config, learns_policy))
-                _add(sums, metrics)
-    figures = {name: float(value) / steps for name, value in sums.items()}
+    device, learns = passes.model.device, learns_policy(config, step)
+    of_rows = lengths(batch.tokens)
+    work = [
+        minibatch
+        for iteration in range(config.optim.num_iterations)
+        for minibatch in plan(of_rows, config, step, iteration, device, passes.columns)
+        if minibatch  # no row has a reward: AdamW would move the weights by its momentum alone
+    ]
+    batch = on(batch, device)
+    sizes = [len(micro.rows) for minibatch in work for micro in minibatch]
+    rows = iter(torch.cat([micro.rows for minibatch in work for micro in minibatch]).to(device).split(sizes))
+    kl_coef = torch.full((), decision.kl_coef, device=device)
+    names: list[str] = []
+    sums: list[Tensor] = []
+    with passes.training():
+        for minibatch in work:
+            tokens = sum(of_rows.response[row] for micro in minibatch for row in micro.rows.tolist())
+            scale = Scale(kl_coef=kl_coef, tokens=torch.full((), float(tokens), device=device))
+            for micro in minibatch:
+                part = batch.rows(next(rows), micro.width, micro.length)
+                names, figures = passes.learn(part, scale, learns)
+                sums.append(figures)
+            norms = _clipped_step(passes, optimizer, config, learns)
+            sums.append(nn.functional.pad(norms, (len(names), 0)))
+    names = [*names, "grad_norm/policy", "grad_norm/critic"]
+    total = torch.stack([nn.functional.pad(part, (0, len(names) - len(part))) for part in sums]).sum(0)
+    figures = dict(zip(names, (total / len(work)).tolist(), strict=True))
     figures["val/ratio_var"] = max(0.0, figures["val/ratio_var"] - (figures["val/ratio"] - 1) ** 2)
     return StepStats(metrics=figures)
 
 
-def objective(
-    out: Output,
-    batch: Batch,
-    model: ActorCritic,
-    decision: Decision,
-    config: Config,
-    tokens: Tensor,
-    learns_policy: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss of a microbatch, its metrics); both are this microbatch's share: sums over its tokens / ``tokens``.
-
-    L = L_clip + vf_coef L_V + kl_coef KL(kl.in_loss) - entropy_coef H; during the critic's warm-up, vf_coef L_V alone.
-    """
-    mask, critic, optim = batch.tokens.mask, config.critic, config.optim
-    fitted = zip(out.values, batch.values, strict=True)
-    if critic.heads == 2 and critic.regress == "soft_min":
-        fitted = [(model.combine(out.values), model.combine(batch.values))]
-    losses = [
-        value_loss(
-            new, old, batch.returns, mask,
-            kind=critic.loss, huber_delta=critic.huber_delta, cliprange=critic.cliprange_value,
-            reduction=critic.clip_reduction, denominator=tokens,
-        )
-        for new, old in fitted
-    ]  # fmt: skip
-    value = sum((v.loss for v in losses), torch.zeros(())) / len(losses)
-    policy = ppo_clip_loss(out.logp, batch.logp, batch.advantages, mask, optim.epsilon, tokens)
-    entropy = masked_mean(out.entropy, mask, tokens)
-    loss = critic.vf_coef * value
-    metrics = {
-        "loss/policy_avg": policy.loss,
-        "loss/value_avg": value,
-        "policy/clipfrac_avg": policy.clip_fraction,
-        "policy/approxkl_avg": approx_kl(out.logp, batch.logp, mask, tokens),
-        "policy/entropy_avg": entropy,
-        "val/clipfrac_avg": torch.stack([v.clip_fraction for v in losses]).mean(),
-        "val/ratio": masked_mean(policy.ratio, mask, tokens),
-        # About 1, where the ratios are, so that little is lost when `update` makes it the variance about their mean.
-        "val/ratio_var": masked_mean((policy.ratio - 1).square(), mask, tokens),
-    }
-    if learns_policy:
-        loss = loss + policy.loss
-        if optim.entropy_coef > 0:
-            loss = loss - optim.entropy_coef * entropy
-        if config.kl.in_loss != "none":
-            kl = kl_penalty(out.logp, batch.ref_logp, out.exact_kl, config.kl.in_loss, mask, tokens)
-            loss = loss + decision.kl_coef * kl
-            metrics["loss/kl_avg"] = decision.kl_coef * kl
-    return loss, {name: figure.detach() for name, figure in metrics.items()}
-
-
-def _clipped_step(
-    model: ActorCritic, optimizer: torch.optim.Optimizer, config: Config, learns_policy: bool
-) -> dict[str, Tensor]:
-    """Clips each group's gradient to its own norm, steps, and moves the target heads."""
+def _clipped_step(passes: Passes, optimizer: torch.optim.Optimizer, config: Config, learns: bool) -> Tensor:
+    """Clips each group's gradient to its own norm, steps, moves the target heads; [2] norms of policy and critic."""
+    model = passes.model
     policy, critic = model.policy_parameters(), model.critic_parameters()
-    if not learns_policy:
+    norms = [
+        nn.utils.clip_grad_norm_(policy, config.optim.max_grad_norm),
+        nn.utils.clip_grad_norm_(critic, config.critic.max_grad_norm),
+    ]
+    held = [parameter.grad for parameter in policy]
+    if not learns:
         for parameter in policy:
             parameter.grad = None  # AdamW passes over what has no gradient: no momentum, no decay
-    norms = {
-        "grad_norm/policy": nn.utils.clip_grad_norm_(policy, config.optim.max_grad_norm),
-        "grad_norm/critic": nn.utils.clip_grad_norm_(critic, config.critic.max_grad_norm),
-    }
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for parameter, gradient in zip(policy, held, strict=True):
+        parameter.grad = gradient
+    passes.zero_grad()
     model.update_targets()
-    return norms
+    return torch.stack([norm.float() for norm in norms])
 
 
 def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | None]:

@@ -1,6 +1,6 @@
 """What passes between the rooms: frozen records, with the shape, dtype and mask meaning of every field.
 
-Shapes: B rows (prompts of this step), P prompt positions, T response positions, H value heads.
+Shapes: B rows (prompts of this step), P prompt positions, T response positions, S positions of both, H value heads.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -15,25 +16,40 @@ from torch import Tensor
 class Tokens:
     """Token ids of prompts and responses; every tensor has B rows."""
 
-    prompt: Tensor
-    """[B, P] int64, padded on the left."""
-    prompt_mask: Tensor
-    """[B, P] bool, True for a prompt token, False for padding."""
+    ids: Tensor
+    """[B, S] int64: a row's prompt and then, without a gap, its response. What follows has no meaning, but is a token:
+    with all padding on the right a causal model needs no attention mask, and positions count from 0."""
+    start: Tensor
+    """[B] int64, the number of prompt tokens: ``ids[b, start[b]]`` is the first of the response."""
     response: Tensor
-    """[B, T] int64, padded on the right."""
+    """[B, T] int64, the response again, padded on the right."""
     mask: Tensor
     """[B, T] bool, True for a response token, the EOS that ends it included."""
 
-    def rows(self, index: Tensor | slice) -> Tokens:
-        """The given rows, with the columns that are padding in all of them cut off."""
-        prompt_mask, mask = self.prompt_mask[index], self.mask[index]
-        first = int(prompt_mask.any(0).int().argmax())
-        last = max(1, int(mask.any(0).sum()))
+    @classmethod
+    def pack(cls, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> Tokens:
+        """From prompts [B, P] padded on the left (True in ``prompt_mask`` is a token) and responses [B, T]."""
+        padded = torch.cat([prompt, response], 1)
+        skipped = (~prompt_mask).sum(1, keepdim=True)
+        at = torch.arange(padded.shape[1], device=padded.device) + skipped
+        ids = padded.gather(1, at.clamp(max=padded.shape[1] - 1))
+        return cls(ids=ids, start=prompt_mask.sum(1), response=response, mask=mask)
+
+    def padded(self, columns: int) -> Tokens:
+        """With columns added on the right, up to the next multiple of ``columns``."""
+
+        def wider(grid: Tensor) -> Tensor:
+            return torch.nn.functional.pad(grid, (0, -grid.shape[1] % columns))
+
+        return replace(self, ids=wider(self.ids), response=wider(self.response), mask=wider(self.mask))
+
+    def rows(self, index: Tensor, width: int | None = None, length: int | None = None) -> Tokens:
+        """The given rows, cut to ``width`` columns of ``ids`` and ``length`` of the response (None leaves all)."""
         return Tokens(
-            prompt=self.prompt[index][:, first:],
-            prompt_mask=prompt_mask[:, first:],
-            response=self.response[index][:, :last],
-            mask=mask[:, :last],
+            ids=self.ids[index, :width],
+            start=self.start[index],
+            response=self.response[index, :length],
+            mask=self.mask[index, :length],
         )
 
 
@@ -79,12 +95,10 @@ class Batch:
     returns: Tensor
     """The critic's targets G_t; 0 outside the mask."""
 
-    def rows(self, index: Tensor) -> Batch:
-        """The given rows; columns that are padding in all of them are cut off."""
-        tokens = self.tokens.rows(index)
-        length = tokens.response.shape[1]
-        cut = {f.name: getattr(self, f.name)[..., index, :][..., :length] for f in fields(self) if f.name != "tokens"}
-        return replace(self, tokens=tokens, **cut)
+    def rows(self, index: Tensor, width: int | None = None, length: int | None = None) -> Batch:
+        """The given rows, cut as ``Tokens.rows`` says."""
+        cut = {f.name: getattr(self, f.name)[..., index, :length] for f in fields(self) if f.name != "tokens"}
+        return Batch(tokens=self.tokens.rows(index, width, length), **cut)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +106,10 @@ class StepStats:
     """Means over one step's updates, by metric name (docs/metrics.md)."""
 
     metrics: dict[str, float]
+
+
+def on(record: Any, device: torch.device) -> Any:
+    """A copy of a record of tensors, and of records of them, on the device."""
+    parts = {field.name: getattr(record, field.name) for field in fields(record)}
+    moved = {n: part.to(device) if isinstance(part, Tensor) else on(part, device) for n, part in parts.items()}
+    return type(record)(**moved)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from stable_rlhf.config import RolloutConfig
-from stable_rlhf.models import ActorCritic, causal_lm
+from stable_rlhf.decoding import Decoder, Sampling
 from stable_rlhf.prompts import EncodedPrompts
 from stable_rlhf.records import Rollout, Tokens
 from stable_rlhf.scoring import Scorer
@@ -26,17 +26,18 @@ class Sampler:
     scorer: Scorer
     config: RolloutConfig
     eos_token_ids: list[int]
+    decoder: Decoder
 
     def collect(
-        self, model: ActorCritic, dataset: Any, encoded: EncodedPrompts, indices: Sequence[int]
+        self, dataset: Any, encoded: EncodedPrompts, indices: Sequence[int]
     ) -> tuple[Rollout, dict[str, float]]:
         """(rollout, seconds by part): samples a completion for each of the rows, and scores it.
 
-        Draws from torch's global generator of the model's device.
+        Draws from torch's global generator of the model's device. The rollout's tensors are on the CPU.
         """
         started = time.perf_counter()
-        prompt, prompt_mask = pad_left([encoded.input_ids[i] for i in indices], self.pad_token_id, model.device)
-        response = self.generate(model, prompt, prompt_mask)
+        prompt, prompt_mask = pad_left([encoded.input_ids[i] for i in indices], self.pad_token_id)
+        response = self.generate(prompt, prompt_mask)
         mask, ended = response_mask(response, self.eos_token_ids)
         completions = self.decode(prompt, prompt_mask, response, mask)
         sampled = time.perf_counter()
@@ -47,7 +48,7 @@ class Sampler:
             indices=list(indices),
             prompts=rows["prompt"],
             completions=completions,
-            tokens=Tokens(prompt=prompt, prompt_mask=prompt_mask, response=response, mask=mask),
+            tokens=Tokens.pack(prompt, prompt_mask, response, mask),
             ended=ended.tolist(),
             scores=scores.total,
             valid=scores.valid,
@@ -60,32 +61,16 @@ class Sampler:
     def pad_token_id(self) -> int:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
-    @torch.no_grad()
-    def generate(self, model: ActorCritic, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
-        """[B, T] sampled tokens, T <= max_completion_length, from the whole distribution at the temperature."""
-        settings = GenerationConfig(
+    def generate(self, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
+        """[B, T] sampled tokens, on the CPU: T <= max_completion_length, the whole distribution at the temperature."""
+        sampling = Sampling(
             max_new_tokens=self.config.max_completion_length,
-            do_sample=True,
             temperature=self.config.temperature,
-            # Everything that would make the sampled distribution another than the one that is trained is off.
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            eos_token_id=self.eos_token_ids,
+            eos_token_ids=tuple(self.eos_token_ids),
             pad_token_id=self.pad_token_id,
         )
-        language_model = causal_lm(model.policy)
-        own = language_model.generation_config
-        # What `settings` leaves open (min_p, no_repeat_ngram_size, ...) would come from the model's own settings.
-        language_model.generation_config = GenerationConfig()
-        try:
-            with torch.autocast(prompt.device.type, torch.bfloat16, enabled=model.autocast):
-                sequences = language_model.generate(
-                    input_ids=prompt, attention_mask=prompt_mask.long(), generation_config=settings
-                )
-        finally:
-            language_model.generation_config = own
-        return sequences[:, prompt.shape[1] :]
+        device = self.decoder.model.device
+        return self.decoder.sample(prompt.to(device), prompt_mask.to(device), sampling).cpu()
 
     def decode(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> list[str]:
         """Completions as text, without special tokens: what they add to the prompt's text.
@@ -106,12 +91,12 @@ class Sampler:
         ]
 
 
-def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """([B, P] int64, [B, P] bool True for tokens), padded on the left to the longest row."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
-    return ids.to(device), mask.to(device)
+    return ids, mask
 
 
 def response_mask(response: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,9 @@ TIMINGS: dict[str, str] = {
     "step": "the step of the row in metrics.jsonl",
     "rollout_s": "seconds spent sampling",
     "scoring_s": "seconds spent scoring",
-    "update_s": "seconds spent in the update",
+    "logprobs_s": "seconds spent on the log-probs of policy and reference",
+    "control_s": "seconds spent on the controller and the advantages",
+    "update_s": "seconds spent in the optimiser steps",
     "total_s": "seconds for the whole step",
     "tokens_per_s": "response tokens sampled / total_s",
 }

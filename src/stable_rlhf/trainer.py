@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,9 +22,11 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 
 from stable_rlhf import checkpoint, evaluation, optimize, telemetry
+from stable_rlhf.arguments import as_given, make_scorer
 from stable_rlhf.config import Config, ConfigError
 from stable_rlhf.control import Decision, controller_settings, make_controller
 from stable_rlhf.control.normaliser import RewardNormaliser
+from stable_rlhf.decoding import Decoder
 from stable_rlhf.models import (
     ActorCritic,
     context_length,
@@ -35,9 +37,9 @@ from stable_rlhf.models import (
     prepare_tokenizer,
     refuse_many_processes,
 )
+from stable_rlhf.passes import Passes
 from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts
 from stable_rlhf.rollout import Sampler
-from stable_rlhf.scoring import RewardFunction, Scorer, resolve_reward
 
 
 class SAFETrainer:
@@ -74,7 +76,7 @@ class SAFETrainer:
     ) -> None:
         refuse_many_processes()
         model = str(model) if isinstance(model, Path) else model
-        self.args = config = _as_given(args or Config(), model, reward_funcs, train_dataset)
+        self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset)
         self.controller = make_controller(config.kl.controller, **config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
         train_dataset, eval_dataset = evaluation.split_datasets(config, train_dataset, eval_dataset)
@@ -89,18 +91,20 @@ class SAFETrainer:
             load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
         )
         self.model = ActorCritic(policy, config.critic, autocast=low)
-        self.scorer = _scorer(config, reward_funcs, reward_processing_classes, self.model.device)
+        self.passes = Passes(self.model, config)
+        self.scorer = make_scorer(config, reward_funcs, reward_processing_classes, self.model.device)
         self.sampler = Sampler(
             tokenizer=self.processing_class,
             scorer=self.scorer,
             config=config.rollout,
             eos_token_ids=eos_token_ids(policy, self.processing_class),
+            decoder=Decoder(self.model, cuda_graphs=self.passes.graphs, torch_compile=config.model.torch_compile),
         )
         self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)
         self.eval_dataset = eval_dataset
         self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
         self.stream = PromptStream(len(train_dataset), config.seed)
-        self.optimizer = torch.optim.AdamW(optimize.optimizer_groups(self.model, config))
+        self.optimizer = torch.optim.AdamW(optimize.optimizer_groups(self.model, config), fused=True)
         course = config.optim.lr_scheduler_type
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
         self.scheduler: Any = make_scheduler(course, self.optimizer, config.optim.warmup_steps, config.max_steps)
@@ -137,14 +141,17 @@ class SAFETrainer:
         started, step, config = time.perf_counter(), self.step, self.args
         self.control = self.handler.on_step_begin(self._arguments, self.state, self.control)
         indices = self.stream.take(config.rollout.batch_size)
-        rollout, timing = self.sampler.collect(self.model, self.train_dataset, self.train_prompts, indices)
+        rollout, timing = self.sampler.collect(self.train_dataset, self.train_prompts, indices)
         sampled = time.perf_counter()
-        measured = optimize.measure(self.model, rollout, config, step)
+        measured = optimize.measure(self.passes, rollout, config, step)
+        known = time.perf_counter()
         decision = self.controller.observe(optimize.observe(step, rollout, measured))  # before the update
         scores = self._normalise(rollout.scores, rollout.valid)
         batch, batch_metrics = optimize.make_batch(self.model, measured, scores, decision, config)
         learning_rates = [group["lr"] for group in self.optimizer.param_groups]
-        stats = optimize.update(self.model, self.optimizer, batch, decision, config, step)
+        decided = time.perf_counter()
+        stats = optimize.update(self.passes, self.optimizer, batch, decision, config, step)
+        learned = time.perf_counter()
         optimize.check_finite(step, {**batch_metrics, **stats.metrics})
         self.scheduler.step()
         self.episode += len(indices)
@@ -164,7 +171,13 @@ class SAFETrainer:
         row["objective/rlhf_reward"] = row["objective/scores"] + row["objective/non_score_reward"]
         ended = time.perf_counter()
         length = int(rollout.tokens.mask.sum())
-        timing |= {"update_s": ended - sampled, "total_s": ended - started, "tokens_per_s": length / (ended - started)}
+        timing |= {
+            "logprobs_s": known - sampled,
+            "control_s": decided - known,
+            "update_s": learned - decided,
+            "total_s": ended - started,
+            "tokens_per_s": length / (ended - started),
+        }
         self.writer.write(row, {"step": step, **timing})
         if config.log.completions_steps and step % config.log.completions_steps == 0:
             telemetry.write_completions(self.run_dir, step, optimize.completion_rows(rollout, measured))
@@ -199,7 +212,7 @@ class SAFETrainer:
         if self.eval_dataset is None or self.eval_prompts is None:
             raise ConfigError("evaluate() needs held-out prompts: give eval_dataset, or set data.eval_size above 0")
         figures, samples = evaluation.evaluate(
-            self.model, self.sampler, self.eval_dataset, self.eval_prompts, self.args
+            self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args
         )
         self.control = self.handler.on_evaluate(self._arguments, self.state, self.control, figures)
         return figures, samples
@@ -340,58 +353,6 @@ class SAFETrainer:
             context_length=context_length(self.model.policy),
             max_completion_length=self.args.rollout.max_completion_length,
         )
-
-
-def _as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Config:
-    """The settings with what is really trained and rewarded, so that config.yaml tells the truth.
-
-    What is no name has none that could be loaded: `stable-rlhf resume` refuses it instead of taking another.
-    """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
-    given: dict[str, Any] = {"model": dataclasses.replace(config.model, name=name)}
-    if reward_funcs is not None:
-        functions = [_reward_name(function) for function in _listed(reward_funcs)]
-        given["reward"] = dataclasses.replace(config.reward, functions=functions)
-    if train is not None:
-        given["data"] = dataclasses.replace(config.data, train="<train_dataset>")
-    config = dataclasses.replace(config, **given)
-    weights, count = config.reward.weights, len(config.reward.functions)
-    if weights is not None and len(weights) != count:
-        raise ConfigError(f"reward.weights={weights!r}: give one weight for each of the {count} rewards")
-    return config
-
-
-def _reward_name(function: Any) -> str:
-    if isinstance(function, str):
-        return function
-    if isinstance(function, torch.nn.Module):
-        return getattr(getattr(function, "config", None), "_name_or_path", "") or f"<{type(function).__name__}>"
-    own = function if hasattr(function, "__qualname__") else type(function)
-    return f"{own.__module__}:{own.__qualname__}"
-
-
-def _listed(reward_funcs: Any) -> list[Any]:
-    one = isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence)
-    return [reward_funcs] if one else list(reward_funcs)
-
-
-def _scorer(config: Config, reward_funcs: Any, tokenizers: Sequence[Any] | None, device: torch.device) -> Scorer:
-    specs = _listed(config.reward.functions if reward_funcs is None else reward_funcs)
-    tokenizers = [None] * len(specs) if tokenizers is None else _listed(tokenizers)
-    if len(tokenizers) != len(specs):
-        raise ConfigError(f"reward_processing_classes has {len(tokenizers)} entries for {len(specs)} reward_funcs")
-    functions: list[RewardFunction] = [
-        resolve_reward(
-            spec,
-            tokenizer=tokenizer,
-            device=device,
-            batch_size=config.reward.batch_size,
-            trust_remote_code=spec in config.reward.trust_remote_code if isinstance(spec, str) else False,
-        )
-        for spec, tokenizer in zip(specs, tokenizers, strict=True)
-    ]
-    return Scorer(functions, config.reward.weights, config.reward.missing_eos_penalty)
 
 
 def _decision_metrics(decision: Decision) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""CUDA graphs: work recorded once and launched again as a whole, reading and writing the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from stable_rlhf.config import ConfigError
+
+Result = TypeVar("Result")
+WARM_UPS = 2
+"""Runs before a capture: the first compiles, chooses kernels and allocates, the second finds nothing left to do."""
+
+
+@dataclass(frozen=True)
+class Graph(Generic[Result]):
+    """Recorded work. ``replay`` runs it on what its inputs hold now, and leaves the outcome in ``result``."""
+
+    result: Result
+    replay: Callable[[], None]
+
+
+def capture(work: Callable[[], Result], pool: Any = None) -> Graph[Result]:
+    """Records ``work``, which must neither wait for the device nor read anything but tensors that stay where they are.
+
+    Recording runs nothing: ``result`` means something after the first replay. ``pool``: memory shared with graphs that
+    are never replayed at the same time, whose results are read before another of them is replayed.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = work()
+    return Graph(result, graph.replay)
+
+
+def warm_up(work: Callable[[], Any]) -> None:
+    """Runs ``work`` as it must have run before it is captured, on a stream beside the current one."""
+    beside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    beside.wait_stream(current)
+    with torch.cuda.stream(beside):
+        for _ in range(WARM_UPS):
+            work()
+    current.wait_stream(beside)
+
+
+def pool() -> Any:
+    """Memory for graphs to share; see `capture`. Raises ConfigError where there can be no graphs."""
+    if not torch.cuda.is_available():
+        raise ConfigError("model.cuda_graphs=true: needs a CUDA device, and there is none; leave it out")
+    return torch.cuda.graph_pool_handle()

@@ -1,0 +1,280 @@
+"""Forward and backward of one microbatch: run directly, or replayed as CUDA graphs.
+
+At the sizes that RLHF trains, a GPU waits for the host: 3B parameters and 1,800 tokens keep an H100 busy for 59 ms, and
+launching those operations takes 200 ms (docs/LOG.md, 2026-11-25). A replay launches them all at once.
+
+A shape's graphs are two, forward and loss with backward. Measuring a rollout replays the first, an update both, so what
+the ratio divides is one computation: on the first minibatch it is exactly 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stable_rlhf import graphs
+from stable_rlhf.config import Config, ConfigError
+from stable_rlhf.microbatches import up
+from stable_rlhf.models import ActorCritic, Output, causal_lm, layers
+from stable_rlhf.ops.masked import masked_mean
+from stable_rlhf.ops.objective import approx_kl, kl_penalty, ppo_clip_loss, value_loss
+from stable_rlhf.records import Batch, Tokens
+
+COLUMNS = 32
+"""With graphs, columns are a multiple of this: fewer shapes, and tiles that a GPU's matrix product takes whole."""
+ROWS = 8
+"""Rows of a graph are a multiple of this, for the same reason; what is left over is under a mask of False."""
+GRAPHS = 64
+"""Shapes that are kept; the one not used for longest goes first. Each keeps its inputs; the memory that it works in is
+shared. Texts of up to 512 + 64 tokens have about 50 shapes."""
+SIGHTINGS = 2
+"""A shape is captured when it comes for the second time: a capture takes about four passes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What the loss of a microbatch is scaled by; 0-dimensional float32 tensors, so that a graph reads them anew."""
+
+    kl_coef: Tensor
+    """The controller's coefficient, of the KL in the loss."""
+    tokens: Tensor
+    """Response tokens of the whole minibatch: one denominator, so that accumulation changes nothing."""
+
+
+def objective(
+    out: Output, batch: Batch, model: ActorCritic, scale: Scale, config: Config, learns_policy: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss of a microbatch, its metrics); both are this microbatch's share: sums over its tokens / ``scale.tokens``.
+
+    L = L_clip + vf_coef L_V + kl_coef KL(kl.in_loss) - entropy_coef H; during the critic's warm-up, vf_coef L_V alone.
+    """
+    mask, critic, optim, tokens = batch.tokens.mask, config.critic, config.optim, scale.tokens
+    fitted = zip(out.values, batch.values, strict=True)
+    if critic.heads == 2 and critic.regress == "soft_min":
+        fitted = [(model.combine(out.values), model.combine(batch.values))]
+    losses = [
+        value_loss(
+            new, old, batch.returns, mask,
+            kind=critic.loss, huber_delta=critic.huber_delta, cliprange=critic.cliprange_value,
+            reduction=critic.clip_reduction, denominator=tokens,
+        )
+        for new, old in fitted
+    ]  # fmt: skip
+    value = torch.stack([v.loss for v in losses]).mean()
+    policy = ppo_clip_loss(out.logp, batch.logp, batch.advantages, mask, optim.epsilon, tokens)
+    entropy = masked_mean(out.entropy, mask, tokens)
+    loss = critic.vf_coef * value
+    metrics = {
+        "loss/policy_avg": policy.loss,
+        "loss/value_avg": value,
+        "policy/clipfrac_avg": policy.clip_fraction,
+        "policy/approxkl_avg": approx_kl(out.logp, batch.logp, mask, tokens),
+        "policy/entropy_avg": entropy,
+        "val/clipfrac_avg": torch.stack([v.clip_fraction for v in losses]).mean(),
+        "val/ratio": masked_mean(policy.ratio, mask, tokens),
+        # About 1, where the ratios are, so that little is lost when `update` makes it the variance about their mean.
+        "val/ratio_var": masked_mean((policy.ratio - 1).square(), mask, tokens),
+    }
+    if learns_policy:
+        loss = loss + policy.loss
+        if optim.entropy_coef > 0:
+            loss = loss - optim.entropy_coef * entropy
+        if config.kl.in_loss != "none":
+            kl = kl_penalty(out.logp, batch.ref_logp, out.exact_kl, config.kl.in_loss, mask, tokens)
+            loss = loss + scale.kl_coef * kl
+            metrics["loss/kl_avg"] = scale.kl_coef * kl
+    return loss, {name: figure.detach() for name, figure in metrics.items()}
+
+
+class Passes:
+    """The passes over a model's microbatches, the same from the first step of a run to its last.
+
+    What they return is valid until the next pass: a graph writes where it wrote before.
+    """
+
+    def __init__(self, model: ActorCritic, config: Config) -> None:
+        self.model, self.config = model, config
+        self.graphs = model.device.type == "cuda" if config.model.cuda_graphs is None else config.model.cuda_graphs
+        self.compiled = config.model.torch_compile
+        if self.compiled:
+            compile_layers(model)
+        self._parameters = [*model.policy_parameters(), *model.critic_parameters()]
+        self._gradients = [torch.zeros_like(p) for p in self._parameters] if self.graphs else []
+        self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
+        self._seen: dict[tuple[Any, ...], int] = {}
+        self.pool = graphs.pool() if self.graphs else None
+        self.columns = COLUMNS if self.graphs else 1
+        """What the number of columns must be a multiple of."""
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside, gradients are collected; on leaving, none is left."""
+        with self._collecting():
+            self.zero_grad()
+            try:
+                yield
+            finally:
+                for parameter in self._parameters:
+                    parameter.grad = None
+
+    def zero_grad(self) -> None:
+        if self.graphs:
+            torch._foreach_zero_(self._gradients)  # pyright: ignore[reportPrivateImportUsage]
+            return
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
+        """(the policy's output, the reference's log-probs [n, T]); there may be more rows than those of ``tokens``."""
+        if shape := self._shape(tokens, learns_policy):
+            return shape.measure(tokens)
+        # A compiled forward that keeps what its backward needs rounds otherwise than one that does not.
+        with torch.set_grad_enabled(self.compiled):
+            out = detached(self.forward(tokens, learns_policy))
+        return out, self.reference(tokens)
+
+    def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
+        """Adds a microbatch's gradient to the parameters'; (names of its metrics, its share of each [K])."""
+        if shape := self._shape(batch.tokens, learns_policy):
+            return shape.learn(batch, scale)
+        return self.backward(self.forward(batch.tokens, learns_policy), batch, scale, learns_policy)
+
+    def forward(self, tokens: Tokens, learns_policy: bool) -> Output:
+        exact_kl = self.config.kl.in_loss == "exact" and learns_policy
+        return self.model(tokens, temperature=self.config.rollout.temperature, exact_kl=exact_kl)
+
+    def reference(self, tokens: Tokens) -> Tensor:
+        return self.model.reference_logp(tokens, temperature=self.config.rollout.temperature)
+
+    def backward(self, out: Output, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
+        loss, metrics = objective(out, batch, self.model, scale, self.config, learns_policy)
+        loss.backward()
+        return list(metrics), torch.stack(list(metrics.values()))
+
+    @contextlib.contextmanager
+    def _collecting(self) -> Iterator[None]:
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=self.graphs):
+            parameter.grad = gradient  # a graph adds to these very tensors
+        with self.model.checkpointing(self.config.model.gradient_checkpointing):
+            yield
+
+    def _shape(self, tokens: Tokens, learns_policy: bool) -> _Shape | None:
+        """The graphs for these tokens, captured if it is time to; None where they are run directly."""
+        if not self.graphs:
+            return None
+        rows, width = tokens.ids.shape
+        key = (up(rows, ROWS), width, tokens.response.shape[1], learns_policy)
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if key not in self._shapes:
+            if self._seen[key] < SIGHTINGS:
+                return None
+            if len(self._shapes) == GRAPHS:
+                self._shapes.popitem(last=False)
+            with self._collecting():
+                self._shapes[key] = _Shape(self, *key)
+        self._shapes.move_to_end(key)
+        return self._shapes[key]
+
+
+class _Shape:
+    """The graphs of one shape, and the tensors that they read."""
+
+    def __init__(self, passes: Passes, rows: int, width: int, length: int, learns_policy: bool) -> None:
+        model, device = passes.model, passes.model.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        whole = torch.int64
+        tokens = Tokens(
+            ids=zeros(rows, width, dtype=whole),
+            start=zeros(rows, dtype=whole) + 1,
+            response=zeros(rows, length, dtype=whole),
+            mask=zeros(rows, length, dtype=torch.bool),
+        )
+        grids = {name: zeros(rows, length) for name in ("logp", "ref_logp", "entropy", "advantages", "returns")}
+        self.batch = Batch(tokens=tokens, values=zeros(len(model.heads), rows, length), **grids)
+        self.scale = Scale(kl_coef=zeros(), tokens=zeros() + 1)
+        self.names: list[str] = []
+        last: dict[str, Output] = {}
+
+        def forward() -> Output:
+            last["out"] = passes.forward(tokens, learns_policy)
+            return detached(last["out"])
+
+        def backward() -> Tensor:  # lets the activations go
+            self.names, figures = passes.backward(last.pop("out"), self.batch, self.scale, learns_policy)
+            return figures
+
+        def reference() -> Tensor:
+            return passes.reference(tokens)
+
+        with torch.enable_grad():  # also when it is a measurement that asks first
+            # Under an empty mask: what this adds to the gradients is 0.
+            graphs.warm_up(lambda: (forward(), backward(), reference()))
+            # One pool for all: they are replayed one after another, and what one leaves is read before the next runs.
+            self._forward = graphs.capture(forward, passes.pool)
+            self._backward = graphs.capture(backward, passes.pool)
+            self._reference = graphs.capture(reference, passes.pool)
+
+    def measure(self, tokens: Tokens) -> tuple[Output, Tensor]:
+        _copy(self.batch.tokens, tokens)
+        self._forward.replay()
+        self._reference.replay()
+        return self._forward.result, self._reference.result
+
+    def learn(self, batch: Batch, scale: Scale) -> tuple[list[str], Tensor]:
+        _copy(self.batch, batch)
+        _copy(self.scale, scale)
+        self._forward.replay()
+        self._backward.replay()
+        return self.names, self._backward.result.clone()
+
+
+def compile_layers(model: ActorCritic) -> None:
+    """Has torch.compile fuse the operations of each layer of the policy and of its reference.
+
+    Layer by layer: all are one program, compiled once, for any number of rows and columns.
+    """
+    with model.reference() as reference:
+        blocks = {id(block): block for block in [*layers(model.policy), *layers(reference)]}
+    if not blocks:
+        raise ConfigError(
+            f"model.torch_compile=true: {type(causal_lm(model.policy)).__name__} does not mark its layers in "
+            "Transformers; set model.torch_compile=false"
+        )
+    for block in blocks.values():
+        block.compile(dynamic=True)
+
+    def requires_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """The first layer's input has a gradient like every other's, or it would be a program of its own."""
+        return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+
+    causal_lm(model.policy).get_input_embeddings().register_forward_hook(requires_grad)
+
+
+def detached(out: Output) -> Output:
+    """Without the autograd graph, which would keep every activation."""
+    parts: dict[str, Any] = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+    for name, part in parts.items():
+        parts[name] = part if part is None else part.detach()
+    return Output(**parts)
+
+
+def _copy(into: Any, given: Any) -> None:
+    """Fills a graph's tensors, which may have more rows; those left over stay as they were, under a mask of False."""
+    for field in dataclasses.fields(into):
+        target, source = getattr(into, field.name), getattr(given, field.name)
+        if not isinstance(target, Tensor):
+            _copy(target, source)
+            continue
+        if target.dtype == torch.bool:
+            target.zero_()
+        target[tuple(slice(size) for size in source.shape)].copy_(source)

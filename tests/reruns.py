@@ -1,0 +1,53 @@
+"""CUDA graphs without CUDA: what stands for `stable_rlhf.graphs` in tests on the CPU.
+
+A replay runs the recorded work again and writes into the tensors of its first result, as a graph does: so everything is
+tested here but the launch itself, above all that work reads the tensors that it was recorded with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stable_rlhf import graphs
+
+
+def use(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Any]]:
+    """Replaces capture, warm-up and pool; returns the list of works captured from now on."""
+    captured: list[Callable[[], Any]] = []
+
+    def capture(work: Callable[[], Any], pool: Any = None) -> graphs.Graph[Any]:
+        captured.append(work)
+        kept = _cloned(work())
+
+        def replay() -> None:
+            _copied(kept, work())
+
+        return graphs.Graph(kept, replay)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "warm_up", lambda work: [work() for _ in range(graphs.WARM_UPS)])
+    monkeypatch.setattr(graphs, "pool", lambda: None)
+    return captured
+
+
+def _cloned(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.detach().clone()
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return type(result)(**{f.name: _cloned(getattr(result, f.name)) for f in dataclasses.fields(result)})
+    return result
+
+
+def _copied(kept: Any, result: Any) -> None:
+    if isinstance(kept, Tensor):
+        with torch.no_grad():
+            kept.copy_(result)
+    elif dataclasses.is_dataclass(kept):
+        for field in dataclasses.fields(kept):
+            _copied(getattr(kept, field.name), getattr(result, field.name))

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache
+from transformers import AttentionInterface, Cache, GenerationConfig
 from transformers.cache_utils import StaticLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from stable_rlhf import graphs
+from stable_rlhf import attention, graphs, processor
 from stable_rlhf.models import ActorCritic, causal_lm, layers, lm_head
 from stable_rlhf.ops.logprobs import logits
 from stable_rlhf.ops.sampling import draw
@@ -89,8 +88,10 @@ class Decoder:
     def __init__(self, model: ActorCritic, *, cuda_graphs: bool = False, torch_compile: bool = False) -> None:
         self.model = model
         self.lm, self._refreshed = decoding_model(model)
+        # What a setting leaves open (min_p, no_repeat_ngram_size, ...) would come from the model's own.
+        self.lm.generation_config = GenerationConfig()
         self.graphs = cuda_graphs
-        if torch_compile:
+        if torch_compile and model.span == attention.UNBOUNDED:  # otherwise a rollout may be left to Transformers
             _compile_layers(self.lm)
         self._rooms: dict[tuple[Any, ...], Room] = {}
 
@@ -101,18 +102,36 @@ class Decoder:
         From the whole distribution at the temperature. Draws max_new_tokens x B numbers from torch's global generator
         of the model's device.
         """
-        self.refresh()
         rows, width = prompt.shape
-        uniform = torch.rand(sampling.max_new_tokens, rows, dtype=torch.float64, device=prompt.device)
-        if not self.graphs:
-            return Room(self.lm, rows, width, sampling).run(prompt, prompt_mask, uniform)
-        room = max(SHORTEST, 1 << (width - 1).bit_length())
-        added = (room - width, 0)
-        prompt, prompt_mask = (nn.functional.pad(part, added) for part in (prompt, prompt_mask))
-        key = (rows, room, sampling)
-        if key not in self._rooms:
-            self._rooms[key] = Room(self.lm, rows, room, sampling)
-        return self._rooms[key].replay(prompt, prompt_mask, uniform)
+        room = max(SHORTEST, 1 << (width - 1).bit_length()) if self.graphs else width
+        with processor.exact_products(prompt.device):
+            self.refresh()
+            if room + sampling.max_new_tokens > self.model.span:
+                return self._generate(prompt, prompt_mask, sampling)
+            uniform = torch.rand(sampling.max_new_tokens, rows, dtype=torch.float64, device=prompt.device)
+            with attention.attending(self.lm, ATTENTION):
+                if not self.graphs:
+                    return Room(self.lm, rows, room, sampling).run(prompt, prompt_mask, uniform)
+                prompt, prompt_mask = (nn.functional.pad(part, (room - width, 0)) for part in (prompt, prompt_mask))
+                if (key := (rows, room, sampling)) not in self._rooms:
+                    self._rooms[key] = Room(self.lm, rows, room, sampling)
+                return self._rooms[key].replay(prompt, prompt_mask, uniform)
+
+    def _generate(self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling) -> Tensor:
+        """By Transformers' own loop, for layers that keep something else than every key: slower, launched op by op."""
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=True,
+            temperature=sampling.temperature,
+            # Everything that would make the sampled distribution another than the one that is trained is off.
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            eos_token_id=list(sampling.eos_token_ids),
+            pad_token_id=sampling.pad_token_id,
+        )
+        out = self.lm.generate(input_ids=prompt, attention_mask=prompt_mask.long(), generation_config=settings)
+        return out[:, prompt.shape[1] :]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -144,7 +163,8 @@ class Room:
         self.out = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.int64, device=device)
         self.uniform = torch.zeros(sampling.max_new_tokens, rows, dtype=torch.float64, device=device)
         self.eos = torch.tensor(sampling.eos_token_ids, device=device)
-        self.graph: graphs.Graph[None] | None = None
+        self._given: list[Tensor] = []
+        self._graphs: list[graphs.Graph[None]] = []
 
     def run(self, prompt: Tensor, prompt_mask: Tensor, uniform: Tensor) -> Tensor:
         """The loop with free shapes: a step reads the columns that are filled, and rows that have ended leave."""
@@ -167,18 +187,22 @@ class Room:
         return self._ended(whole)
 
     def replay(self, prompt: Tensor, prompt_mask: Tensor, uniform: Tensor) -> Tensor:
-        """The loop with fixed shapes: every step is the same CUDA graph."""
-        if self.graph is None and self.sampling.max_new_tokens > 1:
+        """The loop with fixed shapes: the prompts are one CUDA graph, and every step after them is another."""
+        self._given = [part.clone() for part in (prompt, prompt_mask, uniform)] if not self._given else self._given
+        for own, given in zip(self._given, (prompt, prompt_mask, uniform), strict=True):
+            own.copy_(given)
+        if not self._graphs:
             with torch.compiler.set_stance("force_eager"):  # allocates the slots: compiled, this would be a program
-                self.begin(prompt, prompt_mask, uniform)  # of its own
-            graphs.warm_up(self._second_step)
-            self.graph = graphs.capture(self.one_step)
-        self.begin(prompt, prompt_mask, uniform)
+                self._first_step()  # of its own
+            work = [self._first_step, self.one_step][: self.sampling.max_new_tokens]
+            graphs.warm_up(lambda: [self._first_step(), *(step() for step in work[1:])])
+            self._graphs = [graphs.capture(step) for step in work]
+        first, *step = self._graphs
+        first.replay()
         for turn in range(1, self.sampling.max_new_tokens):
             if turn % CHECK_EVERY == 0 and bool(self.done.all()):
                 break
-            assert self.graph is not None
-            self.graph.replay()
+            step[0].replay()
         return self._ended(self.out.clone())
 
     def begin(self, prompt: Tensor, prompt_mask: Tensor, uniform: Tensor) -> None:
@@ -235,11 +259,8 @@ class Room:
         for name in ("seen", "token", "positions", "done", "out"):
             setattr(self, name, getattr(self, name)[rows])
 
-    def _second_step(self) -> None:
-        """The step after the prompt, however often it is called."""
-        self.position.fill_(self.width)
-        self.turn.fill_(1)
-        self.one_step()
+    def _first_step(self) -> None:
+        self.begin(*self._given)
 
     def _ended(self, out: Tensor) -> Tensor:
         """Without the columns after the last row's end."""
@@ -257,12 +278,13 @@ def attend(
     odd = [name for name, argument in kwargs.items() if name not in known and argument is not None]
     batch, heads, length, _ = query.shape
     if length > 1 or odd:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return attention.attend(module, query, key, value, attention_mask, **kwargs)
     groups = key.shape[1]
     query = query.reshape(batch, groups, heads // groups, -1)
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
-    )
+    with attention.kernel(query.device, length, key.shape[2]):
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+        )
     return out.reshape(batch, 1, heads, -1), None
 
 
@@ -297,7 +319,6 @@ def decoding_model(model: ActorCritic) -> tuple[Any, list[tuple[Tensor, Any]]]:
             parent, _, child = name.rpartition(".")
             plain: Any = module
             setattr(lm.get_submodule(parent), child, plain.get_base_layer())
-    lm.config._attn_implementation = ATTENTION
     return lm.eval(), refreshed
 
 
@@ -315,11 +336,14 @@ def merge(target: Tensor, layer: Any) -> None:
     about as much as the forward loses, which adds the adapter's output to one that is rounded already (docs/LOG.md,
     2026-11-25).
     """
-    target.copy_(layer.get_base_layer().weight)
+    weight = layer.get_base_layer().weight
     for name in layer.active_adapters:
         if name in layer.lora_A:
             up, down = (part[name].weight.to(target.dtype) for part in (layer.lora_B, layer.lora_A))
-            target.addmm_(up, down, alpha=layer.scaling[name])
+            torch.addmm(weight, up, down, alpha=layer.scaling[name], out=target)
+            weight = target  # a second adapter adds to the first
+    if weight is not target:
+        target.copy_(weight)
 
 
 class _Block(nn.Module):

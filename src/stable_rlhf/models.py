@@ -15,18 +15,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StaticCache,
-)
-from transformers.cache_utils import StaticLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from stable_rlhf.attention import UNMASKED, attending, attention_span
 from stable_rlhf.config import ConfigError, CriticConfig, ModelConfig
 from stable_rlhf.ops.logprobs import token_statistics
 from stable_rlhf.ops.objective import soft_min
@@ -84,7 +76,7 @@ class ActorCritic(nn.Module):
         self.heads = nn.ModuleList(ValueHead(hidden_size) for _ in range(critic.heads)).to(device, torch.float32)
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
         self.peft = isinstance(policy, PeftModel)
-        self._causal = attends_fully(causal_lm(policy))
+        self.span = attention_span(causal_lm(policy))
         for module in policy.modules():
             if autocast and hasattr(module, "cast_input_dtype_enabled"):
                 # PEFT would widen an adapter's input to the float32 of its weights, and autocast narrow it again.
@@ -139,7 +131,9 @@ class ActorCritic(nn.Module):
     def _hidden(self, policy: nn.Module, tokens: Tokens) -> Tensor:
         """[B, T, h]: the last hidden state at s_0 .. s_{T-1}; position t has not seen a_t."""
         ids, lm = tokens.ids, causal_lm(policy)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast), without_mask(lm, self._causal):
+        own = lm.config._attn_implementation
+        attention = UNMASKED if own == "sdpa" and ids.shape[1] <= self.span else own
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast), attending(lm, attention):
             # No mask and no positions: padding is on the right, where a causal model does not look.
             out = lm.get_decoder()(input_ids=ids, use_cache=False)
         at = tokens.start[:, None] - 1 + torch.arange(tokens.response.shape[1], device=ids.device)
@@ -225,30 +219,6 @@ class ActorCritic(nn.Module):
 
 def causal_lm(policy: Any) -> Any:
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
-
-
-UNMASKED = "stable_rlhf_unmasked"
-"""Transformers' scaled dot-product attention by a name for which it makes no mask. By its own name it would look at the
-tokens to see whether one is needed, and wait for the device, or make one wherever it cannot look: in a CUDA graph."""
-AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-
-
-def attends_fully(lm: Any) -> bool:
-    """Whether every layer attends to all that came before: no sliding window, no chunks, no other kind of layer."""
-    return lm.config._attn_implementation == "sdpa" and all(
-        type(layer) is StaticLayer for layer in StaticCache(lm.config, max_cache_len=1).layers
-    )
-
-
-@contextlib.contextmanager
-def without_mask(lm: Any, applies: bool) -> Iterator[None]:
-    """Inside, a model that attends fully does so without a mask, if ``applies``."""
-    own = lm.config._attn_implementation
-    lm.config._attn_implementation = UNMASKED if applies else own
-    try:
-        yield
-    finally:
-        lm.config._attn_implementation = own
 
 
 def lm_head(policy: Any) -> Tensor:

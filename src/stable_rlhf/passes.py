@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_rlhf import graphs
+from stable_rlhf import graphs, processor
 from stable_rlhf.config import Config, ConfigError
 from stable_rlhf.microbatches import up
 from stable_rlhf.models import ActorCritic, Output, causal_lm, layers
@@ -135,16 +135,18 @@ class Passes:
         """(the policy's output, the reference's log-probs [n, T]); there may be more rows than those of ``tokens``."""
         if shape := self._shape(tokens, learns_policy):
             return shape.measure(tokens)
-        # A compiled forward that keeps what its backward needs rounds otherwise than one that does not.
-        with torch.set_grad_enabled(self.compiled):
-            out = detached(self.forward(tokens, learns_policy))
-        return out, self.reference(tokens)
+        with processor.exact_products(self.model.device):
+            # A compiled forward that keeps what its backward needs rounds otherwise than one that does not.
+            with torch.set_grad_enabled(self.compiled):
+                out = detached(self.forward(tokens, learns_policy))
+            return out, self.reference(tokens)
 
     def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
         """Adds a microbatch's gradient to the parameters'; (names of its metrics, its share of each [K])."""
         if shape := self._shape(batch.tokens, learns_policy):
             return shape.learn(batch, scale)
-        return self.backward(self.forward(batch.tokens, learns_policy), batch, scale, learns_policy)
+        with processor.exact_products(self.model.device):
+            return self.backward(self.forward(batch.tokens, learns_policy), batch, scale, learns_policy)
 
     def forward(self, tokens: Tokens, learns_policy: bool) -> Output:
         exact_kl = self.config.kl.in_loss == "exact" and learns_policy

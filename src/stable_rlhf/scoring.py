@@ -28,6 +28,9 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from stable_rlhf.attention import kernel
+from stable_rlhf.processor import exact_products
+
 Message: TypeAlias = dict[str, str]
 Text: TypeAlias = str | list[Message]
 # Longest piece of a prompt that an error message repeats: one terminal line.
@@ -213,19 +216,17 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         """Score every sample; other columns do not matter to a model. Results are in the order of the samples."""
-        encoded = self.encode(prompts, completions)
-        device = next(self.model.parameters()).device
-        # Samples of like length share a batch, so that little of it is padding.
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
+        encoded, device = self.encode(prompts, completions), next(self.model.parameters()).device
+        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))  # like lengths share a batch
         scores = [0.0] * len(encoded)
         for start in range(0, len(order), self._batch_size):
             indexes = order[start : start + self._batch_size]
             rows = [encoded[index] for index in indexes]
             longest = len(rows[0])
             input_ids = torch.tensor([row + [self._pad] * (longest - len(row)) for row in rows], device=device)
-            lengths = torch.tensor([len(row) for row in rows], device=device)
-            mask = torch.arange(longest, device=device) < lengths[:, None]  # True at real tokens
-            logits = self.model(input_ids=input_ids, attention_mask=mask.long()).logits
+            mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows], device=device)  # real tokens
+            with exact_products(device), kernel(device, longest, longest):
+                logits = self.model(input_ids=input_ids, attention_mask=mask.long()).logits
             for index, value in zip(indexes, logits.float().flatten().tolist(), strict=True):
                 scores[index] = value
         return scores

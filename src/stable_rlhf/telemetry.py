@@ -205,8 +205,7 @@ def write_completions(run_dir: str | Path, step: int, rows: Sequence[Mapping[str
             raise ValueError(f"completion {number}: keys {sorted(row)}, expected {sorted(_COMPLETIONS.names)}")
         for name in ("score", "length", "kl"):
             _check_value(f"{name} of completion {number}", row[name])
-        texts = {name: _valid_unicode(row[name]) for name in ("prompt", "completion")}
-        clean.append({**row, **texts})
+        clean.append({**row, **{name: _valid_unicode(row[name]) for name in ("prompt", "completion")}})
     path = Path(run_dir) / "completions" / f"step-{step:06d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace_file(path, partial(pq.write_table, pa.Table.from_pylist(clean, schema=_COMPLETIONS)))

@@ -42,7 +42,9 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
     block = _first_above(passed, threshold)
     before = torch.nn.functional.pad(passed, (1, 0)).gather(1, block)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(1, dtype=torch.float64)
-    token = block * BLOCK + _first_above(inside, threshold - before)
+    # Below the last sum, which rounding may else have reached: tokens of probability 0 may follow it.
+    within = (threshold - before).minimum(inside[:, -1:] * (1 - 2.0**-52))
+    token = block * BLOCK + _first_above(inside, within)
     return token.squeeze(1).clamp(max=vocabulary - 1)
 
 

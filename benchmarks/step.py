@@ -169,11 +169,12 @@ def measure_peer(arguments: argparse.Namespace, critic: str) -> dict[str, Any]:
         sizes = ("model", "device", "batch_size", "prompt_length", "response_length", "num_iterations")
         sizes += ("num_mini_batches", "lora_r", "seed", "warmup", "steps")
         options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in sizes]
+        options[-2:] = [f"--warmup={arguments.peer_warmup}", f"--steps={arguments.peer_steps}"]
         script = Path(__file__).with_name("peer_trl.py")
         command = [sys.executable, str(script), *options, f"--critic={critic}", f"--json={output}"]
         subprocess.run(command, check=True, stdout=sys.stderr)  # its own lines are not part of our table
         result = json.loads(output.read_text())
-    steps = (arguments.warmup + arguments.steps) * arguments.num_iterations * arguments.num_mini_batches
+    steps = (arguments.peer_warmup + arguments.peer_steps) * arguments.num_iterations * arguments.num_mini_batches
     if result.get("optimizer_steps", steps) != steps:
         raise MeasurementError(f"TRL took {result['optimizer_steps']} optimiser steps, and ours takes {steps}")
     return result
@@ -253,6 +254,8 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     add_sizes(parser)
     parser.add_argument("--preset", default="safe")
     parser.add_argument("--peer", choices=["trl"], help="measure this one beside ours")
+    parser.add_argument("--peer-steps", type=int, default=10, help="counted steps of the peer")
+    parser.add_argument("--peer-warmup", type=int, default=3, help="steps of the peer before them")
     parser.add_argument(
         "--set", type=setting, action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting"
     )

@@ -28,13 +28,14 @@ def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' scaled dot-product attention, by the kernel that is fastest here."""
-    with kernel(query.device, query.shape[2], key.shape[2]):
+    with kernel(query.device, query.dtype, query.shape[2], key.shape[2]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def kernel(device: torch.device, positions: int, keys: int) -> AbstractContextManager[Any]:
-    """Inside, scaled dot-product attention on a CPU is made of plain products where those are faster."""
-    plain = device.type == "cpu" and positions <= SHORT and (positions > 1 or keys > FEW)
+def kernel(device: torch.device, dtype: torch.dtype, positions: int, keys: int) -> AbstractContextManager[Any]:
+    """Inside, scaled dot-product attention in float32 on a CPU is made of plain products where those are faster."""
+    narrow = device.type != "cpu" or dtype != torch.float32
+    plain = not narrow and positions <= SHORT and (positions > 1 or keys > FEW)
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
@@ -46,7 +47,10 @@ AttentionInterface.register(UNMASKED, attend)
 
 def attention_span(lm: Any) -> int:
     """Tokens up to which every layer attends to all that came before: the shortest sliding window, UNBOUNDED without
-    one, 0 where a layer is of another kind (chunks, a recurrent state)."""
+    one, 0 where a layer is of another kind (chunks, a recurrent state) or attention is not what `attend` computes
+    (sinks, soft caps, ALiBi, a class of the model's own)."""
+    if not (lm._supports_sdpa and lm._supports_attention_backend):
+        return 0
     return min(
         getattr(layer, "max_cache_len", 0) if type(layer) in (StaticLayer, StaticSlidingWindowLayer) else 0
         for layer in StaticCache(lm.config, max_cache_len=UNBOUNDED).layers

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, Cache, GenerationConfig
 from transformers.cache_utils import StaticLayer
 
 from stable_rlhf import attention, graphs, processor
+from stable_rlhf.joining import join
 from stable_rlhf.models import ActorCritic, causal_lm, layers, lm_head
 from stable_rlhf.ops.logprobs import logits
 from stable_rlhf.ops.sampling import draw
@@ -281,7 +282,7 @@ def attend(
         return attention.attend(module, query, key, value, attention_mask, **kwargs)
     groups = key.shape[1]
     query = query.reshape(batch, groups, heads // groups, -1)
-    with attention.kernel(query.device, length, key.shape[2]):
+    with attention.kernel(query.device, query.dtype, length, key.shape[2]):
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
         )
@@ -319,6 +320,7 @@ def decoding_model(model: ActorCritic) -> tuple[Any, list[tuple[Tensor, Any]]]:
             parent, _, child = name.rpartition(".")
             plain: Any = module
             setattr(lm.get_submodule(parent), child, plain.get_base_layer())
+    join(lm, refreshed)
     return lm.eval(), refreshed
 
 
@@ -336,7 +338,7 @@ def merge(target: Tensor, layer: Any) -> None:
     about as much as the forward loses, which adds the adapter's output to one that is rounded already (docs/LOG.md,
     2026-11-25).
     """
-    weight = layer.get_base_layer().weight
+    weight = layer.get_base_layer().weight.to(target.dtype)
     for name in layer.active_adapters:
         if name in layer.lora_A:
             up, down = (part[name].weight.to(target.dtype) for part in (layer.lora_B, layer.lora_A))
@@ -355,7 +357,7 @@ class _Block(nn.Module):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", 0)  # noqa: B010
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, options={"shape_padding": False})  # as in passes.py
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stable_rlhf.attention import UNMASKED, attending, attention_span
+from stable_rlhf.attention import UNBOUNDED, UNMASKED, attending, attention_span
 from stable_rlhf.config import ConfigError, CriticConfig, ModelConfig
 from stable_rlhf.ops.logprobs import token_statistics
 from stable_rlhf.ops.objective import soft_min
@@ -77,6 +77,8 @@ class ActorCritic(nn.Module):
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
         self.peft = isinstance(policy, PeftModel)
         self.span = attention_span(causal_lm(policy))
+        own = causal_lm(policy).config._attn_implementation
+        self.attention = UNMASKED if own == "sdpa" and self.span == UNBOUNDED else own
         for module in policy.modules():
             if autocast and hasattr(module, "cast_input_dtype_enabled"):
                 # PEFT would widen an adapter's input to the float32 of its weights, and autocast narrow it again.
@@ -131,9 +133,7 @@ class ActorCritic(nn.Module):
     def _hidden(self, policy: nn.Module, tokens: Tokens) -> Tensor:
         """[B, T, h]: the last hidden state at s_0 .. s_{T-1}; position t has not seen a_t."""
         ids, lm = tokens.ids, causal_lm(policy)
-        own = lm.config._attn_implementation
-        attention = UNMASKED if own == "sdpa" and ids.shape[1] <= self.span else own
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast), attending(lm, attention):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast), attending(lm, self.attention):
             # No mask and no positions: padding is on the right, where a causal model does not look.
             out = lm.get_decoder()(input_ids=ids, use_cache=False)
         at = tokens.start[:, None] - 1 + torch.arange(tokens.response.shape[1], device=ids.device)
@@ -168,7 +168,8 @@ class ActorCritic(nn.Module):
         for block in blocks:
             block.training = True
         try:
-            yield
+            with attending(causal_lm(self.policy), self.attention):  # the second pass comes with the backward
+                yield
         finally:
             for block in blocks:
                 block.training = False

@@ -38,6 +38,10 @@ SIGHTINGS = 2
 """A shape is captured when it comes for the second time: a capture takes about four passes."""
 
 
+COMPILE: dict[str, Any] = {"shape_padding": False}
+"""Inductor would time every product with padded operands while it compiles; these are multiples of 8 as they are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """What the loss of a microbatch is scaled by; 0-dimensional float32 tensors, so that a graph reads them anew."""
@@ -253,7 +257,7 @@ def compile_layers(model: ActorCritic) -> None:
             "Transformers; set model.torch_compile=false"
         )
     for block in blocks.values():
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, options=COMPILE)
 
     def requires_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """The first layer's input has a gradient like every other's, or it would be a program of its own."""

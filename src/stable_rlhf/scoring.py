@@ -225,7 +225,7 @@ class RewardModel:
             longest = len(rows[0])
             input_ids = torch.tensor([row + [self._pad] * (longest - len(row)) for row in rows], device=device)
             mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows], device=device)  # real tokens
-            with exact_products(device), kernel(device, longest, longest):
+            with exact_products(device), kernel(device, self.model.dtype, longest, longest):
                 logits = self.model(input_ids=input_ids, attention_mask=mask.long()).logits
             for index, value in zip(indexes, logits.float().flatten().tolist(), strict=True):
                 scores[index] = value

@@ -129,7 +129,7 @@ def test_only_a_lack_of_memory_is_a_result() -> None:
 
 def test_trl_takes_as_many_optimiser_steps_as_ours_in_a_process_of_its_own() -> None:
     pytest.importorskip("trl.experimental", reason="the peer is an extra")
-    result = step.measure_peer(step.parse([*SIZES, "--steps=2", "--warmup=1"]), "tiny")
+    result = step.measure_peer(step.parse([*SIZES, "--peer-steps=2", "--peer-warmup=1"]), "tiny")
     assert result["optimizer_steps"] == 3 * 2 * 2
     assert len(result["steps"]) == 2
     assert all(1e-3 < seconds["total"] < 60 for seconds in result["steps"])
@@ -144,7 +144,7 @@ def test_a_peer_that_takes_fewer_optimiser_steps_is_refused(monkeypatch: pytest.
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(measuring.MeasurementError, match="TRL took 8 optimiser steps, and ours takes 16"):
-        step.measure_peer(step.parse(SHORT), "same")
+        step.measure_peer(step.parse([*SHORT, "--peer-steps=2", "--peer-warmup=2"]), "same")
 
 
 def run_of(*totals: float, mib: float) -> dict[str, Any]:

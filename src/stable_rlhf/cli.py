@@ -49,9 +49,10 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0 done, 1 failed, 2 bad settings, usage or input, 130 interrupted."""
-    # Before torch loads. Threads that spin while they wait for each other make a step 20 times slower once another
-    # program wants a core (docs/LOG.md); threads that sleep do not.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch loads. Threads that spin for long at their barriers make a step 20 times slower once another program
+    # wants a core; threads that sleep at once make it a third slower where none does (docs/LOG.md).
+    if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "resume": _resume, "report": _report}
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""Linear layers that read the same input as one product: for single tokens, each product costs its launch and its start.
+"""Linear layers that read the same input as one product: for one token, each product costs its launch and its start.
 
 At 3B on one H100 the rollout of 16 x 128 tokens took 642 ms with a product for each layer and 574 ms with these joined
 (and attention by plain products; docs/LOG.md, 2026-11-25).

@@ -33,9 +33,9 @@ ROWS = 8
 """Rows of a graph are a multiple of this, for the same reason; what is left over is under a mask of False."""
 GRAPHS = 64
 """Shapes that are kept; the one not used for longest goes first. Each keeps its inputs; the memory that it works in is
-shared. Texts of up to 512 + 64 tokens have about 50 shapes."""
+shared. 120 steps of 64 texts as long as HH-RLHF's (up to 512 + 64 tokens) had 35 shapes in 988 passes."""
 SIGHTINGS = 2
-"""A shape is captured when it comes for the second time: a capture takes about four passes."""
+"""A shape is captured when it comes for the second time: a capture takes two passes to warm up and one to record."""
 
 
 COMPILE: dict[str, Any] = {"shape_padding": False}

@@ -67,4 +67,6 @@ def join(lm: Any, refreshed: list[tuple[Tensor, Any]]) -> None:
                     if whole is not None and id(tensor) in own:  # a bias is the policy's own unless it is narrowed
                         number = own[id(tensor)]
                         refreshed[number] = (whole.split(joined.sizes)[index], refreshed[number][1])
+                    elif whole is not None and tensor.requires_grad:
+                        refreshed.append((whole.split(joined.sizes)[index], tensor))
                 setattr(parent, name, Part(joined, index))

@@ -23,7 +23,9 @@ class Microbatch:
     """What one forward and backward pass takes: rows of the rollout, and how much of them is not padding."""
 
     rows: Tensor
-    """[n] int64, on the CPU."""
+    """[n] int64, on the CPU. After the first ``count`` a row is repeated, only to fill the shape."""
+    count: int
+    """Rows that are learned from."""
     width: int
     """Columns of ``Tokens.ids``: the longest row's prompt and response, but for the last token: it predicts nothing."""
     length: int
@@ -48,14 +50,15 @@ def permutation(rows: int, seed: int, step: int, iteration: int) -> Tensor:
 
 
 def plan(
-    lengths: Lengths, config: Config, step: int, iteration: int, device: torch.device, columns: int = 1
+    lengths: Lengths, config: Config, step: int, iteration: int, device: torch.device, grain: tuple[int, int] = (1, 1)
 ) -> Iterator[list[Microbatch]]:
     """The microbatches of each minibatch of a pass over the rollout; [] where none of its rows has a reward.
 
     The configuration has checked that the rows divide by the number of minibatches. A minibatch is cut only for
     ``optim.microbatch_tokens`` and to save padding, and the cut changes no gradient: every pass divides by the
-    minibatch's number of response tokens. Widths and lengths are rounded up to a multiple of ``columns``.
+    minibatch's number of response tokens. Numbers of rows and of columns are rounded up to multiples of ``grain``.
     """
+    multiple, columns = grain
     order = permutation(len(lengths.prompt), config.seed, step, iteration)
     for rows in order.chunk(config.optim.num_mini_batches):
         scored = [row for row in rows.tolist() if lengths.response[row] > 0]
@@ -64,7 +67,8 @@ def plan(
         cost = PASS_COST["cpu" if device.type == "cpu" else "cuda"]
         yield [
             Microbatch(
-                rows=torch.tensor(scored[first:last]),
+                rows=torch.tensor(scored[first:last] + scored[first : first + 1] * (-(last - first) % multiple)),
+                count=last - first,
                 width=widths[first],
                 length=up(max(lengths.response[row] for row in scored[first:last]), columns),
             )

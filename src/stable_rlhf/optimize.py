@@ -63,17 +63,18 @@ def measure(passes: Passes, rollout: Rollout, config: Config, step: int) -> Meas
     """
     model, device = passes.model, passes.model.device
     tokens = dataclasses.replace(rollout.tokens, mask=rollout.tokens.mask & torch.tensor(rollout.valid)[:, None])
-    tokens = tokens.padded(passes.columns)
+    tokens = tokens.padded(passes.grain[1])
     shape, heads = tokens.response.shape, len(model.heads)
     names = ("logp", "ref_logp", "entropy")
     figures = torch.zeros(len(names) + 2 * heads, *shape, device=device)
     there = on(tokens, device)
-    for minibatch in plan(lengths(tokens), config, step, 0, device, passes.columns):
+    for minibatch in plan(lengths(tokens), config, step, 0, device, passes.grain):
         for micro in minibatch:
             rows = micro.rows.to(device)
-            out, ref_logp = passes.measure(there.rows(rows, micro.width, micro.length), learns_policy(config, step))
+            part = there.rows(rows, micro.width, micro.length, micro.count)
+            out, ref_logp = passes.measure(part, learns_policy(config, step))
             parts = [out.logp[None], ref_logp[None], out.entropy[None], out.values, model.target_values(out.state)]
-            figures[:, rows, : micro.length] = torch.cat(parts)[:, : len(rows)]
+            figures[:, rows[: micro.count], : micro.length] = torch.cat(parts)[:, : micro.count]
     figures = figures.cpu()
     named = dict(zip(names, figures, strict=False))
     return Measured(tokens=tokens, values=figures[3 : 3 + heads], targets=figures[3 + heads :], **named)
@@ -166,7 +167,7 @@ def update(
     work = [
         minibatch
         for iteration in range(config.optim.num_iterations)
-        for minibatch in plan(of_rows, config, step, iteration, device, passes.columns)
+        for minibatch in plan(of_rows, config, step, iteration, device, passes.grain)
         if minibatch  # no row has a reward: AdamW would move the weights by its momentum alone
     ]
     batch = on(batch, device)
@@ -177,10 +178,10 @@ def update(
     sums: list[Tensor] = []
     with passes.training():
         for minibatch in work:
-            tokens = sum(of_rows.response[row] for micro in minibatch for row in micro.rows.tolist())
+            tokens = sum(of_rows.response[row] for micro in minibatch for row in micro.rows[: micro.count].tolist())
             scale = Scale(kl_coef=kl_coef, tokens=torch.full((), float(tokens), device=device))
             for micro in minibatch:
-                part = batch.rows(next(rows), micro.width, micro.length)
+                part = batch.rows(next(rows), micro.width, micro.length, micro.count)
                 names, figures = passes.learn(part, scale, learns)
                 sums.append(figures)
             norms = _clipped_step(passes, optimizer, config, learns)

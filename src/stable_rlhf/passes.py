@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from stable_rlhf import graphs, processor
 from stable_rlhf.config import Config, ConfigError
-from stable_rlhf.microbatches import up
 from stable_rlhf.models import ActorCritic, Output, causal_lm, layers
 from stable_rlhf.ops.masked import masked_mean
 from stable_rlhf.ops.objective import approx_kl, kl_penalty, ppo_clip_loss, value_loss
@@ -114,19 +113,18 @@ class Passes:
         self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
         self._seen: dict[tuple[Any, ...], int] = {}
         self.pool = graphs.pool() if self.graphs else None
-        self.columns = COLUMNS if self.graphs else 1
-        """What the number of columns must be a multiple of."""
+        self.grain = (ROWS, COLUMNS) if self.graphs else (1, 1)
+        """What the numbers of rows and of columns are multiples of, whether a pass is replayed or run directly: so both
+        are the same computation."""
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Inside, gradients are collected; on leaving, none is left."""
+        for parameter in self._parameters:
+            parameter.grad = None
         with self._collecting():
             self.zero_grad()
-            try:
-                yield
-            finally:
-                for parameter in self._parameters:
-                    parameter.grad = None
+            yield
 
     def zero_grad(self) -> None:
         if self.graphs:
@@ -136,7 +134,7 @@ class Passes:
             parameter.grad = None
 
     def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
-        """(the policy's output, the reference's log-probs [n, T]); there may be more rows than those of ``tokens``."""
+        """(the policy's output, the reference's log-probs [n, T])."""
         if shape := self._shape(tokens, learns_policy):
             return shape.measure(tokens)
         with processor.exact_products(self.model.device):
@@ -166,17 +164,22 @@ class Passes:
 
     @contextlib.contextmanager
     def _collecting(self) -> Iterator[None]:
+        before = [parameter.grad for parameter in self._parameters]
         for parameter, gradient in zip(self._parameters, self._gradients, strict=self.graphs):
             parameter.grad = gradient  # a graph adds to these very tensors
-        with self.model.checkpointing(self.config.model.gradient_checkpointing):
-            yield
+        try:
+            with self.model.checkpointing(self.config.model.gradient_checkpointing):
+                yield
+        finally:
+            for parameter, gradient in zip(self._parameters, before, strict=True):
+                parameter.grad = gradient
 
     def _shape(self, tokens: Tokens, learns_policy: bool) -> _Shape | None:
         """The graphs for these tokens, captured if it is time to; None where they are run directly."""
         if not self.graphs:
             return None
         rows, width = tokens.ids.shape
-        key = (up(rows, ROWS), width, tokens.response.shape[1], learns_policy)
+        key = (rows, width, tokens.response.shape[1], learns_policy)
         self._seen[key] = self._seen.get(key, 0) + 1
         if key not in self._shapes:
             if self._seen[key] < SIGHTINGS:
@@ -275,12 +278,10 @@ def detached(out: Output) -> Output:
 
 
 def _copy(into: Any, given: Any) -> None:
-    """Fills a graph's tensors, which may have more rows; those left over stay as they were, under a mask of False."""
+    """Fills the tensors that a graph reads."""
     for field in dataclasses.fields(into):
         target, source = getattr(into, field.name), getattr(given, field.name)
-        if not isinstance(target, Tensor):
+        if isinstance(target, Tensor):
+            target.copy_(source)
+        else:
             _copy(target, source)
-            continue
-        if target.dtype == torch.bool:
-            target.zero_()
-        target[tuple(slice(size) for size in source.shape)].copy_(source)

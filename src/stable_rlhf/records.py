@@ -43,13 +43,19 @@ class Tokens:
 
         return replace(self, ids=wider(self.ids), response=wider(self.response), mask=wider(self.mask))
 
-    def rows(self, index: Tensor, width: int | None = None, length: int | None = None) -> Tokens:
-        """The given rows, cut to ``width`` columns of ``ids`` and ``length`` of the response (None leaves all)."""
+    def rows(
+        self, index: Tensor, width: int | None = None, length: int | None = None, count: int | None = None
+    ) -> Tokens:
+        """The given rows, cut to ``width`` columns of ``ids`` and ``length`` of the response (None leaves all).
+
+        The mask is all False after the first ``count`` of them.
+        """
+        counted = torch.arange(len(index), device=self.mask.device) < (len(index) if count is None else count)
         return Tokens(
             ids=self.ids[index, :width],
             start=self.start[index],
             response=self.response[index, :length],
-            mask=self.mask[index, :length],
+            mask=self.mask[index, :length] & counted[:, None],
         )
 
 
@@ -95,10 +101,12 @@ class Batch:
     returns: Tensor
     """The critic's targets G_t; 0 outside the mask."""
 
-    def rows(self, index: Tensor, width: int | None = None, length: int | None = None) -> Batch:
+    def rows(
+        self, index: Tensor, width: int | None = None, length: int | None = None, count: int | None = None
+    ) -> Batch:
         """The given rows, cut as ``Tokens.rows`` says."""
         cut = {f.name: getattr(self, f.name)[..., index, :length] for f in fields(self) if f.name != "tokens"}
-        return Batch(tokens=self.tokens.rows(index, width, length), **cut)
+        return Batch(tokens=self.tokens.rows(index, width, length, count), **cut)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ def test_the_token_is_the_first_at_which_a_running_sum_passes_u(
     assert drawn.dtype == torch.int64
     for row, p in enumerate((logits / temperature).softmax(1).tolist()):
         expected, margin = naive(p, u[row])
-        assert drawn[row] == expected or 0 < margin < 1e-14  # nearer than the rounding of float64 sums
+        assert drawn[row] == expected or margin < 1e-14  # nearer than the rounding of float64 sums
 
 
 @cases
@@ -79,7 +79,7 @@ def test_equal_logits_are_drawn_in_equal_steps_of_u_across_every_block(vocabular
     """Every token of the vocabulary once, and the first and last number of each step of u still in it."""
     tokens = torch.arange(vocabulary)
     for offset in (1e-4, 0.5, 1 - 1e-4):
-        u = (tokens + offset).double() / vocabulary
+        u = (tokens.double() + offset) / vocabulary
         assert torch.equal(draw(torch.zeros(vocabulary, vocabulary), u), tokens)
 
 
@@ -98,6 +98,14 @@ def test_a_token_of_probability_0_is_never_drawn_at_either_end(vocabulary: int, 
     drawn = draw(logits, torch.cat([torch.arange(1000) / 1000, uniform(LAST)]).double())
     assert drawn.min() == barred
     assert drawn.max() == vocabulary - 2
+
+
+def test_rounding_at_the_end_draws_no_token_of_probability_0() -> None:
+    """The sum of a block, added up pairwise, may exceed its running sum, and u lie between: 12 of these rows' do."""
+    logits = random_logits(3000, 2 * BLOCK, 3.0, seed=7)
+    logits[:, -3:] = -math.inf
+    drawn = draw(logits, torch.full((3000,), LAST, dtype=torch.float64))
+    assert drawn.max() < 2 * BLOCK - 3
 
 
 @pytest.mark.parametrize("at", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 4])
@@ -124,10 +132,10 @@ def test_a_rare_token_at_the_end_of_a_large_vocabulary_keeps_its_share() -> None
     assert draw(logits, uniform(1 - 0.5e-9, 1 - 2e-6)).tolist() == [vocabulary - 1, vocabulary - 2]
 
 
-@pytest.mark.parametrize("vocabulary", [300, 2 * BLOCK + 100])
+@pytest.mark.parametrize("vocabulary", [300, BLOCK + 100])
 def test_draws_follow_the_softmax_at_the_temperature(vocabulary: int) -> None:
-    """Chi-squared over 200,000 draws."""
-    count, logits = 200_000, random_logits(1, vocabulary, 1.5, seed=3)
+    """Chi-squared over 100,000 draws."""
+    count, logits = 100_000, random_logits(1, vocabulary, 1.5, seed=3)
     u = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     drawn = torch.cat([draw(logits.expand(len(part), -1), part, 1.5) for part in u.split(10_000)])
     expected = count * (logits[0].double() / 1.5).softmax(0)

@@ -158,7 +158,8 @@ def test_the_controller_sees_the_rows_with_a_reward_alone(tokenizer) -> None:
 
 def token_rows(tensor: torch.Tensor, rollout: Rollout) -> list[list[float]]:
     """The entries of the response tokens of the rows with a reward."""
-    return [tensor[row][rollout.tokens.mask[row]].tolist() for row in range(ROWS) if rollout.valid[row]]
+    mask = rollout.tokens.mask
+    return [tensor[row, : mask.shape[1]][mask[row]].tolist() for row in range(ROWS) if rollout.valid[row]]
 
 
 def test_a_rollouts_metrics_are_those_of_loops_over_its_tokens(tokenizer) -> None:

@@ -102,7 +102,7 @@ def test_a_run_with_graphs_is_the_run_without(
     padded = rows_of(tmp_path / "padded", tokenizer, adapter, **merged(gentle, GRAPHS))
     assert_close(padded, beside, 1e-4)
     monkeypatch.setattr(passes, "ROWS", 1)
-    monkeypatch.setattr(passes, "COLUMNS", 1)
+    monkeypatch.setattr(passes, "COLUMNS", 8)
     captured.clear()
     replayed = rows_of(tmp_path / "graphs", tokenizer, adapter, **merged(RUNS[name], GRAPHS))
     assert len(captured) > 4
@@ -340,10 +340,10 @@ def test_a_shape_is_captured_when_it_comes_again_and_the_one_not_used_for_longes
     assert [comes(16, learns_policy=False), comes(16, learns_policy=False)] == [6, 7]
 
 
-def test_without_graphs_nothing_is_padded_and_no_gradient_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_without_graphs_no_row_is_added_and_no_gradient_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:
     config = make_config()
     made = Passes(make_model(tokenizer, config), config)
-    assert made.grain == (1, 1)
+    assert made.grain == (1, 8)
     out, _ = made.measure(some_tokens(3, 16, 4), learns_policy=True)
     assert isinstance(out, Output)
     assert out.logp.shape == (3, 4)

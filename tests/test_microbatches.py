@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stable_rlhf import Config
-from stable_rlhf.microbatches import PASS_COST, Lengths, cuts, permutation, plan, up
+from stable_rlhf.microbatches import PASS_COST, Grain, Lengths, cuts, permutation, plan, up
 
 CPU = torch.device("cpu")
 reproducible = settings(deadline=None, derandomize=True, database=None)
@@ -77,16 +77,15 @@ def make_config(minibatches: int, budget: int = 8192, seed: int = 0) -> Config:
 @given(
     rollout=rollouts(),
     budget=st.integers(1, 400),
-    grain=st.sampled_from([(1, 1), (8, 32), (3, 8)]),
+    grain=st.sampled_from([Grain(), Grain(8, 32), Grain(3, 8), Grain(4, 32, 90)]),
     at=st.integers(0, 9),
 )
 def test_a_plan_holds_every_scored_row_once_and_no_other_within_the_budget(
-    rollout: tuple[Lengths, int], budget: int, grain: tuple[int, int], at: int
+    rollout: tuple[Lengths, int], budget: int, grain: Grain, at: int
 ) -> None:
     lengths, minibatches = rollout
     config = make_config(minibatches, budget, seed=at)
     made = list(plan(lengths, config, step=at, iteration=at % 3, device=CPU, grain=grain))
-    multiple, columns = grain
     order = permutation(len(lengths.prompt), at, at, at % 3).chunk(minibatches)
     assert len(made) == len(order) == minibatches
     for minibatch, rows in zip(made, order, strict=True):
@@ -98,11 +97,13 @@ def test_a_plan_holds_every_scored_row_once_and_no_other_within_the_budget(
             assert micro.rows.dtype == torch.int64
             assert micro.rows.device == CPU
             here = micro.rows[: micro.count].tolist()
-            assert len(micro.rows) == up(len(here), multiple)
+            more = up(len(here), grain.rows)
+            assert len(micro.rows) == (more if more * micro.width <= budget else len(here))
             assert set(micro.rows[micro.count :].tolist()) <= set(here)
-            assert micro.width == up(max(lengths.prompt[row] + lengths.response[row] - 1 for row in here), columns)
-            assert micro.length == up(max(lengths.response[row] for row in here), columns)
-            assert len(here) == 1 or len(here) * micro.width <= budget
+            widest = max(lengths.prompt[row] + lengths.response[row] - 1 for row in here)
+            assert micro.width == min(up(widest, grain.columns), grain.limit)
+            assert micro.length == up(max(lengths.response[row] for row in here), grain.columns)
+            assert len(here) == 1 or len(micro.rows) * micro.width <= budget
 
 
 @reproducible
@@ -113,7 +114,7 @@ def test_a_plan_is_the_cheapest_at_the_devices_cost_of_a_pass(
     lengths, minibatches = rollout
     config = make_config(minibatches, budget)
     for name, cost in PASS_COST.items():
-        made = plan(lengths, config, 0, 0, torch.device(name), (1, columns))
+        made = plan(lengths, config, 0, 0, torch.device(name), Grain(1, columns))
         for minibatch in made:
             rows = [row for micro in minibatch for row in micro.rows.tolist()]
             whole = [lengths.prompt[row] + lengths.response[row] - 1 for row in rows]
@@ -161,3 +162,12 @@ def test_the_order_is_of_seed_step_and_iteration_alone() -> None:
     state = torch.random.get_rng_state()
     assert all(tuple(permutation(64, *key).tolist()) == order for key, order in orders.items())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("width", [600, 1100, 2048, 8000, 9000])
+def test_filling_a_shape_up_stays_within_the_budget(width: int) -> None:
+    """The most tokens of a pass are a bound on memory: rows are added where there is room for them, and not beyond."""
+    lengths = Lengths(prompt=[width] * 32, response=[1] * 32)
+    made = next(plan(lengths, make_config(1, 8192), 0, 0, torch.device("cuda"), Grain(8, 1)))
+    assert max(len(micro.rows) for micro in made) * width <= max(8192, width)
+    assert sum(micro.count for micro in made) == 32

@@ -133,7 +133,7 @@ def test_a_compiled_model_gives_the_figures_of_the_plain_one(
 
 
 def updated(
-    tokenizer: PreTrainedTokenizerFast, config: Config, adapter: bool, times: int = 3, step: int = 0
+    tokenizer: PreTrainedTokenizerFast, config: Config, adapter: bool, times: int = 3, step: int = 0, onward: int = 0
 ) -> tuple[list[dict[str, float]], ActorCritic, list[dict[str, tuple[int, Tensor]]]]:
     """(metrics of each of some updates on one rollout, the model, addresses and values of gradients at each step)."""
     model = make_model(tokenizer, config, adapter)
@@ -146,10 +146,11 @@ def updated(
         )
     )
     rollout, metrics = make_rollout(len(tokenizer), skipped=(1,)), []
-    for _ in range(times):
-        measured = optimize.measure(made, rollout, config, step)
+    for turn in range(times):
+        at = step + turn * onward
+        measured = optimize.measure(made, rollout, config, at)
         batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(0.3), config)
-        metrics.append(optimize.update(made, optimizer, batch, decide(0.3), config, step).metrics)
+        metrics.append(optimize.update(made, optimizer, batch, decide(0.3), config, at).metrics)
         assert all(parameter.grad is None for parameter in model.parameters())
     return metrics, model, seen
 
@@ -195,10 +196,10 @@ def test_during_the_critics_warm_up_the_optimiser_is_given_the_critics_gradients
 
 
 @pytest.mark.usefixtures("captured")
-def test_also_while_the_policy_does_not_step_a_graphs_gradients_stay_where_it_writes(
+def test_after_the_policy_has_not_stepped_a_graphs_gradients_are_where_it_writes(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The critic's gradient reaches the policy, is measured at every step of the warm-up, and moves nothing."""
+    """The critic's gradient reaches the policy; in the warm-up it is dropped, and moves nothing."""
     seen: list[list[int | None]] = []
     real = torch.nn.utils.clip_grad_norm_
 
@@ -208,11 +209,14 @@ def test_also_while_the_policy_does_not_step_a_graphs_gradients_stay_where_it_wr
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
     config = make_config(critic={"warmup_steps": 1, "backbone_gradient": True}, **GRAPHS)
-    metrics, _, steps = updated(tokenizer, config, adapter=False)
-    assert all(figures["grad_norm/policy"] > 0 for figures in metrics)
+    metrics, _, steps = updated(tokenizer, config, adapter=False, onward=1)
+    assert metrics[0]["grad_norm/policy"] == 0
+    assert all(figures["grad_norm/policy"] > 0 for figures in metrics[1:])
     policys, critics = seen[::2], seen[1::2]
     assert len(policys) == len(critics) == len(steps) > 4
-    for addresses in (policys, critics):
+    quiet = len(steps) // len(metrics)  # the warm-up's
+    assert all(set(addresses) == {None} for addresses in policys[:quiet])
+    for addresses in (policys[quiet:], critics):
         assert None not in addresses[0]
         assert all(step == addresses[0] for step in addresses)
 
@@ -343,7 +347,7 @@ def test_a_shape_is_captured_when_it_comes_again_and_the_one_not_used_for_longes
 def test_without_graphs_no_row_is_added_and_no_gradient_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:
     config = make_config()
     made = Passes(make_model(tokenizer, config), config)
-    assert made.grain == (1, 8)
+    assert made.grain == (1, 8, 64)  # the tiny policy has 64 positions
     out, _ = made.measure(some_tokens(3, 16, 4), learns_policy=True)
     assert isinstance(out, Output)
     assert out.logp.shape == (3, 4)

@@ -1,6 +1,7 @@
 """Sampling tokens from the policy: weights to decode with, a cache of fixed size, the loop over tokens.
 
-The loop is the policy's own forward, a token at a time. On CUDA a step of it is one graph, replayed without waiting for
+The loop is the policy's own forward, a token at a time (models with a shorter window, or that keep other states than
+keys, are left to Transformers' loop). On CUDA a step of it is one graph, replayed without waiting for
 the device; elsewhere rows that have ended leave the batch. Random numbers are drawn before the first token, one for
 each token, so that a row's completion does not depend on when other rows end.
 """
@@ -8,6 +9,7 @@ each token, so that a row's completion does not depend on when other rows end.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ from stable_rlhf.ops.sampling import draw
 CHECK_EVERY = 16
 """Steps between two looks at whether every row has ended, where looking means waiting for the device. At 3.6 ms a step
 (3B on one H200) a rollout runs on for 58 ms at most after the last row's end, half of it on average."""
+ROOMS = 8
+"""Numbers of rows and widths whose keys, values and graphs are kept; the one not used for longest goes first."""
 LEAVE_AT = 0.75
 """Share of rows still running at which those that have ended leave the batch, where shapes are free: a copy of what is
 kept then saves a quarter of every step to come."""
@@ -91,10 +95,13 @@ class Decoder:
         self.lm, self._refreshed = decoding_model(model)
         # What a setting leaves open (min_p, no_repeat_ngram_size, ...) would come from the model's own.
         self.lm.generation_config = GenerationConfig()
+        # Where all is bfloat16, as with an adapter on a model of that dtype, there is nothing for it to do.
+        self.autocast = model.autocast and any(p.dtype == torch.float32 for p in self.lm.parameters())
         self.graphs = cuda_graphs
         if torch_compile and model.span == attention.UNBOUNDED:  # otherwise a rollout may be left to Transformers
             _compile_layers(self.lm)
-        self._rooms: dict[tuple[Any, ...], Room] = {}
+        self._pool = graphs.pool() if cuda_graphs else None
+        self._rooms: OrderedDict[tuple[Any, ...], Room] = OrderedDict()
 
     @torch.no_grad()
     def sample(self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling) -> Tensor:
@@ -105,7 +112,8 @@ class Decoder:
         """
         rows, width = prompt.shape
         room = max(SHORTEST, 1 << (width - 1).bit_length()) if self.graphs else width
-        with processor.exact_products(prompt.device):
+        autocast = torch.autocast(prompt.device.type, torch.bfloat16, enabled=self.autocast)
+        with processor.exact_products(prompt.device), autocast:
             self.refresh()
             if room + sampling.max_new_tokens > self.model.span:
                 return self._generate(prompt, prompt_mask, sampling)
@@ -115,8 +123,11 @@ class Decoder:
                     return Room(self.lm, rows, room, sampling).run(prompt, prompt_mask, uniform)
                 prompt, prompt_mask = (nn.functional.pad(part, (room - width, 0)) for part in (prompt, prompt_mask))
                 if (key := (rows, room, sampling)) not in self._rooms:
+                    if len(self._rooms) == ROOMS:
+                        self._rooms.popitem(last=False)
                     self._rooms[key] = Room(self.lm, rows, room, sampling)
-                return self._rooms[key].replay(prompt, prompt_mask, uniform)
+                self._rooms.move_to_end(key)
+                return self._rooms[key].replay(prompt, prompt_mask, uniform, self._pool)
 
     def _generate(self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling) -> Tensor:
         """By Transformers' own loop, for layers that keep something else than every key: slower, launched op by op."""
@@ -152,7 +163,9 @@ class Room:
         self.lm, self.width, self.sampling = lm, width, sampling
         length = width + sampling.max_new_tokens
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.slots = [Slots(length, self.position) for _ in range(lm.config.num_hidden_layers)]
+        self.slots = [
+            Slots(length, self.position) for _ in range(lm.config.get_text_config(decoder=True).num_hidden_layers)
+        ]
         self.cache = Cache(layers=list(self.slots))
         self.cache.each = [Cache(layers=[slots]) for slots in self.slots]  # pyright: ignore[reportAttributeAccessIssue]
         self.columns = torch.arange(length, device=device)
@@ -187,7 +200,7 @@ class Room:
         whole[rows] = self.out
         return self._ended(whole)
 
-    def replay(self, prompt: Tensor, prompt_mask: Tensor, uniform: Tensor) -> Tensor:
+    def replay(self, prompt: Tensor, prompt_mask: Tensor, uniform: Tensor, pool: Any = None) -> Tensor:
         """The loop with fixed shapes: the prompts are one CUDA graph, and every step after them is another."""
         self._given = [part.clone() for part in (prompt, prompt_mask, uniform)] if not self._given else self._given
         for own, given in zip(self._given, (prompt, prompt_mask, uniform), strict=True):
@@ -197,7 +210,7 @@ class Room:
                 self._first_step()  # of its own
             work = [self._first_step, self.one_step][: self.sampling.max_new_tokens]
             graphs.warm_up(lambda: [self._first_step(), *(step() for step in work[1:])])
-            self._graphs = [graphs.capture(step) for step in work]
+            self._graphs = [graphs.capture(step, pool) for step in work]
         first, *step = self._graphs
         first.replay()
         for turn in range(1, self.sampling.max_new_tokens):
@@ -297,7 +310,8 @@ def decoding_model(model: ActorCritic) -> tuple[Any, list[tuple[Tensor, Any]]]:
     """(a plain causal language model that shares the policy's weights, what of it must be refreshed).
 
     Each entry of the second is (its own weight, the policy's weight or LoRA layer that it is made from). A LoRA layer
-    that is no plain one (DoRA, an adapter on an embedding) stays as it is: right, if slower.
+    that is no plain one (DoRA, an adapter on an embedding) stays a layer of its own: right, if slower. Under autocast
+    the weights that it narrows are held narrowed, those of linear layers; norms, embedding and head stay float32.
     """
     base = causal_lm(model.policy)
     narrow = torch.bfloat16 if model.autocast else None
@@ -306,7 +320,9 @@ def decoding_model(model: ActorCritic) -> tuple[Any, list[tuple[Tensor, Any]]]:
     merged: list[Any] = [module for module in base.modules() if _mergeable(module)]
     adapters = {id(p) for layer in merged for name, p in layer.named_parameters() if "base_layer" not in name}
     sources: list[tuple[Tensor, Any]] = [(layer.get_base_layer().weight, layer) for layer in merged]
-    sources += [(p, p) for p in base.parameters() if id(p) not in adapters and narrow and p.dtype == torch.float32]
+    linear = {id(p) for layer in base.modules() if isinstance(layer, nn.Linear) for p in layer.parameters(False)}
+    wide = linear - adapters - {id(lm_head(base))} if narrow else set()
+    sources += [(p, p) for p in base.parameters() if id(p) in wide and p.dtype == torch.float32]
     for weight, source in sources:
         if id(weight) not in shared:
             own = nn.Parameter(torch.empty_like(weight, dtype=narrow or weight.dtype), requires_grad=False)

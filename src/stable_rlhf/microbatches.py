@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,20 @@ class Microbatch:
     """Columns of the response: the longest of these rows."""
 
 
+class Grain(NamedTuple):
+    """How the shapes of passes are rounded up."""
+
+    rows: int = 1
+    """Rows are filled up to a multiple of this, where the budget has room for it."""
+    columns: int = 1
+    """Widths and lengths are a multiple of this."""
+    limit: int = 2**30
+    """Columns that the model has positions for: no width is rounded beyond it."""
+
+
+EXACT = Grain()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
     """Of every row of a rollout, on the host, so that cutting it does not wait for the device."""
@@ -50,45 +65,56 @@ def permutation(rows: int, seed: int, step: int, iteration: int) -> Tensor:
 
 
 def plan(
-    lengths: Lengths, config: Config, step: int, iteration: int, device: torch.device, grain: tuple[int, int] = (1, 1)
+    lengths: Lengths, config: Config, step: int, iteration: int, device: torch.device, grain: Grain = EXACT
 ) -> Iterator[list[Microbatch]]:
     """The microbatches of each minibatch of a pass over the rollout; [] where none of its rows has a reward.
 
     The configuration has checked that the rows divide by the number of minibatches. A minibatch is cut only for
     ``optim.microbatch_tokens`` and to save padding, and the cut changes no gradient: every pass divides by the
-    minibatch's number of response tokens. Numbers of rows and of columns are rounded up to multiples of ``grain``.
+    minibatch's number of response tokens. ``grain`` rounds the shapes up.
     """
-    multiple, columns = grain
+    budget = config.optim.microbatch_tokens
     order = permutation(len(lengths.prompt), config.seed, step, iteration)
     for rows in order.chunk(config.optim.num_mini_batches):
         scored = [row for row in rows.tolist() if lengths.response[row] > 0]
         scored.sort(key=lambda row: -(lengths.prompt[row] + lengths.response[row]))  # stable: ties keep the order
-        widths = [up(lengths.prompt[row] + lengths.response[row] - 1, columns) for row in scored]
+        exact = [lengths.prompt[row] + lengths.response[row] - 1 for row in scored]
+        widths = [max(width, min(up(width, grain.columns), grain.limit)) for width in exact]
         cost = PASS_COST["cpu" if device.type == "cpu" else "cuda"]
         yield [
             Microbatch(
-                rows=torch.tensor(scored[first:last] + scored[first : first + 1] * (-(last - first) % multiple)),
+                rows=torch.tensor((scored[first:last] + [scored[first]] * grain.rows)[:taken]),
                 count=last - first,
                 width=widths[first],
-                length=up(max(lengths.response[row] for row in scored[first:last]), columns),
+                length=up(max(lengths.response[row] for row in scored[first:last]), grain.columns),
             )
-            for first, last in cuts(widths, config.optim.microbatch_tokens, cost)
+            for first, last in cuts(widths, budget, cost, grain.rows)
+            for taken in [filled(last - first, widths[first], budget, grain.rows)]
         ]
 
 
-def cuts(widths: Sequence[int], budget: int, cost: int) -> list[tuple[int, int]]:
-    """The cheapest cut of rows, sorted from the widest on, into groups [first, last): min of the sum of
-    (rows x widest + cost) over the groups, each of which has at most ``budget`` tokens or a single row.
+def filled(rows: int, width: int, budget: int, multiple: int) -> int:
+    """Rows with those added that fill the shape: none where they would not fit into the budget."""
+    more = up(rows, multiple)
+    return more if more * width <= budget else rows
 
-    Dynamic programming from the end: least[i] = min over j of (j - i) widths[i] + cost + least[j].
+
+def cuts(widths: Sequence[int], budget: int, cost: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """The cheapest cut of rows, sorted from the widest on, into groups [first, last): min of the sum of
+    (rows x widest + cost) over the groups, each of which has at most ``budget`` tokens or a single row. Rows count as
+    ``filled`` up to a multiple.
+
+    Dynamic programming from the end: least[i] = min over j of filled(j - i) widths[i] + cost + least[j].
     """
     count = len(widths)
     least, after = [0] * (count + 1), [count] * count
     for first in reversed(range(count)):
-        most = max(1, budget // widths[first])
-        ends = range(first + 1, min(count, first + most) + 1)
-        after[first] = min(ends, key=lambda last: (last - first) * widths[first] + least[last])
-        least[first] = (after[first] - first) * widths[first] + cost + least[after[first]]
+        width = widths[first]
+        most = max(1, budget // width)
+        least[first], after[first] = min(
+            (filled(last - first, width, budget, multiple) * width + cost + least[last], last)
+            for last in range(first + 1, min(count, first + most) + 1)
+        )
     groups, first = [], 0
     while first < count:
         groups.append((first, after[first]))

@@ -165,14 +165,15 @@ class ActorCritic(nn.Module):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             # Nothing random happens in a layer, so no generator's state has to be kept for the second pass.
             enable({"use_reentrant": False, "preserve_rng_state": False})
+        before = [block.training for block in blocks]
         for block in blocks:
             block.training = True
         try:
             with attending(causal_lm(self.policy), self.attention):  # the second pass comes with the backward
                 yield
         finally:
-            for block in blocks:
-                block.training = False
+            for block, was in zip(blocks, before, strict=True):
+                block.training = was
 
     def policy_parameters(self) -> list[nn.Parameter]:
         return self._policy_parameters

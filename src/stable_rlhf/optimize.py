@@ -63,7 +63,7 @@ def measure(passes: Passes, rollout: Rollout, config: Config, step: int) -> Meas
     """
     model, device = passes.model, passes.model.device
     tokens = dataclasses.replace(rollout.tokens, mask=rollout.tokens.mask & torch.tensor(rollout.valid)[:, None])
-    tokens = tokens.padded(passes.grain[1])
+    tokens = tokens.padded(passes.grain.columns)
     shape, heads = tokens.response.shape, len(model.heads)
     names = ("logp", "ref_logp", "entropy")
     figures = torch.zeros(len(names) + 2 * heads, *shape, device=device)
@@ -197,20 +197,20 @@ def _clipped_step(passes: Passes, optimizer: torch.optim.Optimizer, config: Conf
     """Clips each group's gradient to its own norm, steps, moves the target heads; [2] norms of policy and critic."""
     model = passes.model
     policy, critic = model.policy_parameters(), model.critic_parameters()
-    norms = [
-        nn.utils.clip_grad_norm_(policy, config.optim.max_grad_norm),
-        nn.utils.clip_grad_norm_(critic, config.critic.max_grad_norm),
-    ]
     held = [parameter.grad for parameter in policy]
     if not learns:
         for parameter in policy:
             parameter.grad = None  # AdamW passes over what has no gradient: no momentum, no decay
+    norms = [
+        nn.utils.clip_grad_norm_(policy, config.optim.max_grad_norm),
+        nn.utils.clip_grad_norm_(critic, config.critic.max_grad_norm),
+    ]
     optimizer.step()
     for parameter, gradient in zip(policy, held, strict=True):
         parameter.grad = gradient
     passes.zero_grad()
     model.update_targets()
-    return torch.stack([norm.float() for norm in norms])
+    return torch.stack([norm.to(model.device, torch.float32) for norm in norms])  # of no gradient: a 0 on the CPU
 
 
 def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | None]:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from stable_rlhf import graphs, processor
 from stable_rlhf.config import Config, ConfigError
-from stable_rlhf.models import ActorCritic, Output, causal_lm, layers
+from stable_rlhf.microbatches import Grain
+from stable_rlhf.models import ActorCritic, Output, causal_lm, context_length, layers
 from stable_rlhf.ops.masked import masked_mean
 from stable_rlhf.ops.objective import approx_kl, kl_penalty, ppo_clip_loss, value_loss
 from stable_rlhf.records import Batch, Tokens
@@ -116,7 +117,8 @@ class Passes:
         self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
         self._seen: dict[tuple[Any, ...], int] = {}
         self.pool = graphs.pool() if self.graphs else None
-        self.grain = (ROWS, COLUMNS) if self.graphs else (1, DIRECT_COLUMNS)
+        limit = context_length(model.policy) or Grain().limit
+        self.grain = Grain(ROWS, COLUMNS, limit) if self.graphs else Grain(1, DIRECT_COLUMNS, limit)
         """What the numbers of rows and of columns are multiples of, whether a pass is replayed or run directly: so both
         are the same computation."""
 
@@ -143,7 +145,7 @@ class Passes:
         with processor.exact_products(self.model.device):
             # A compiled forward that keeps what its backward needs rounds otherwise than one that does not.
             with torch.set_grad_enabled(self.compiled):
-                out = detached(self.forward(tokens, learns_policy))
+                out = detached(self.model(tokens, temperature=self.config.rollout.temperature))
             return out, self.reference(tokens)
 
     def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:

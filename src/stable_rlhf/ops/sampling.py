@@ -25,7 +25,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
         temperature: positive.
 
     Returns:
-        [B] int64, each 0 to V - 1.
+        [B] int64, each 0 to V - 1. Logits that are NaN give a number that means nothing: whoever learns from it checks.
 
     Raises:
         ValueError: for a temperature that is not positive, or shapes that do not match.

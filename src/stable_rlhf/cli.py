@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
-import difflib
+import enum
 import os
-import re
 import sys
-import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from jsonargparse import (
-    ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
-    ArgumentError,
-    ArgumentParser,
-    set_parsing_settings,
-)
-
-from stable_rlhf.config import PRESETS, SECTIONS, Config, ConfigError, ModelConfig
-from stable_rlhf.control import controller_settings
-from stable_rlhf.validation import wanted
+from stable_rlhf.commandline import Parser, load_config, parser, taken_out
+from stable_rlhf.config import PRESETS, Config, ConfigError, ModelConfig
 
 USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
@@ -32,23 +19,32 @@ stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    go on with a run
 stable-rlhf report RUN                                          write RUN/report.html
 
 `stable-rlhf train --help` lists every setting."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
 SHOWN = 1000
 """Characters of an error that are shown: its beginning and its end. Transformers lists every architecture it knows."""
-_TOP = [field.name for field in dataclasses.fields(Config) if field.name not in SECTIONS]
-_HINTS: dict[str, Any] = {name: hint for name, hint in typing.get_type_hints(Config).items() if name in _TOP} | {
-    f"{name}.{field}": hint
-    for name, section in SECTIONS.items()
-    for field, hint in typing.get_type_hints(section).items()
-}
-"""The type of every setting, by its name on the command line."""
-# The docstring below each field is its help.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Exit(enum.IntEnum):
+    """What the command's exit code means; docs/operations.md says what to do about each."""
+
+    DONE = 0
+    FAILED = 1
+    """Something that nobody foresaw, or a check of `doctor` that failed."""
+    BAD_INPUT = 2
+    """Settings, usage, a file or a model that cannot be used. Nothing was trained."""
+    GUARD = 3
+    """The guard stopped the run, which is in its last checkpoint as it was before."""
+    REWARD = 4
+    """No reward could be had. The run is in its last checkpoint."""
+    DISK = 5
+    """A checkpoint could not be written. The one before is intact."""
+    INTERRUPTED = 130
+    """SIGINT (Ctrl-C): 128 + 2, as shells have it."""
+    TERMINATED = 143
+    """SIGTERM: 128 + 15."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0 done, 1 failed, 2 bad settings, usage or input, 130 interrupted."""
+    """Runs a command; returns its exit code, one of ``Exit``."""
     # Before torch loads. Threads that spin for long at their barriers make a step 20 times slower once another program
     # wants a core; threads that sleep at once make it a third slower where none does (docs/LOG.md).
     if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
@@ -63,158 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"there is no command {arguments[0]!r}; the commands are {', '.join(commands)}")
         return commands[arguments[0]](arguments[1:])
     except ConfigError as error:
-        return _say(error, 2)
+        return _say(error, Exit.BAD_INPUT)
     except KeyboardInterrupt:
-        return _say("interrupted before training began", INTERRUPTED)
-
-
-# -- settings -----------------------------------------------------------------------------------------------------
-
-
-def parser(preset: str) -> ArgumentParser:
-    """Every setting of Config as an argument, the preset's values as defaults. No abbreviations, no other names."""
-    made = ArgumentParser(prog="stable-rlhf train", exit_on_error=False, allow_abbrev=False, print_config=None)
-    made.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; what is given here wins")
-    made.add_class_arguments(Config, skip=set(SECTIONS))
-    for name, section in SECTIONS.items():
-        made.add_class_arguments(section, name)
-    changes = {f"{name}.{field}": value for name in SECTIONS for field, value in PRESETS[preset].get(name, {}).items()}
-    made.set_defaults({"preset": preset, **changes})
-    return made
-
-
-def load_config(arguments: Sequence[str]) -> Config:
-    """Defaults < preset < --config FILE < --section.field VALUE, in this order. Raises ConfigError."""
-    made = parser("safe")
-    files, arguments = _taken_out("--config", arguments)
-    for file in files:
-        _check_file(Path(file))
-    arguments = [*(f"--config={file}" for file in files), *arguments]  # what is given here wins, wherever it stands
-    given, complete = (_parse(made, arguments, defaults) for defaults in (False, True))
-    for section, field in (("reward", "functions"), ("reward", "trust_remote_code")):
-        if field in given.get(section, {}):  # `--reward.functions+ x` adds to the default
-            given[section][field] = complete[section][field]
-    config = Config.from_preset(given.pop("preset", "safe"), **given)
-    try:
-        controller_settings(config.kl.controller, config.kl.settings)
-    except ValueError as error:
-        names = controller_settings(config.kl.controller, {})
-        unknown = [name for name in config.kl.settings if name not in names]
-        close = _suggestion(unknown[0], names, otherwise="") if unknown else ""
-        raise ConfigError(f"kl.settings: {str(error).rstrip('.')}{close}") from error
-    return config
-
-
-def _parse(made: ArgumentParser, arguments: Sequence[str], defaults: bool) -> dict[str, Any]:
-    try:
-        settings = made.parse_args(list(arguments), defaults=defaults).as_dict()
-    except (ArgumentError, argparse.ArgumentError) as error:
-        raise ConfigError(_in_one_sentence(str(error))) from error
-    settings.pop("config", None)
-    return settings
-
-
-def _in_one_sentence(message: str) -> str:
-    """jsonargparse's message as setting, value and remedy; as it is, on one line, where it has another form."""
-    if found := re.match(r"unrecognized arguments: (\S+)", message):
-        name = found[1].split("=")[0]
-        if not name.startswith("--"):
-            return f"unexpected {name!r}: a setting is given as --section.field VALUE, a file as --config FILE"
-        return f"unknown setting {name}{_suggestion(name.lstrip('-'), _HINTS)}"
-    found = re.search(r'Parser key "([\w.]+)"|argument --([\w.]+): expected', message)
-    name = found[1] or found[2] if found else ""
-    if name in SECTIONS:
-        return f"--{name} is a section: give its fields one by one, such as --{name}.{_fields(name)[0]} VALUE"
-    if name not in _HINTS:
-        return " ".join(message.split())
-    values = re.findall(r"(?:Got|Given) value: (.*)", message)
-    return f"{name}{f'={values[-1]!r}' if values else ' has no value'}: {wanted(_HINTS[name])}"
-
-
-def _suggestion(name: str, known: Iterable[str], otherwise: str = "; `stable-rlhf train --help` lists them") -> str:
-    """The settings that were probably meant: of that name in any section, or with a name like it."""
-    known = list(known)
-    close = [setting for setting in known if "." not in name and setting.endswith(f".{name}")]
-    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f". Did you mean {' or '.join(close)}?" if close else otherwise
-
-
-def _check_file(file: Path) -> None:
-    """Raises ConfigError unless the file is a YAML mapping of known settings and sections, none of them twice."""
-    try:
-        loader = _SafeLoader(file.read_text(encoding="utf-8"))
-        content = loader.get_single_data()
-    except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {file}: is not UTF-8 text; give a YAML file") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"--config {file}{line}: {getattr(error, 'problem', error)}; repair the YAML") from error
-    if not isinstance(content, dict) or not content:
-        what = "is empty" if content is None or content == {} else f"is a {type(content).__name__}"
-        raise ConfigError(f"--config {file}: {what}; give a mapping of settings, such as `preset: safe`")
-    for name, value in content.items():
-        if name not in SECTIONS:
-            if name not in _TOP:
-                close = _suggestion(str(name), [*_TOP, *SECTIONS, *_HINTS])
-                raise ConfigError(f"--config {file}: unknown setting {name!r}{close}")
-        elif not isinstance(value, dict):
-            fields = ", ".join(_fields(name))
-            raise ConfigError(f"--config {file}: {name}={value!r}: a section is a mapping of its fields: {fields}")
-        elif unknown := [field for field in value if field not in _fields(name)]:
-            close = _suggestion(f"{name}.{unknown[0]}", [f"{name}.{field}" for field in _fields(name)])
-            raise ConfigError(f"--config {file}: unknown setting {f'{name}.{unknown[0]}'!r}{close}")
-
-
-class _SafeLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML's own loaders keep the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _fields(section: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(SECTIONS[section])]
-
-
-def _taken_out(option: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(every value that a command line gives to an option, the other arguments)."""
-    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    made.add_argument(option, action="append", default=[], dest="values")
-    try:
-        known, others = made.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{option} has no value: give one") from error
-    return known.values, others
-
-
-# -- commands -----------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are ConfigErrors with the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {' '.join(self.format_usage().split())}")
+        return _say("interrupted before training began", Exit.INTERRUPTED)
 
 
 def _train(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
-        preset = (_taken_out("--preset", arguments)[0] or ["safe"])[-1]
+        preset = (taken_out("--preset", arguments)[0] or ["safe"])[-1]
         parser(preset if preset in PRESETS else "safe").print_help()
         return 0
     return _run(load_config(arguments), resume=None)
 
 
 def _resume(arguments: list[str]) -> int:
-    made = _Parser(prog="stable-rlhf resume", allow_abbrev=False)
+    made = Parser(prog="stable-rlhf resume", allow_abbrev=False)
     made.add_argument("run", type=Path, help="the run's folder")
     made.add_argument("--max_steps", type=int, help="train to this many steps instead")
     made.add_argument("--checkpoint", type=Path, help="go on from this checkpoint instead of the newest")
@@ -239,7 +98,7 @@ def _resume(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    made = _Parser(prog="stable-rlhf report", allow_abbrev=False)
+    made = Parser(prog="stable-rlhf report", allow_abbrev=False)
     made.add_argument("run", type=Path, help="the run's folder")
     run = made.parse_args(arguments).run
     from stable_rlhf.report import read_run, write_report
@@ -292,11 +151,11 @@ def _run(config: Config, resume: bool | Path | None) -> int:
             raise
         raise ConfigError(str(error)) from error  # a saved state does not fit config.yaml, which somebody changed
     except (RewardError, DivergenceError) as error:
-        return _say(error, 1)
+        return _say(error, Exit.FAILED)
     except KeyboardInterrupt:
         saved = _last_step(run)
         how = f"`stable-rlhf resume {run}` goes on from step {saved}" if saved else "no checkpoint to resume from yet"
-        return _say(f"interrupted after {trainer.step} steps; {how}", INTERRUPTED)
+        return _say(f"interrupted after {trainer.step} steps; {how}", Exit.INTERRUPTED)
     if trainer.args.log.progress:
         print_summary(run, evaluation, f"{_command()} resume {run} --max_steps {2 * trainer.args.max_steps}")
     return 0
@@ -380,7 +239,7 @@ def _report_at_the_end(trainer: Any, write_report: Any) -> Iterator[None]:
             try:
                 write_report(trainer.run_dir)
             except (OSError, ValueError) as error:  # what stopped the run is the error to show
-                _say(f"the report could not be written: {error}", 1)
+                _say(f"the report could not be written: {error}", Exit.FAILED)
         raise
     write_report(trainer.run_dir)
 

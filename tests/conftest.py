@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests read nothing from a network
@@ -12,6 +13,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stable_rlhf.decoding import Decoder
+from stable_rlhf.models import ActorCritic
+from tests import reruns
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -67,3 +72,11 @@ def tiny_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Tem
     tiny_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=["free", "graphs"])
+def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[ActorCritic], Decoder]:
+    """Makes a decoder of a model: with free shapes, or with fixed ones as CUDA graphs have them."""
+    if request.param == "graphs":
+        reruns.use(monkeypatch)
+    return lambda model: Decoder(model, cuda_graphs=request.param == "graphs")

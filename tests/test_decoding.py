@@ -34,14 +34,6 @@ from tests.test_architectures import FAMILIES, PARTICULAR, PECULIAR, WINDOWED
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft sets it itself
 
 
-@pytest.fixture(params=["free", "graphs"])
-def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """A decoder of the model with free shapes, and one with fixed shapes."""
-    if request.param == "graphs":
-        reruns.use(monkeypatch)
-    return lambda model: Decoder(model, cuda_graphs=request.param == "graphs")
-
-
 # -- the tokens are those of the policy's own forward ---------------------------------------------------------------
 
 

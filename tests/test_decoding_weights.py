@@ -14,18 +14,9 @@ from torch import Tensor
 from stable_rlhf.decoding import Decoder
 from stable_rlhf.joining import Part
 from stable_rlhf.models import causal_lm
-from tests import reruns
 from tests.decodes import LENGTHS, Made, assert_same, make_model, make_prompts, move, naive, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft sets it itself
-
-
-@pytest.fixture(params=["free", "graphs"])
-def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """A decoder of the model with free shapes, and one with fixed shapes."""
-    if request.param == "graphs":
-        reruns.use(monkeypatch)
-    return lambda model: Decoder(model, cuda_graphs=request.param == "graphs")
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -233,6 +233,12 @@ def layers(policy: Any) -> list[nn.Module]:
     return [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def compile_layer(layer: nn.Module) -> None:
+    """Has torch.compile fuse the layer's operations, for any number of rows and columns, once it first runs."""
+    # Inductor would time every product with padded operands while it compiles; these are multiples of 8 as they are.
+    layer.compile(dynamic=True, options={"shape_padding": False})
+
+
 def refuse_many_processes() -> None:
     """Raises ConfigError under a launcher: the processes would train a policy each, in one run folder."""
     if (size := os.environ.get("WORLD_SIZE", "1")) != "1":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from stable_rlhf import graphs, processor
 from stable_rlhf.config import Config, ConfigError
 from stable_rlhf.microbatches import Grain
-from stable_rlhf.models import ActorCritic, Output, causal_lm, context_length, layers
+from stable_rlhf.models import ActorCritic, Output, causal_lm, compile_layer, context_length, layers
 from stable_rlhf.ops.masked import masked_mean
 from stable_rlhf.ops.objective import approx_kl, kl_penalty, ppo_clip_loss, value_loss
 from stable_rlhf.records import Batch, Tokens
@@ -39,10 +39,6 @@ GRAPHS = 64
 shared. 120 steps of 64 texts as long as HH-RLHF's (up to 512 + 64 tokens) had 35 shapes in 988 passes."""
 SIGHTINGS = 2
 """A shape is captured when it comes for the second time: a capture takes two passes to warm up and one to record."""
-
-
-COMPILE: dict[str, Any] = {"shape_padding": False}
-"""Inductor would time every product with padded operands while it compiles; these are multiples of 8 as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +261,7 @@ def compile_layers(model: ActorCritic) -> None:
             "Transformers; set model.torch_compile=false"
         )
     for block in blocks.values():
-        block.compile(dynamic=True, options=COMPILE)
+        compile_layer(block)
 
     def requires_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """The first layer's input has a gradient like every other's, or it would be a program of its own."""

@@ -138,7 +138,9 @@ def updated(
     """(metrics of each of some updates on one rollout, the model, addresses and values of gradients at each step)."""
     model = make_model(tokenizer, config, adapter)
     made = Passes(model, config)
-    optimizer = torch.optim.SGD([{**group, "lr": 0.05} for group in optimize.optimizer_groups(model, config)])
+    optimizer = torch.optim.SGD(
+        [{**group, "lr": 0.05} for group in optimize.optimizer_groups(model, config)], fused=True
+    )
     seen: list[dict[str, tuple[int, Tensor]]] = []
     optimizer.register_step_pre_hook(
         lambda *_: seen.append(
@@ -241,7 +243,7 @@ def test_the_first_minibatchs_ratio_is_exactly_1_with_graphs(
     config = make_config(optim={"num_mini_batches": mini_batches, "num_iterations": 1, "learning_rate": 1e-2}, **GRAPHS)
     model, rollout = make_model(tokenizer, config, adapter), make_rollout(len(tokenizer))
     made = Passes(model, config)
-    optimizer = torch.optim.AdamW(optimize.optimizer_groups(model, config))
+    optimizer = torch.optim.AdamW(optimize.optimizer_groups(model, config), fused=True)
     for step in range(4):
         ratios.clear()
         measured = optimize.measure(made, rollout, config, step)

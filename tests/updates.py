@@ -25,7 +25,7 @@ def make_config(preset: str = "safe", optim: dict | None = None, critic: dict | 
     return Config.from_preset(
         preset,
         rollout={"batch_size": ROWS},
-        optim=optim or {},
+        optim={"max_preview_kl": None, **(optim or {})},
         critic={"max_grad_norm": 1e9, **(critic or {})},
         **sections,
     )
@@ -99,9 +99,9 @@ def learn(
 ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
     """(metrics, the gradients of every optimiser step after clipping, by parameter name) of one update."""
     groups = optimize.optimizer_groups(model, config)
-    optimizer: Any = torch.optim.AdamW(groups)
+    optimizer: Any = torch.optim.AdamW(groups, fused=True)
     if sgd is not None:  # Adam divides each gradient by its size, rounding errors too: no tolerance would hold
-        optimizer = torch.optim.SGD([{**group, "lr": sgd} for group in groups])
+        optimizer = torch.optim.SGD([{**group, "lr": sgd} for group in groups], fused=True)
     steps: list[dict[str, Tensor]] = []
     optimizer.register_step_pre_hook(
         lambda *_: steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})

@@ -19,6 +19,7 @@ from stable_rlhf.ops.advantages import gae, token_rewards
 from stable_rlhf.ops.masked import distinct_n, masked_mean, masked_sum, whiten
 from stable_rlhf.ops.objective import explained_variance, kl_estimate
 from stable_rlhf.passes import Passes, Scale
+from stable_rlhf.preview import Preview, probe
 from stable_rlhf.prompts import prompt_text
 from stable_rlhf.records import Batch, Rollout, StepStats, Tokens, on
 
@@ -159,8 +160,9 @@ def update(
 ) -> StepStats:
     """num_iterations passes x num_mini_batches optimiser steps on the batch; means over them as metrics.
 
-    A minibatch in which no row has a reward takes no step and is in no mean. Nothing here waits for the device but the
-    end, where the metrics are read.
+    A minibatch in which no row has a reward takes no step and is in no mean, and so it is with one whose gradient is
+    not finite, which is counted. Nothing here waits for the device but the preview and the end, where the metrics are
+    read.
     """
     device, learns = passes.model.device, learns_policy(config, step)
     of_rows = lengths(batch.tokens)
@@ -170,47 +172,64 @@ def update(
         for minibatch in plan(of_rows, config, step, iteration, device, passes.grain)
         if minibatch  # no row has a reward: AdamW would move the weights by its momentum alone
     ]
+    seen = probe(of_rows, config, step, passes) if learns and config.optim.max_preview_kl is not None else None
     batch = on(batch, device)
+    preview = None if seen is None else Preview(passes, batch, seen, config)
     sizes = [len(micro.rows) for minibatch in work for micro in minibatch]
     rows = iter(torch.cat([micro.rows for minibatch in work for micro in minibatch]).to(device).split(sizes))
     kl_coef = torch.full((), decision.kl_coef, device=device)
     names: list[str] = []
-    sums: list[Tensor] = []
+    steps: list[Tensor] = []
     with passes.training():
         for minibatch in work:
             tokens = sum(of_rows.response[row] for micro in minibatch for row in micro.rows[: micro.count].tolist())
             scale = Scale(kl_coef=kl_coef, tokens=torch.full((), float(tokens), device=device))
+            sums: list[Tensor] = []
             for micro in minibatch:
                 part = batch.rows(next(rows), micro.width, micro.length, micro.count)
                 names, figures = passes.learn(part, scale, learns)
                 sums.append(figures)
-            norms = _clipped_step(passes, optimizer, config, learns)
-            sums.append(nn.functional.pad(norms, (len(names), 0)))
+            norms = _clipped_step(passes, optimizer, config, learns, preview)
+            steps.append(torch.cat([torch.stack(sums).sum(0), norms]))
     names = [*names, "grad_norm/policy", "grad_norm/critic"]
-    total = torch.stack([nn.functional.pad(part, (0, len(names) - len(part))) for part in sums]).sum(0)
-    figures = dict(zip(names, (total / len(work)).tolist(), strict=True))
+    taken = torch.stack([figures[-2:].isfinite().all() for figures in steps])
+    total = torch.stack([torch.where(ok, figures, 0.0) for ok, figures in zip(taken, steps, strict=True)]).sum(0)
+    *means, count = torch.cat([total / taken.sum().clamp(min=1), taken.sum()[None]]).tolist()
+    figures = dict(zip(names, means, strict=True))
     figures["val/ratio_var"] = max(0.0, figures["val/ratio_var"] - (figures["val/ratio"] - 1) ** 2)
-    return StepStats(metrics=figures)
+    known: dict[str, float | None] = {**figures} if count else dict.fromkeys(names)
+    known["policy/skipped_steps"] = len(work) - round(count)
+    return StepStats(metrics=known | ({} if preview is None else preview.metrics()))
 
 
-def _clipped_step(passes: Passes, optimizer: torch.optim.Optimizer, config: Config, learns: bool) -> Tensor:
-    """Clips each group's gradient to its own norm, steps, moves the target heads; [2] norms of policy and critic."""
+def _clipped_step(
+    passes: Passes, optimizer: torch.optim.Optimizer, config: Config, learns: bool, preview: Preview | None
+) -> Tensor:
+    """Clips each group's gradient to its own norm, steps, moves the target heads; [2] norms of policy and critic.
+
+    Where a norm is not finite the optimiser leaves weights and moments as they are, without the host's looking.
+    """
     model = passes.model
     policy, critic = model.policy_parameters(), model.critic_parameters()
     held = [parameter.grad for parameter in policy]
     if not learns:
         for parameter in policy:
             parameter.grad = None  # AdamW passes over what has no gradient: no momentum, no decay
-    norms = [
+    found = [
         nn.utils.clip_grad_norm_(policy, config.optim.max_grad_norm),
         nn.utils.clip_grad_norm_(critic, config.critic.max_grad_norm),
     ]
-    optimizer.step()
+    norms = torch.stack([norm.to(model.device, torch.float32) for norm in found])  # of no gradient: a 0 on the CPU
+    setattr(optimizer, "found_inf", 1.0 - norms.isfinite().all().float())  # noqa: B010  the name by which AdamW reads it
+    if preview is None:
+        optimizer.step()
+    else:
+        preview.take(optimizer)
     for parameter, gradient in zip(policy, held, strict=True):
         parameter.grad = gradient
     passes.zero_grad()
     model.update_targets()
-    return torch.stack([norm.to(model.device, torch.float32) for norm in norms])  # of no gradient: a 0 on the CPU
+    return norms
 
 
 def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | None]:

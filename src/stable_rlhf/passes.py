@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ class Passes:
             compile_layers(model)
         self._parameters = [*model.policy_parameters(), *model.critic_parameters()]
         self._gradients = [torch.zeros_like(p) for p in self._parameters] if self.graphs else []
-        self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
+        self._shapes: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._seen: dict[tuple[Any, ...], int] = {}
         self.pool = graphs.pool() if self.graphs else None
         limit = context_length(model.policy) or Grain().limit
@@ -136,7 +136,7 @@ class Passes:
 
     def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
         """(the policy's output, the reference's log-probs [n, T])."""
-        if shape := self._shape(tokens, learns_policy):
+        if shape := self._captured(_Shape, tokens, learns_policy):
             return shape.measure(tokens)
         with processor.exact_products(self.model.device):
             # A compiled forward that keeps what its backward needs rounds otherwise than one that does not.
@@ -146,10 +146,17 @@ class Passes:
 
     def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
         """Adds a microbatch's gradient to the parameters'; (names of its metrics, its share of each [K])."""
-        if shape := self._shape(batch.tokens, learns_policy):
+        if shape := self._captured(_Shape, batch.tokens, learns_policy):
             return shape.learn(batch, scale)
         with processor.exact_products(self.model.device):
             return self.backward(self.forward(batch.tokens, learns_policy), batch, scale, learns_policy)
+
+    def logp(self, tokens: Tokens) -> Tensor:
+        """[n, T]: the policy's log-probs alone, nats."""
+        if glance := self._captured(_Glance, tokens):
+            return glance.logp(tokens)
+        with processor.exact_products(self.model.device), torch.set_grad_enabled(self.compiled):
+            return self.forward(tokens, False).logp.detach()
 
     def forward(self, tokens: Tokens, learns_policy: bool) -> Output:
         exact_kl = self.config.kl.in_loss == "exact" and learns_policy
@@ -175,22 +182,21 @@ class Passes:
             for parameter, gradient in zip(self._parameters, before, strict=True):
                 parameter.grad = gradient
 
-    def _shape(self, tokens: Tokens, learns_policy: bool) -> _Shape | None:
+    def _captured(self, kind: Callable[..., Any], tokens: Tokens, *details: bool) -> Any:
         """The graphs for these tokens, captured if it is time to; None where they are run directly."""
         if not self.graphs:
             return None
-        rows, width = tokens.ids.shape
-        key = (rows, width, tokens.response.shape[1], learns_policy)
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if key not in self._shapes:
-            if self._seen[key] < SIGHTINGS:
+        key = (*tokens.ids.shape, tokens.response.shape[1], *details)
+        self._seen[kind, key] = self._seen.get((kind, key), 0) + 1
+        if (kind, key) not in self._shapes:
+            if self._seen[kind, key] < SIGHTINGS:
                 return None
             if len(self._shapes) == GRAPHS:
                 self._shapes.popitem(last=False)
             with self._collecting():
-                self._shapes[key] = _Shape(self, *key)
-        self._shapes.move_to_end(key)
-        return self._shapes[key]
+                self._shapes[kind, key] = kind(self, *key)
+        self._shapes.move_to_end((kind, key))
+        return self._shapes[kind, key]
 
 
 class _Shape:
@@ -202,13 +208,7 @@ class _Shape:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        whole = torch.int64
-        tokens = Tokens(
-            ids=zeros(rows, width, dtype=whole),
-            start=zeros(rows, dtype=whole) + 1,
-            response=zeros(rows, length, dtype=whole),
-            mask=zeros(rows, length, dtype=torch.bool),
-        )
+        tokens = _no_tokens(rows, width, length, device)
         grids = {name: zeros(rows, length) for name in ("logp", "ref_logp", "entropy", "advantages", "returns")}
         self.batch = Batch(tokens=tokens, values=zeros(len(model.heads), rows, length), **grids)
         self.scale = Scale(kl_coef=zeros(), tokens=zeros() + 1)
@@ -246,6 +246,35 @@ class _Shape:
         self._forward.replay()
         self._backward.replay()
         return self.names, self._backward.result.clone()
+
+
+class _Glance:
+    """The graph of the policy's log-probs alone, of one shape."""
+
+    def __init__(self, passes: Passes, rows: int, width: int, length: int) -> None:
+        self.tokens = tokens = _no_tokens(rows, width, length, passes.model.device)
+
+        def look() -> Tensor:
+            return passes.forward(tokens, False).logp.detach()
+
+        with torch.set_grad_enabled(passes.compiled):
+            graphs.warm_up(look)
+            self._look = graphs.capture(look, passes.pool)
+
+    def logp(self, tokens: Tokens) -> Tensor:
+        _copy(self.tokens, tokens)
+        self._look.replay()
+        return self._look.result
+
+
+def _no_tokens(rows: int, width: int, length: int, device: torch.device) -> Tokens:
+    """Tokens for a graph to be recorded with, under an empty mask."""
+    return Tokens(
+        ids=torch.zeros(rows, width, dtype=torch.int64, device=device),
+        start=torch.ones(rows, dtype=torch.int64, device=device),
+        response=torch.zeros(rows, length, dtype=torch.int64, device=device),
+        mask=torch.zeros(rows, length, dtype=torch.bool, device=device),
+    )
 
 
 def compile_layers(model: ActorCritic) -> None:

@@ -113,7 +113,7 @@ class Batch:
 class StepStats:
     """Means over one step's updates, by metric name (docs/metrics.md)."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
 
 
 def on(record: Any, device: torch.device) -> Any:

@@ -181,9 +181,14 @@ class OptimConfig:
     (docs/deviations.md)."""
     max_grad_norm: float = 1.0
     """Gradient norm at which the policy's gradient is clipped."""
+    max_preview_kl: float | None = 0.05
+    """Bound on KL(before || after) of one optimiser step, nats per token, measured on a sixteenth of the rollout: above
+    it only a part of the step is taken (algorithm.md, layer 4). None takes every step whole, and measures nothing."""
 
     def __post_init__(self) -> None:
         check_types("optim", self)
+        if self.max_preview_kl is not None:
+            positive("optim", self, "max_preview_kl")
         positive("optim", self, "learning_rate", "num_iterations", "num_mini_batches", "microbatch_tokens")
         positive("optim", self, "epsilon", "whiten_floor", "max_grad_norm")
         not_negative("optim", self, "warmup_steps", "weight_decay", "entropy_coef")

@@ -241,6 +241,31 @@ def approx_kl(logp: Tensor, old_logp: Tensor, mask: Tensor, denominator: float |
 
 
 @torch.no_grad()
+def step_kl(before: Tensor, after: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
+    """KL(pi_before || pi_after) of one optimiser step, nats per token, from tokens that an earlier policy sampled.
+
+    mean_tok(w (r - 1 - log r)), log r = after - before, w = e^{before - sampled}: what the step does to tokens of
+    pi_before, each weighed by how much likelier it has become since it was sampled. Unbiased, never negative; log r is
+    clamped to +-20 first. Source: SAFE (arXiv 2602.04651), the preview; Schulman 2020 for the estimator (k3).
+
+    Args:
+        before, after: [B, T] log-probs of the response tokens on the two sides of the step, nats.
+        sampled: [B, T] their log-probs under the policy that sampled them; the same as ``before`` at the first step.
+        mask: [B, T] bool, True for a response token; the denominator is their number.
+
+    Returns:
+        A scalar, float64; not finite where ``after`` is not.
+
+    Raises:
+        ValueError: for shapes that differ, or a mask without a True entry.
+    """
+    _check_same_shape(before=before, after=after)
+    _check_same_shape(before=before, sampled=sampled)
+    log_ratio = (after.double() - before.double()).clamp(-K3_CLAMP, K3_CLAMP)
+    weight = (before.double() - sampled.double()).exp()
+    return masked_mean(weight * (torch.expm1(log_ratio) - log_ratio), mask)
+
+
 def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(G - V) / Var(G) over the True entries: 1 is a perfect critic, 0 one that knows the mean and no more.
 

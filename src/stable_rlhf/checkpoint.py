@@ -163,7 +163,8 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         files = [path / name for name in manifest.files if name.endswith(".safetensors")]
         tensors = {file.stem: load_file(file, backend="pread") for file in files}
     except (OSError, ValueError, SafetensorError, RuntimeError, TypeError) as error:  # the last two: torch, of a shape
-        raise CheckpointError(f"{path} holds no state of a run ({error}): {_REMEDY}") from error
+        fault = str(error).partition("\n")[0]  # torch adds a stack
+        raise CheckpointError(f"{path} holds no state of a run ({fault}): {_REMEDY}") from error
     return tensors, state
 
 

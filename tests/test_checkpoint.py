@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from stable_rlhf import checkpoint
+from stable_rlhf import checkpoint, manifest
 from stable_rlhf.checkpoint import CheckpointError
 from tests.runs import lora, policy, settings, trainer
 
@@ -33,7 +33,7 @@ def test_tensors_and_state_come_back_bit_for_bit(tmp_path: Path) -> None:
     for name, tensor in TENSORS["model"].items():
         assert tensors["model"][name].dtype == tensor.dtype
         assert torch.equal(tensors["model"][name], tensor)
-    assert state == {"version": 1, "step": 4, "episode": 0.1 + 0.2, "nested": {"floats": [1e-300, 1 / 3]}}
+    assert state == {"step": 4, "episode": 0.1 + 0.2, "nested": {"floats": [1e-300, 1 / 3]}}
 
 
 def test_tensors_that_share_memory_or_are_views_are_saved_as_they_look(tmp_path: Path) -> None:
@@ -67,17 +67,22 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_cut_off_file_and_a_folder_that_is_not_there_are_refused(tmp_path: Path) -> None:
     saved = save(tmp_path)
     (saved / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="has changed since it was saved"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors has \d+ bytes, \d+ were saved"):
         checkpoint.load(saved)
     with pytest.raises(CheckpointError, match="step-000077 is not a whole checkpoint"):
         checkpoint.load(tmp_path / "step-000077")
 
 
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "VERSION", 99)
     saved = save(tmp_path)
+    monkeypatch.setattr(manifest, "VERSION", 99)
+    with pytest.raises(CheckpointError, match=r"step-000004 is not .*it has format 2, this release reads 99"):
+        checkpoint.load(saved)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="has format 99, this release reads 1: start a new run"):
+    assert checkpoint.load(saved)[1]["step"] == 4
+    digests = {name: manifest.sha256(saved / name) for name in FILES[1:]}
+    (saved / "manifest.json").write_text(json.dumps(digests, indent=1))  # as format 1 had it
+    with pytest.raises(CheckpointError, match=r"it has format 1, this release reads 2.*or start a new run"):
         checkpoint.load(saved)
 
 

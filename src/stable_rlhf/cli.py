@@ -83,9 +83,11 @@ def _resume(arguments: list[str]) -> int:
         raise ConfigError(f"{given.run} is not a run folder: it has no config.yaml; check the path")
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])
-    if (done := _last_step(given.run)) == 0 and given.checkpoint is None:
+    done, damaged = _last_step(given.run)
+    if done == 0 and given.checkpoint is None:
         raise ConfigError(
-            f"{given.run} has no checkpoint to go on from; start again with `stable-rlhf train --config {file} "
+            f"{given.run} has no checkpoint to go on from; {''.join(f'{fault}; ' for fault in damaged)}"
+            f"start again with `stable-rlhf train --config {file} "
             "--output_dir NEW_FOLDER`"
         )
     if given.checkpoint is None and config.max_steps == done and _is_whole(given.run):
@@ -116,7 +118,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     _check_output(config)
     from transformers.utils import logging  # torch and transformers load only when the settings are good
 
-    from stable_rlhf.checkpoint import CheckpointError
+    from stable_rlhf.checkpoint import CheckpointError, SaveError
     from stable_rlhf.optimize import DivergenceError
     from stable_rlhf.prompts import PromptError
     from stable_rlhf.report import write_report
@@ -144,6 +146,8 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     try:
         with _report_at_the_end(trainer, write_report):
             evaluation = trainer.train(resume_from_checkpoint=resume)
+    except SaveError as error:
+        return _say(error, Exit.DISK)
     except (CheckpointError, PromptError) as error:  # of the checkpoint that it should go on from
         raise ConfigError(str(error)) from error
     except ValueError as error:
@@ -153,7 +157,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     except (RewardError, DivergenceError) as error:
         return _say(error, Exit.FAILED)
     except KeyboardInterrupt:
-        saved = _last_step(run)
+        saved, _ = _last_step(run)
         how = f"`stable-rlhf resume {run}` goes on from step {saved}" if saved else "no checkpoint to resume from yet"
         return _say(f"interrupted after {trainer.step} steps; {how}", Exit.INTERRUPTED)
     if trainer.args.log.progress:
@@ -214,12 +218,12 @@ def _not_a_model(model: ModelConfig, error: Exception) -> ConfigError:
     return ConfigError(f"{setting}: {str(error).rstrip('.')}; {remedy}")
 
 
-def _last_step(run: Path) -> int:
-    """Steps done at the newest checkpoint of a run; 0 without one."""
-    from stable_rlhf.checkpoint import found
+def _last_step(run: Path) -> tuple[int, list[str]]:
+    """(steps done at the newest whole checkpoint of a run, 0 without one; what is wrong with each newer one)."""
+    from stable_rlhf.checkpoint import inspect, steps_of
 
-    saved = found(run / "checkpoints")
-    return int(saved[-1].name.removeprefix("step-")) if saved else 0
+    saved, damaged = inspect(run / "checkpoints")
+    return (steps_of(saved) if saved else 0), damaged
 
 
 def _is_whole(run: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,11 +228,13 @@ class SAFETrainer:
         """Makes the run folder, or loads the checkpoint that the run goes on from."""
         self.writer = telemetry.MetricsWriter(self.run_dir)
         if resume:
-            saved = checkpoint.found(self.run_dir / "checkpoints")
-            if resume is True and not saved:
-                raise checkpoint.CheckpointError(f"{self.run_dir} has no checkpoint: start a new run")
-            path = saved[-1] if resume is True else Path(resume)
-            self.load_checkpoint(path)
+            path, damaged = (
+                checkpoint.newest(self.run_dir / "checkpoints") if resume is True else (Path(resume), list[str]())
+            )
+            for fault in damaged:
+                _tell(f"{fault}: passed over, the run goes on from step {checkpoint.steps_of(path)}")
+            with checkpoint.restoring(path):
+                self.load_checkpoint(path)
             if path.resolve().parent != (self.run_dir / "checkpoints").resolve():
                 raise ConfigError(f"resume_from_checkpoint={str(path)!r}: set output_dir to the run that it belongs to")
             if self.step > self.args.max_steps:
@@ -239,7 +242,8 @@ class SAFETrainer:
                     f"max_steps={self.args.max_steps}: the run has done {self.step} steps already; give that many or "
                     "more, or resume from an older checkpoint"
                 )
-            checkpoint.forget_after(self.run_dir / "checkpoints", self.step)
+            for kept in checkpoint.forget_after(self.run_dir / "checkpoints", self.step):
+                _tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it once nobody needs it")
             self.writer.truncate(self.step)
             if self.step < self.args.max_steps:  # what was final is so no more
                 shutil.rmtree(self.run_dir / "final", ignore_errors=True)
@@ -353,6 +357,11 @@ class SAFETrainer:
             context_length=context_length(self.model.policy),
             max_completion_length=self.args.rollout.max_completion_length,
         )
+
+
+def _tell(sentence: str) -> None:
+    """On stderr whatever ``log.progress`` is: what a person must know of."""
+    print(telemetry.visible(sentence), file=sys.stderr)
 
 
 def _decision_metrics(decision: Decision) -> dict[str, Any]:

@@ -280,12 +280,12 @@ def test_a_model_that_is_no_language_model_is_refused_in_a_few_lines(
 def test_a_reward_that_fails_in_the_run_is_a_failure_of_the_run(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["train", *tiny, "--reward.functions", '["tests.test_cli:broken"]']) == 1
+    assert cli.main(["train", *tiny, "--reward.functions", '["tests.test_cli:broken"]']) == cli.Exit.REWARD
     assert said(capsys).startswith("reward function 'broken' raised KeyError: ")
 
 
 def test_a_bug_keeps_its_traceback(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object, row: object) -> None:
+    def fail(*given: object, **named: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("stable_rlhf.trainer.SAFETrainer._after_step", fail)
@@ -306,7 +306,7 @@ def test_ctrl_c_says_how_to_go_on_and_writes_the_report(
     tiny += ["--reward.functions", '["tests.test_cli:pressed"]']
     assert cli.main(["train", *tiny]) == 130
     run = tmp_path / "run"
-    assert said(capsys) == f"interrupted after 1 steps; `stable-rlhf resume {run}` goes on from step 1"
+    assert said(capsys) == f"interrupted after 1 steps. `stable-rlhf resume {run}` goes on from step 1."
     assert (run / "report.html").exists()
     assert cli.main(["resume", str(run)]) == 0
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1]
@@ -319,7 +319,7 @@ def test_ctrl_c_before_the_first_checkpoint_says_so(
     calls = 0
     tiny += ["--reward.functions", '["tests.test_cli:pressed"]', "--save_steps", "0"]
     assert cli.main(["train", *tiny]) == 130
-    assert said(capsys) == "interrupted after 1 steps; no checkpoint to resume from yet"
+    assert said(capsys) == "interrupted after 1 steps. There is no checkpoint to resume from yet."
     assert cli.main(["resume", str(tmp_path / "run")]) == 2
     assert said(capsys).startswith(f"{tmp_path / 'run'} has no checkpoint to go on from; start again with ")
 
@@ -382,7 +382,7 @@ def test_resume_takes_no_other_settings_and_no_other_folders(
     changed = (run / "config.yaml").read_text().replace("heads: 2", "heads: 1")
     (run / "config.yaml").write_text(changed)
     assert cli.main(["resume", str(run), "--max_steps", "3"]) == 2
-    assert said(capsys).startswith("the checkpoint is of another model or adapter")
+    assert said(capsys).startswith("critic.heads is 1 here and 2 in the checkpoint: resume with the run's own")
 
 
 def test_report_names_a_folder_that_is_no_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -93,7 +94,7 @@ def _resume(arguments: list[str]) -> int:
     if given.checkpoint is None and config.max_steps == done and _is_whole(given.run):
         print(
             f"{given.run} is finished: {done} of {config.max_steps} steps are done. To train it further: "
-            f"stable-rlhf resume {given.run} --max_steps {2 * done}"
+            f"{_command()} resume {given.run} --max_steps {2 * done}"
         )
         return 0
     return _run(config, resume=given.checkpoint or True)
@@ -121,8 +122,10 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     from stable_rlhf.checkpoint import CheckpointError, SaveError
     from stable_rlhf.optimize import DivergenceError
     from stable_rlhf.prompts import PromptError
+    from stable_rlhf.recovery import GuardStop
     from stable_rlhf.report import write_report
     from stable_rlhf.scoring import RewardError
+    from stable_rlhf.stopping import Interrupted
     from stable_rlhf.telemetry import print_summary
     from stable_rlhf.trainer import SAFETrainer
 
@@ -154,12 +157,19 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         if isinstance(error, ConfigError) or resume is None or trainer.step > 0:
             raise
         raise ConfigError(str(error)) from error  # a saved state does not fit config.yaml, which somebody changed
-    except (RewardError, DivergenceError) as error:
+    except DivergenceError as error:
         return _say(error, Exit.FAILED)
-    except KeyboardInterrupt:
-        saved, _ = _last_step(run)
-        how = f"`stable-rlhf resume {run}` goes on from step {saved}" if saved else "no checkpoint to resume from yet"
-        return _say(f"interrupted after {trainer.step} steps; {how}", Exit.INTERRUPTED)
+    except RewardError as error:
+        return _say(f"{error} {_how_to_go_on(run)}", Exit.REWARD)
+    except GuardStop as error:
+        return _say(f"{error} {_how_to_go_on(run)}", Exit.GUARD)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _say(f"{run}: {error.strerror}; make room there. {_how_to_go_on(run)}", Exit.DISK)
+    except KeyboardInterrupt as error:
+        code = Exit.INTERRUPTED if not isinstance(error, Interrupted) else Exit(128 + error.signum)
+        return _say(f"interrupted after {trainer.step} steps. {_how_to_go_on(run)}", code)
     if trainer.args.log.progress:
         print_summary(run, evaluation, f"{_command()} resume {run} --max_steps {2 * trainer.args.max_steps}")
     return 0
@@ -216,6 +226,13 @@ def _not_a_model(model: ModelConfig, error: Exception) -> ConfigError:
     setting = f"model.name={model.name!r}" + (f", model.gguf_file={model.gguf_file!r}" if model.gguf_file else "")
     remedy = "give builtin, the folder of a causal language model in safetensors or GGUF, or a hub name"
     return ConfigError(f"{setting}: {str(error).rstrip('.')}; {remedy}")
+
+
+def _how_to_go_on(run: Path) -> str:
+    saved, _ = _last_step(run)
+    if not saved:
+        return "There is no checkpoint to resume from yet."
+    return f"`{_command()} resume {run}` goes on from step {saved}."
 
 
 def _last_step(run: Path) -> tuple[int, list[str]]:

@@ -15,6 +15,7 @@ from stable_rlhf.sections import (
     SECTIONS,
     CriticConfig,
     DataConfig,
+    GuardConfig,
     KLConfig,
     LogConfig,
     ModelConfig,
@@ -36,7 +37,7 @@ class Config:
 
     preset: str = "safe"
     """Where the settings that are not given come from: safe, paper, ppo, ppo-adaptive, ppo-nokl, asymmetric, or safe
-    without one layer: safe-single-critic, safe-no-regulation, safe-no-gate, safe-no-threshold."""
+    without one layer: safe-single-critic, safe-no-regulation, safe-no-gate, safe-no-threshold, safe-no-guard."""
     output_dir: str | None = None
     """Run folder; None makes one under runs/, named after the preset and the time."""
     max_steps: int = 60
@@ -54,6 +55,7 @@ class Config:
     optim: OptimConfig = _FROM_PRESET
     critic: CriticConfig = _FROM_PRESET
     kl: KLConfig = _FROM_PRESET
+    guard: GuardConfig = _FROM_PRESET
     log: LogConfig = _FROM_PRESET
 
     def __post_init__(self) -> None:

@@ -57,6 +57,7 @@ METRICS: dict[str, str] = {
     "safe/scaled_steps": "optimiser steps of which the preview took a part only",
     "safe/head_gap": "mean of |V1 - V2|",
     "safe/target_gap": "mean of |V - V_target|",
+    "safe/rollbacks": "roll-backs of the run before this step",
     "safe/reward_mean": "running mean of the reward normaliser",
     "safe/reward_std": "running deviation of the reward normaliser",
 }

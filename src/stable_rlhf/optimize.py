@@ -25,7 +25,14 @@ from stable_rlhf.records import Batch, Rollout, StepStats, Tokens, on
 
 
 class DivergenceError(ArithmeticError):
-    """A figure of the policy or of its update is not finite. What is on disk is from before."""
+    """A figure of the policy or of its update is not finite. What is on disk is from before.
+
+    ``figures``: name -> value of all that were looked at together.
+    """
+
+    def __init__(self, message: str, figures: Mapping[str, float | None]) -> None:
+        super().__init__(message)
+        self.figures = dict(figures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +113,8 @@ def check_finite(step: int, figures: Mapping[str, float | None]) -> None:
         if figure is not None and not math.isfinite(figure):
             raise DivergenceError(
                 f"step {step}: {name} is {figure}, so the policy has diverged and the step is not recorded; resume "
-                "from the last checkpoint, or start anew with a lower optim.learning_rate"
+                "from the last checkpoint, or start anew with a lower optim.learning_rate",
+                figures,
             )
 
 

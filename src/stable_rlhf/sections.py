@@ -288,6 +288,57 @@ class KLConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What counts as a run that goes wrong, and what is done about it (algorithm.md, layer 5). Levels are shares of the
+    run's own start, the mean of its first five steps."""
+
+    enabled: bool = True
+    """Judge every step. Off, a figure that is not finite ends the run and nothing else does."""
+    max_kl: float | None = 2.0
+    """Ceiling of the KL, nats per token, that a step may not pass once: at 2 the reference finds the text e^2 times
+    less likely at every token, and healthy runs stay below 1 (docs/LOG.md). None sets none."""
+    min_entropy: float | None = 0.2
+    """Share of its start below which the entropy has collapsed; healthy runs keep half or more. None sets none."""
+    max_entropy: float | None = 2.0
+    """Multiple of its start above which the entropy is that of gibberish. None sets none."""
+    min_distinct: float | None = 0.25
+    """Share of its start below which distinct-2 is that of one phrase repeated. None sets none."""
+    min_length: float | None = 0.2
+    """Share of its start below which the mean length has collapsed. None sets none."""
+    max_drawdown: float | None = 0.5
+    """Share of the reward gained (moving average over 20 steps) that may be lost again; reports call a crash what loses
+    a quarter. None sets none."""
+    min_explained_variance: float | None = -2.0
+    """The critic's explained variance below which its values mislead: at -2 their errors vary three times as much as
+    the returns. None sets none."""
+    patience: int = 5
+    """Steps in a row that a rule must be broken, but for max_kl and figures that are not finite, which act at once."""
+    snapshot_steps: int = 20
+    """The last good state is kept every this many steps: in memory with LoRA, else in the run's folder."""
+    max_rollbacks: int = 3
+    """Roll-backs of a run; the next one stops it instead."""
+    rollback_factor: float = 0.5
+    """At each roll-back the learning rate and the controller's KL threshold are multiplied by this."""
+
+    def __post_init__(self) -> None:
+        check_types("guard", self)
+        for field in dataclasses.fields(self):
+            if field.name != "enabled":
+                only_with("guard", self, field.name, self.enabled, "guard.enabled=true")
+        for name in ("max_kl", "min_entropy", "max_entropy", "min_distinct", "min_length", "max_drawdown"):
+            if getattr(self, name) is not None:
+                positive("guard", self, name)
+        for name in ("min_entropy", "min_distinct", "min_length"):
+            share = getattr(self, name)
+            require(share is None or share < 1, f"guard.{name}", share, "must be below 1, the start itself")
+        remedy = "must be above 1, the start itself"
+        require(self.max_entropy is None or self.max_entropy > 1, "guard.max_entropy", self.max_entropy, remedy)
+        positive("guard", self, "patience", "snapshot_steps")
+        not_negative("guard", self, "max_rollbacks")
+        require(0 < self.rollback_factor <= 1, "guard.rollback_factor", self.rollback_factor, "must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What is recorded besides metrics.jsonl."""
 
@@ -311,5 +362,6 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "critic": CriticConfig,
     "kl": KLConfig,
+    "guard": GuardConfig,
     "log": LogConfig,
 }

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import get_scheduler as make_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from stable_rlhf import checkpoint, evaluation, optimize, telemetry
+from stable_rlhf import checkpoint, evaluation, incidents, optimize, runstate, telemetry
 from stable_rlhf.arguments import as_given, make_scorer
 from stable_rlhf.config import Config, ConfigError
 from stable_rlhf.control import Decision, controller_settings, make_controller
@@ -40,7 +40,10 @@ from stable_rlhf.models import (
 )
 from stable_rlhf.passes import Passes
 from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts
+from stable_rlhf.recovery import Recovery
 from stable_rlhf.rollout import Sampler
+from stable_rlhf.scoring import RewardError
+from stable_rlhf.stopping import GracefulStop, Interrupted, RunLock
 
 
 class SAFETrainer:
@@ -112,6 +115,9 @@ class SAFETrainer:
         self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.step = 0
         self.episode = 0
+        self.recovery = Recovery(self)
+        self.fingerprint = self.model.reference_fingerprint()
+        self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
         self._set_up_callbacks(callbacks)
         self._random = checkpoint.random_state()  # where `train` begins, whatever is drawn until then
@@ -121,41 +127,77 @@ class SAFETrainer:
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
         """Trains to ``args.max_steps`` and returns the evaluation before and after (evaluation.json).
 
-        ``resume_from_checkpoint``: a checkpoint's folder, or True for the newest of the run; the run then goes on as
-        if it had never stopped.
-        """
-        self._open_run(resume_from_checkpoint)
-        self.state.max_steps, self.state.global_step = self.args.max_steps, self.step
-        self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
-        with telemetry.Progress(self.args.max_steps, first_step=self.step, console=self._console) as progress:
-            while self.step < self.args.max_steps and not self.control.should_training_stop:
-                row = self._train_step()
-                progress.update(row)
-                self._after_step(row)
-        self.save_model(self.run_dir / "final")
-        result = self._evaluate_into("after")
-        self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
-        return result
+        ``resume_from_checkpoint``: a checkpoint's folder, or True for the newest whole one of the run; the run then
+        goes on as if it had never stopped.
 
-    def _train_step(self) -> dict[str, Any]:
-        """One rollout and what is learned from it; returns its row of metrics.jsonl."""
-        started, step, config = time.perf_counter(), self.step, self.args
+        SIGINT and SIGTERM end the run after the step in hand, with a checkpoint: Interrupted is raised. Raises
+        GuardStop where the guard gives the run up, RewardError where no reward can be had; both with a checkpoint.
+        """
+        try:
+            self._open_run(resume_from_checkpoint)
+            self.state.max_steps, self.state.global_step = self.args.max_steps, self.step
+            self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
+            progress = telemetry.Progress(self.args.max_steps, first_step=self.step, console=self._console)
+            with progress, GracefulStop() as stop:
+                while self.step < self.args.max_steps and not self.control.should_training_stop:
+                    row = self._train_step()
+                    if row is not None:
+                        progress.update(row)
+                    self._after_step(row, stopping=stop.signum is not None)
+                    if stop.signum is not None:
+                        raise Interrupted(stop.signum)
+            self.save_model(self.run_dir / "final")
+            result = self._evaluate_into("after")
+            self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
+            return result
+        finally:
+            self._lock.release()
+
+    def _train_step(self) -> dict[str, Any] | None:
+        """One rollout, what is learned from it and what the guard says of it; returns its row of metrics.jsonl, None
+        where a figure is not finite (then there is none)."""
+        boundary = self.stream.state_dict(), checkpoint.random_state()
         self.control = self.handler.on_step_begin(self._arguments, self.state, self.control)
+        try:
+            row, scored = self._learn()
+        except RewardError:  # nothing has been learned from this rollout: the run goes on from before it
+            self.stream.load_state_dict(boundary[0])
+            checkpoint.load_random_state(*boundary[1])
+            self.save_checkpoint()
+            raise
+        except optimize.DivergenceError as error:
+            if not self.args.guard.enabled:
+                raise
+            row, figures = None, error.figures
+        else:
+            figures = {name: value for name, value in row.items() if not isinstance(value, str)} | {"rows": scored}
+        self.step += 1
+        self.recovery.judge(figures)
+        return row
+
+    def _learn(self) -> tuple[dict[str, Any], int]:
+        """(the step's row, written already; completions that had a reward). Raises DivergenceError for a figure that is
+        not finite, before anything is written."""
+        started, step, config = time.perf_counter(), self.step, self.args
         indices = self.stream.take(config.rollout.batch_size)
         rollout, timing = self.sampler.collect(self.train_dataset, self.train_prompts, indices)
         sampled = time.perf_counter()
         measured = optimize.measure(self.passes, rollout, config, step)
         known = time.perf_counter()
+        self.episode += len(indices)
         decision = self.controller.observe(optimize.observe(step, rollout, measured))  # before the update
         scores = self._normalise(rollout.scores, rollout.valid)
         batch, batch_metrics = optimize.make_batch(self.model, measured, scores, decision, config)
+        optimize.check_finite(step, batch_metrics)
         learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         decided = time.perf_counter()
         stats = optimize.update(self.passes, self.optimizer, batch, decision, config, step)
         learned = time.perf_counter()
-        optimize.check_finite(step, {**batch_metrics, **stats.metrics})
+        optimize.check_finite(step, stats.metrics)
+        if stats.metrics["policy/skipped_steps"] and not config.guard.enabled:
+            optimize.check_finite(step, {"the gradient's norm": float("nan")})
         self.scheduler.step()
-        self.episode += len(indices)
+        self.set_learning_rates()
         row = {
             "step": step,
             "episode": self.episode,
@@ -168,6 +210,8 @@ class SAFETrainer:
             "lr": learning_rates[0],
             "lr_critic": learning_rates[1],
         }
+        if config.guard.enabled:
+            row["safe/rollbacks"] = self.recovery.guard.rollbacks
         row["objective/non_score_reward"] *= self.normaliser.unit  # back in the scorer's units
         row["objective/rlhf_reward"] = row["objective/scores"] + row["objective/non_score_reward"]
         ended = time.perf_counter()
@@ -182,22 +226,29 @@ class SAFETrainer:
         self.writer.write(row, {"step": step, **timing})
         if config.log.completions_steps and step % config.log.completions_steps == 0:
             telemetry.write_completions(self.run_dir, step, optimize.completion_rows(rollout, measured))
-        self.step += 1
-        return row
+        return row, sum(rollout.valid)
 
-    def _after_step(self, row: dict[str, Any]) -> None:
-        """Callbacks, then the checkpoint: always at a rollout's end, so that there is no buffer to save."""
+    def _after_step(self, row: dict[str, Any] | None, stopping: bool = False) -> None:
+        """Callbacks, then checkpoint and snapshot: always at a rollout's end, so that there is no buffer to save."""
         self.state.global_step = self.step
         self.state.epoch = self.episode / len(self.train_dataset)
         self.control = self.handler.on_step_end(self._arguments, self.state, self.control)
-        known = {name: value for name, value in row.items() if value is not None}  # trackers warn of each None
-        self.control = self.handler.on_log(self._arguments, self.state, self.control, known)
-        every = self.args.save_steps
-        due = every > 0 and self.step % every == 0
-        if due or self.control.should_save or self.step == self.args.max_steps or self.control.should_training_stop:
-            self.save_checkpoint()
+        if row is not None:
+            known = {name: value for name, value in row.items() if value is not None}  # trackers warn of each None
+            self.control = self.handler.on_log(self._arguments, self.state, self.control, known)
+        every, good, saved = self.args.save_steps, self.recovery.snapshot_due, None
+        due = self.step == self.args.max_steps or (every > 0 and self.step % every == 0)
+        if due or stopping or self.control.should_save or self.control.should_training_stop:
+            saved = self.save_checkpoint(is_snapshot=good)
             self.control = self.handler.on_save(self._arguments, self.state, self.control)
+        if good:
+            self.recovery.snapshots.keep(*runstate.capture(self), saved)
         self.control.should_save = False
+
+    def set_learning_rates(self) -> None:
+        """base x schedule x what roll-backs have made of it; the schedule is that of the present max_steps."""
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) * self.recovery.factor
 
     def _normalise(self, scores: list[float], valid: list[bool]) -> list[float]:
         self.normaliser.update([s for s, v in zip(scores, valid, strict=True) if v])
@@ -226,6 +277,7 @@ class SAFETrainer:
 
     def _open_run(self, resume: bool | str | Path | None) -> None:
         """Makes the run folder, or loads the checkpoint that the run goes on from."""
+        self._lock.take()
         self.writer = telemetry.MetricsWriter(self.run_dir)
         if resume:
             path, damaged = (
@@ -245,6 +297,7 @@ class SAFETrainer:
             for kept in checkpoint.forget_after(self.run_dir / "checkpoints", self.step):
                 _tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it once nobody needs it")
             self.writer.truncate(self.step)
+            incidents.truncate(self.run_dir, self.step)
             if self.step < self.args.max_steps:  # what was final is so no more
                 shutil.rmtree(self.run_dir / "final", ignore_errors=True)
                 evaluation.forget_after(self.run_dir)
@@ -254,56 +307,32 @@ class SAFETrainer:
                 f"{self.run_dir}`, or choose another folder"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        complete = {**self.args.to_dict(), "output_dir": str(self.run_dir)}
-        complete["kl"]["settings"] = controller_settings(self.args.kl.controller, self.args.kl.settings)
         # Again by a resume, which may train longer.
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(complete, sort_keys=False))
+        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
         if not resume:
             checkpoint.load_random_state(*self._random)
+            self.recovery.begin()
             self._evaluate_into("before")
 
-    def save_checkpoint(self) -> Path:
-        """Everything that affects the future, in run_dir/checkpoints/step-<steps done>."""
-        moments, groups = checkpoint.optimizer_state(self.optimizer)
-        generators, rng = checkpoint.random_state()
-        state = {
-            "episode": self.episode,
-            "optimizer": groups,
-            "scheduler": self.scheduler.state_dict(),
-            "controller": self.controller.state_dict(),
-            "normaliser": self.normaliser.state_dict(),
-            "prompts": self.stream.state_dict(),
-            "random": rng,
-            "reference": self.model.reference_fingerprint(),
-            "callbacks": {
-                type(callback).__name__: callback.state()
-                for callback in self.handler.callbacks
-                if isinstance(callback, ExportableState)
-            },
-        }
-        tensors = {"model": self.model.trained_state(), "optimizer": moments, "random": generators}
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the run, the controller's own included: what config.yaml and the checkpoints hold."""
+        complete = {**self.args.to_dict(), "output_dir": str(self.run_dir)}
+        complete["kl"]["settings"] = controller_settings(self.args.kl.controller, self.args.kl.settings)
+        return complete
+
+    def save_checkpoint(self, is_snapshot: bool = False) -> Path:
+        """Everything that affects the future, in run_dir/checkpoints/step-<steps done>; the last good state too, unless
+        it is this one (``is_snapshot``)."""
+        tensors, state = runstate.capture(self)
+        if not is_snapshot:
+            self.recovery.snapshots.into(tensors, state)
         return checkpoint.save(self.run_dir / "checkpoints", self.step, tensors, state, self.args.save_total_limit)
 
     def load_checkpoint(self, path: Path) -> None:
         tensors, state = checkpoint.load(path)
-        if state["reference"] != self.model.reference_fingerprint():
-            raise checkpoint.CheckpointError(
-                f"{path}: its reference model is another one; give the model it began with"
-            )
-        self.model.load_trained_state(tensors["model"])
-        self.optimizer.zero_grad(set_to_none=True)  # an interrupted update may have left some
-        checkpoint.load_optimizer_state(self.optimizer, tensors["optimizer"], state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        for group, lr in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
-            group["lr"] = lr * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)  # max_steps may be another now
-        self.controller.load_state_dict(state["controller"])
-        self.normaliser.load_state_dict(state["normaliser"])
-        self.stream.load_state_dict(state["prompts"])
-        for callback in self.handler.callbacks:
-            for name, value in state["callbacks"].get(type(callback).__name__, {}).get("attributes", {}).items():
-                setattr(callback, name, value)
-        self.step, self.episode = state["step"], state["episode"]
-        checkpoint.load_random_state(tensors["random"], state["random"])
+        runstate.restore(self, tensors, state)
+        self.recovery.resume(tensors, state)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """A plain Transformers or PEFT folder with its tokenizer; value_heads.safetensors lies beside the weights."""

@@ -30,17 +30,29 @@ class _Rule:
     settings: type[Any]
     start: Callable[[Any], Any]
     advance: Callable[[Any, Any, Observation], tuple[Any, Decision]]
+    tighter: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Settings that `Controller.tighten` multiplies by its factor to this power."""
 
 
 _RULES = {
     "none": _Rule(baselines.NoneSettings, lambda _: baselines.KlAverages(), baselines.advance_none),
-    "fixed": _Rule(baselines.FixedSettings, lambda _: baselines.KlAverages(), baselines.advance_fixed),
-    "adaptive": _Rule(baselines.AdaptiveSettings, lambda _: baselines.AdaptiveState(), baselines.advance_adaptive),
-    "asymmetric": _Rule(
-        baselines.AsymmetricSettings, lambda _: baselines.AsymmetricState(), baselines.advance_asymmetric
+    "fixed": _Rule(baselines.FixedSettings, lambda _: baselines.KlAverages(), baselines.advance_fixed, {"beta": -1}),
+    "adaptive": _Rule(
+        baselines.AdaptiveSettings, lambda _: baselines.AdaptiveState(), baselines.advance_adaptive, {"target": 1}
     ),
-    "safe": _Rule(safe.SafeSettings, safe.initial_safe_state, safe.advance_safe),
-    "paper": _Rule(paper.PaperSettings, lambda _: paper.PaperState(), paper.advance_paper),
+    "asymmetric": _Rule(
+        baselines.AsymmetricSettings,
+        lambda _: baselines.AsymmetricState(),
+        baselines.advance_asymmetric,
+        {"threshold": 1},
+    ),
+    "safe": _Rule(safe.SafeSettings, safe.initial_safe_state, safe.advance_safe, {"budget": 1}),
+    "paper": _Rule(
+        paper.PaperSettings,
+        lambda _: paper.PaperState(),
+        paper.advance_paper,
+        {"base_threshold": 1, "threshold_min": 1, "threshold_max": 1},
+    ),
 }
 CONTROLLERS = tuple(_RULES)
 
@@ -67,7 +79,7 @@ def make_controller(name: str, **settings: Any) -> Controller[Any, Any]:
     """
     checked = _settings(name, settings)
     rule = _RULES[name]
-    return Controller(name, checked, rule.start(checked), rule.advance)
+    return Controller(name, checked, rule.start(checked), rule.advance, rule.tighter)
 
 
 def controller_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -171,9 +171,11 @@ class Controller(Generic[SettingsT, StateT]):
         settings: SettingsT,
         state: StateT,
         advance: Callable[[SettingsT, StateT, Observation], tuple[StateT, Decision]],
+        tighter: Mapping[str, int] | None = None,
     ) -> None:
         self.name = name
-        self.settings = settings
+        self.settings = self._given = settings
+        self._tighter = dict(tighter or {})
         self.state = state
         self.next_step = 0
         self._advance = advance
@@ -189,6 +191,18 @@ class Controller(Generic[SettingsT, StateT]):
         self.state, decision = self._advance(self.settings, self.state, observation)
         self.next_step += 1
         return decision
+
+    def tighten(self, factor: float) -> None:
+        """Hold the policy nearer to the reference from now on: the settings that do so times factor, or divided by it.
+
+        ``factor`` in (0, 1] is of the settings given, not of those in force; 1 takes it back. What the settings are is
+        not in `state_dict`: whoever tightened must do it again after loading one.
+        """
+        if not 0 < factor <= 1:
+            raise ValueError(f"factor is {factor!r}: give a number in (0, 1].")
+        changed = {name: getattr(self._given, name) * factor**power for name, power in self._tighter.items()}
+        given: Any = self._given
+        self.settings = dataclasses.replace(given, **changed)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that future decisions depend on except the settings, as plain JSON values."""

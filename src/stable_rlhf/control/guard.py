@@ -1,0 +1,277 @@
+"""The guard (algorithm.md, layer 5): rules on the figures of a step, and what follows from the first that is broken.
+
+Once per rollout, after its update:
+1. every rule looks at the step's figures (names of metrics.jsonl) and says what it sees, or nothing;
+2. a rule with patience must see it for ``patience`` steps in a row, the others act at once;
+3. an optimiser step that was not finite has not been taken already: an incident (SKIP), and, for ``patience`` steps in
+   a row, a reason to roll back;
+4. ROLL_BACK while fewer than ``max_rollbacks`` have been made, else STOP.
+
+A level is measured against the run's own start (the mean of its first START steps), since what is normal differs from
+model to model. Figures that are None, and those of before START, break no rule but that of finiteness. All state is
+frozen and JSON; it is bounded by the moving average's window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Protocol
+
+START = 5  # rollouts whose mean is the start: one is noisy, and by ten the policy has begun to move
+WINDOW = 20  # rewards in the moving average R, as in the report's definition of a crash
+ERRORS = 4.0  # standard errors of the fall that it must exceed: 3 is chance once in 700 steps, 4 once in 30,000
+RATIOS = {
+    "entropy": "objective/entropy",
+    "distinct": "completions/distinct_2",
+    "length": "completions/mean_length",
+}
+"""Figures that are compared with their start, by the name that the state gives them."""
+Figures = Mapping[str, float | None]
+
+
+class GuardConfig(Protocol):
+    """What the rules are set by: the section ``guard`` of the configuration, which documents each."""
+
+    @property
+    def max_kl(self) -> float | None: ...
+    @property
+    def min_entropy(self) -> float | None: ...
+    @property
+    def max_entropy(self) -> float | None: ...
+    @property
+    def min_distinct(self) -> float | None: ...
+    @property
+    def min_length(self) -> float | None: ...
+    @property
+    def max_drawdown(self) -> float | None: ...
+    @property
+    def min_explained_variance(self) -> float | None: ...
+    @property
+    def patience(self) -> int: ...
+    @property
+    def max_rollbacks(self) -> int: ...
+
+
+class Action(StrEnum):
+    """What a verdict asks for; its value is what incidents.jsonl says."""
+
+    GO_ON = "go on"
+    SKIP = "skip"
+    ROLL_BACK = "roll back"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What follows from a step."""
+
+    action: Action
+    rule: str = ""
+    """Name of the rule that was broken: the setting of GuardConfig that turns it."""
+    seen: str = ""
+    """What was seen, with its figures, as a clause for a person."""
+    advice: str = ""
+    """What a person could try, were it to go on happening."""
+    suspect: bool = False
+    """Some rule's condition holds, if not for long enough yet: this is no state to come back to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """The moving average R of the mean reward, and its highest value so far; squares of standard errors."""
+
+    recent: tuple[float, ...] = ()
+    """The last WINDOW mean rewards, oldest first."""
+    errors: tuple[float, ...] = ()
+    """The square of the standard error of each."""
+    first: float | None = None
+    """R of the first full window."""
+    best: float | None = None
+    best_errors: tuple[float, ...] = ()
+    """Squares of the best window's standard errors."""
+    since: int = 0
+    """Steps since the best."""
+
+    def after(self, reward: float, error: float) -> Rewards:
+        recent, errors = (*self.recent, reward)[-WINDOW:], (*self.errors, error**2)[-WINDOW:]
+        if len(recent) < WINDOW:
+            return replace(self, recent=recent, errors=errors)
+        average = math.fsum(recent) / WINDOW
+        first = average if self.first is None else self.first
+        if self.best is None or average >= self.best:
+            return Rewards(recent=recent, errors=errors, first=first, best=average, best_errors=errors)
+        return replace(self, recent=recent, errors=errors, first=first, since=self.since + 1)
+
+    @property
+    def fall(self) -> tuple[float, float, float]:
+        """(D = best R - R, the reward gained = best R - first R, standard error of D); zeros before a full window.
+
+        Rewards of the steps that lie in both windows cancel: the error is of those in one of the two.
+        """
+        if self.best is None or self.first is None:
+            return 0.0, 0.0, 0.0
+        apart = min(self.since, WINDOW)
+        alone = math.fsum(self.best_errors[:apart]) + math.fsum(self.errors[WINDOW - apart :])
+        return self.best - math.fsum(self.recent) / WINDOW, self.best - self.first, math.sqrt(alone) / WINDOW
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardState:
+    """What one step hands to the next."""
+
+    seen: int = 0
+    """Steps in the starts, at most START."""
+    entropy: float = 0.0
+    """Mean of the first steps' entropies, nats per token."""
+    distinct: float = 0.0
+    """Mean of the first steps' distinct-2."""
+    length: float = 0.0
+    """Mean of the first steps' mean lengths, tokens."""
+    rewards: Rewards = field(default_factory=Rewards)
+    streaks: tuple[int, ...] = ()
+    """How many steps in a row each rule of RULES has been broken, in their order."""
+    rollbacks: int = 0
+    """Roll-backs of the run so far; a roll-back does not undo it."""
+
+
+# -- the rules: (settings, state after this step's start and rewards, figures) -> what is seen, or None -------------
+
+
+def non_finite(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
+    """A figure of the policy, of its update or of the critic is NaN or infinite."""
+    for name, value in figures.items():
+        if value is not None and not math.isfinite(value):
+            return f"{name} is {value}"
+    return None
+
+
+def skipped_steps(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
+    """Optimiser steps whose gradient was not finite: they have not been taken."""
+    count = figures.get("policy/skipped_steps") or 0
+    return f"{count:.0f} optimiser steps had a gradient that is not finite and were not taken" if count else None
+
+
+def max_kl(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
+    """objective/kl > max_kl, nats per token."""
+    kl = figures.get("objective/kl")
+    if config.max_kl is None or kl is None or kl <= config.max_kl:
+        return None
+    return f"the KL is {kl:.3g} nats per token, above its ceiling of {config.max_kl:.3g}"
+
+
+def min_entropy(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
+    """objective/entropy < min_entropy x its start: collapse."""
+    return _low(config.min_entropy, state, figures, "entropy", "the entropy", " nats per token")
+
+
+def max_entropy(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
+    """objective/entropy > max_entropy x its start: gibberish."""
+    entropy = figures.get("objective/entropy")
+    if config.max_entropy is None or state.seen < START or entropy is None or state.entropy <= 0.0:
+        return None
+    if entropy <= config.max_entropy * state.entropy:
+        return None
+    return f"the entropy is {entropy:.3g} nats per token, more than {config.max_entropy:g} x its {state.entropy:.3g}"
+
+
+def min_distinct(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
+    """completions/distinct_2 < min_distinct x its start: the same words again and again."""
+    return _low(config.min_distinct, state, figures, "distinct", "the share of distinct word pairs", "")
+
+
+def min_length(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
+    """completions/mean_length < min_length x its start: answers that say nothing any more."""
+    return _low(config.min_length, state, figures, "length", "the mean length", " tokens")
+
+
+def max_drawdown(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
+    """D > max_drawdown x the reward gained, and D > ERRORS standard errors of D; both as docs/metrics.md defines."""
+    fall, gained, error = state.rewards.fall
+    if config.max_drawdown is None or fall <= config.max_drawdown * gained or fall <= ERRORS * error or fall <= 0.0:
+        return None
+    return (
+        f"the reward, over {WINDOW} steps, has fallen by {fall:.3g} from its best, more than {config.max_drawdown:g} x "
+        f"the {gained:.3g} that the run had gained"
+    )
+
+
+def min_explained_variance(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
+    """val/explained_variance < min_explained_variance: the critic is far worse than a constant."""
+    share = figures.get("val/explained_variance")
+    if config.min_explained_variance is None or state.seen < START or share is None:
+        return None
+    if share >= config.min_explained_variance:
+        return None
+    return f"the critic's explained variance is {share:.3g}, below {config.min_explained_variance:.3g}"
+
+
+def _low(fraction: float | None, state: GuardState, figures: Figures, name: str, words: str, unit: str) -> str | None:
+    value, start = figures.get(RATIOS[name]), getattr(state, name)
+    if fraction is None or state.seen < START or value is None or value >= fraction * start:
+        return None
+    return f"{words} is {value:.3g}{unit}, below {fraction:g} x its {start:.3g} at the start"
+
+
+_SLOWER = "lower optim.learning_rate"
+RULES = {
+    non_finite: "lower optim.learning_rate, and look at the rewards and at model.dtype",
+    max_kl: f"{_SLOWER}, set optim.max_preview_kl lower, or raise guard.max_kl if so much is meant",
+    skipped_steps: f"{_SLOWER} or optim.max_grad_norm, and look at the rewards",
+    min_entropy: f"{_SLOWER} or kl.settings.budget: the policy says one thing only",
+    max_entropy: f"{_SLOWER}, and set optim.entropy_coef to 0: the policy says anything",
+    min_distinct: f"{_SLOWER} or kl.settings.budget, and see whether the reward is earned by repetition",
+    min_length: "see whether the reward is earned by saying nothing; reward.missing_eos_penalty acts the other way",
+    max_drawdown: f"{_SLOWER} or optim.num_iterations",
+    min_explained_variance: "lower critic.learning_rate, or set critic.warmup_steps",
+}
+"""Every rule, in the order in which they are heard, with what a person could try."""
+AT_ONCE = (non_finite, max_kl)
+"""Rules that act without patience."""
+
+
+def judge(config: GuardConfig, state: GuardState, figures: Figures) -> tuple[GuardState, Verdict]:
+    """(next state, what follows from this step). ``figures``: the step's row of metrics.jsonl, numbers only.
+
+    After a roll-back the caller goes on with the state of the snapshot, its ``rollbacks`` those of the state returned.
+    """
+    state = _started(state, figures)
+    found = {rule: rule(config, state, figures) for rule in RULES}
+    before = state.streaks or (0,) * len(RULES)
+    streaks = tuple(count + 1 if said else 0 for count, said in zip(before, found.values(), strict=True))
+    state = replace(state, streaks=streaks)
+    due = [rule for rule, count in zip(RULES, streaks, strict=True) if count >= _patience(config, rule)]
+    if due:
+        rule = due[0]
+        steps = streaks[list(RULES).index(rule)]
+        seen = f"{found[rule]}" + (f", for {steps} steps" if steps > 1 else "")
+        action = Action.ROLL_BACK if state.rollbacks < config.max_rollbacks else Action.STOP
+        made = state.rollbacks + (action is Action.ROLL_BACK)
+        verdict = Verdict(action=action, rule=rule.__name__, seen=seen, advice=RULES[rule], suspect=True)
+        return replace(state, rollbacks=made), verdict
+    if said := found[skipped_steps]:
+        return state, Verdict(
+            action=Action.SKIP, rule=skipped_steps.__name__, seen=said, advice=RULES[skipped_steps], suspect=True
+        )
+    return state, Verdict(action=Action.GO_ON, suspect=any(streaks))
+
+
+def _patience(config: GuardConfig, rule: object) -> int:
+    return 1 if rule in AT_ONCE else config.patience
+
+
+def _started(state: GuardState, figures: Figures) -> GuardState:
+    """With the step's reward, and while the start is being measured its levels, in the state."""
+    reward, deviation, rows = (figures.get(name) for name in ("objective/scores", "objective/scores_std", "rows"))
+    if reward is not None and math.isfinite(reward):
+        error = (deviation or 0.0) / math.sqrt(rows) if rows else 0.0
+        state = replace(state, rewards=state.rewards.after(reward, error))
+    levels = {name: figures.get(metric) for name, metric in RATIOS.items()}
+    known = {name: value for name, value in levels.items() if value is not None and math.isfinite(value)}
+    if state.seen >= START or len(known) < len(levels):
+        return state
+    count = state.seen + 1
+    means = {name: getattr(state, name) + (value - getattr(state, name)) / count for name, value in known.items()}
+    return replace(state, seen=count, **means)

@@ -1,0 +1,76 @@
+"""Incidents: what the guard saw and did, one JSON object a line in incidents.jsonl, and one sentence for a person."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stable_rlhf.telemetry import finite, visible
+
+FILE = "incidents.jsonl"
+FIELDS = ("step", "action", "rule", "seen", "done", "advice", "figures")
+"""What every line holds: the step's number; the verdict's action and rule; three clauses; the step's row."""
+
+
+def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
+    """Appends an incident (FIELDS), on the disk before this returns, and says it on stderr, whatever log.progress is.
+
+    A figure that is not finite is written as the text "nan", "inf" or "-inf": JSON has no such numbers.
+    """
+    known = {name: _plain(value) for name, value in incident["figures"].items()}
+    line = json.dumps({**{name: incident[name] for name in FIELDS}, "figures": known}, allow_nan=False)
+    with (run_dir / FILE).open("a", encoding="ascii", newline="\n") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    print(visible(sentence(incident), newline=" "), file=sys.stderr, flush=True)
+
+
+def sentence(incident: Mapping[str, Any]) -> str:
+    """What was seen, what was done and what to try, for a person."""
+    return f"step {incident['step']}: {incident['seen']}: {incident['done']}. If it goes on: {incident['advice']}."
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """The incidents of a run, oldest first; a torn last line, which a kill leaves, is left out.
+
+    Raises ValueError with file and line for any other line that is not an incident.
+    """
+    path = run_dir / FILE
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            incident = json.loads(line, parse_float=finite, parse_constant=finite)
+            if (
+                set(incident) != set(FIELDS)
+                or type(incident["step"]) is not int
+                or type(incident["figures"]) is not dict
+            ):
+                raise ValueError(f"expected an object with {', '.join(FIELDS)}")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not an incident ({error}); repair or remove this line") from error
+        found.append(incident)
+    return found
+
+
+def truncate(run_dir: Path, step: int) -> None:
+    """Drops the incidents of ``step`` and later, which a resumed run is about to repeat; a torn line goes too."""
+    path = run_dir / FILE
+    if not path.exists():
+        return
+    kept = [incident for incident in read(run_dir) if incident["step"] < step]
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(json.dumps(incident) + "\n" for incident in kept), encoding="ascii", newline="\n")
+    os.replace(aside, path)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

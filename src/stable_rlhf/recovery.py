@@ -1,0 +1,97 @@
+"""Layer 5 at work: the guard's verdict on each step, the snapshots, and the way back to the last good one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from stable_rlhf import checkpoint, incidents, runstate
+from stable_rlhf.control.guard import Action, GuardState, Verdict, judge
+
+
+class GuardStop(RuntimeError):
+    """The guard ended the run, which is in its last checkpoint as it was when it was last good."""
+
+
+class Recovery:
+    """The guard of one run. With ``guard.enabled=false`` it sees and keeps nothing."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.config = trainer, trainer.args.guard
+        self.guard = GuardState()
+        self.snapshots = runstate.Snapshots(None if trainer.model.peft else trainer.run_dir / "snapshot")
+        self.suspect = False
+        """Whether a rule's condition holds at the step just done: no state to come back to."""
+
+    @property
+    def factor(self) -> float:
+        """What the roll-backs so far have made of learning rates and KL threshold: rollback_factor^roll-backs."""
+        return self.config.rollback_factor**self.guard.rollbacks
+
+    @property
+    def snapshot_due(self) -> bool:
+        return self.config.enabled and not self.suspect and self.trainer.step % self.config.snapshot_steps == 0
+
+    def begin(self) -> None:
+        """Keeps the state before the first step."""
+        if self.config.enabled:
+            self.snapshots.keep(*runstate.capture(self.trainer))
+
+    def resume(self, tensors: runstate.Tensors, state: dict[str, Any]) -> None:
+        """Keeps the snapshot that belongs to a checkpoint, and tightens as far as its roll-backs had."""
+        if self.config.enabled:
+            self.snapshots.out_of(tensors, state)
+        self._tighten()
+
+    def judge(self, figures: Mapping[str, Any]) -> None:
+        """Judges the step just done by its figures, and does what follows. Raises GuardStop."""
+        if not self.config.enabled:
+            return
+        self.guard, verdict = judge(self.config, self.guard, figures)
+        self.suspect = verdict.suspect
+        if verdict.action is not Action.GO_ON:
+            self._act(verdict, figures)
+
+    def _act(self, verdict: Verdict, figures: Mapping[str, Any]) -> None:
+        incident = {"step": self.trainer.step - 1, "action": verdict.action.value, "rule": verdict.rule}
+        if verdict.action is Action.SKIP:
+            done = "the rest of the step was learned from"
+        else:
+            self._roll_back()
+            done = f"went back to the state after {self.snapshots.step} steps"
+            if verdict.action is Action.ROLL_BACK:
+                done += (
+                    f" (roll-back {self.guard.rollbacks} of {self.config.max_rollbacks}) and on with other prompts, "
+                    f"learning rate and KL threshold at {self.factor:g} x what is configured"
+                )
+            else:
+                done += f" and stopped there, after guard.max_rollbacks={self.config.max_rollbacks} roll-backs"
+        incident |= {"seen": verdict.seen, "done": done, "advice": verdict.advice, "figures": dict(figures)}
+        incidents.record(self.trainer.run_dir, incident)
+        if verdict.action is Action.STOP:
+            self.trainer.save_checkpoint()
+            raise GuardStop(incidents.sentence(incident))
+
+    def _roll_back(self) -> None:
+        """Back to the snapshot, every byte of it; but steps, prompts, random draws and schedule go on from here.
+
+        The counter of steps and the figures on disk keep what has happened; other prompts and draws, or the same might
+        happen again.
+        """
+        trainer, made = self.trainer, self.guard.rollbacks
+        step, episode, prompts = trainer.step, trainer.episode, trainer.stream.state_dict()
+        schedule, draws = trainer.scheduler.state_dict(), checkpoint.random_state()
+        runstate.restore(trainer, *self.snapshots.load(), callbacks=False)
+        self.guard = dataclasses.replace(self.guard, rollbacks=made)
+        trainer.step, trainer.episode = step, episode
+        trainer.stream.load_state_dict(prompts)
+        trainer.scheduler.load_state_dict(schedule)
+        checkpoint.load_random_state(*draws)
+        trainer.controller.next_step = step
+        self.suspect = False
+        self._tighten()
+
+    def _tighten(self) -> None:
+        self.trainer.controller.tighten(self.factor)
+        self.trainer.set_learning_rates()

@@ -1,0 +1,87 @@
+"""How a run ends from outside, and that it is alone: signals that wait for the step's end, and the run's lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from stable_rlhf.config import ConfigError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run between two steps. ``signum``: which; what was done is in its last checkpoint."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class GracefulStop:
+    """Inside, SIGINT and SIGTERM only set ``signum``; a second SIGINT raises KeyboardInterrupt at once.
+
+    A thread other than the main one cannot have signals' handlers: there it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> GracefulStop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+
+class RunLock:
+    """One process to a run folder: the system takes the lock from a process that dies, whatever it dies of."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._owner = run_dir / ".owner.json"
+        self._lock = FileLock(run_dir / ".lock")
+
+    def take(self) -> None:
+        """Raises ConfigError, with the owner, while another process has it. Taking it twice is taking it once."""
+        if self._lock.is_locked:
+            return
+        self._owner.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"output_dir={str(self._owner.parent)!r}: is in use by {self._who()}; wait for it, stop it, or choose "
+                "another folder"
+            ) from error
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}))
+
+    def release(self) -> None:
+        if self._lock.is_locked:
+            self._owner.unlink(missing_ok=True)
+            self._lock.release()
+
+    def _who(self) -> str:
+        try:
+            owner = json.loads(self._owner.read_text())
+            return f"process {owner['pid']} on {owner['host']}, training since {owner['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it is only just beginning, or not ours to read
+            return "another process"

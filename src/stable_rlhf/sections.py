@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from stable_rlhf.validation import check_types, not_negative, only_with, positive, require
+from stable_rlhf.validation import check_types, check_url, is_url, not_negative, only_with, positive, require
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 """Endings of prompt files: a file is one split, taken whole."""
@@ -104,7 +105,10 @@ class RewardConfig:
     """What is rewarded."""
 
     functions: list[str] = dataclasses.field(default_factory=lambda: ["builtin"])
-    """Each is ``builtin``, ``package.module:function``, or a folder or hub name of a sequence-classification model."""
+    """Each is ``builtin``, ``package.module:function``, a folder or hub name of a sequence-classification model, or the
+    http:// or https:// URL of a reward server (docs/rewards.md)."""
+    url: str | None = None
+    """URL of the reward server that is the only reward: short for ``functions`` with nothing else in it."""
     weights: list[float] | None = None
     """One weight a function (the trainer counts: functions may come as objects); None weighs all 1."""
     missing_eos_penalty: float | None = None
@@ -114,13 +118,30 @@ class RewardConfig:
     """``running`` subtracts the mean of all rewards seen so far and divides by their deviation, so that rewards of any
     scale and shift train alike; ``paper`` is the published code's rule; ``none`` takes them as they are."""
     batch_size: int = 64
-    """Completions a reward model scores at once; limits memory only."""
+    """Completions a reward model scores at once, and completions a request to a reward server; limits memory only."""
+    timeout: float = 60.0
+    """Seconds that one request to a reward server may take, from first byte to last, before it counts as failed. A
+    model of several billion parameters scores a batch in less; a language model that judges may want more."""
+    retries: int = 15
+    """Times that a failed request is made again; 0 gives up at once. The pauses double from half a second to a minute
+    (a quarter less on average, at random), so that the default spans seven minutes: a server can start again and load
+    its model."""
+    max_wait: float = 600.0
+    """Seconds that the scores of a rollout may take in all, requests and pauses together, however many retries are
+    left; then the run stops. Ten minutes: longer than a restart, short enough that somebody hears of it."""
+    token_env: str | None = None
+    """Name of the environment variable that holds the reward server's token, sent as ``Authorization: Bearer``. The
+    token itself is in no setting, and so in no config.yaml. None sends none."""
+    columns: list[str] = dataclasses.field(default_factory=list)
+    """Columns of the data set that are sent to a reward server with each request, such as [labels]. None of them by
+    default: a server sees prompts and completions only."""
     trust_remote_code: list[str] = dataclasses.field(default_factory=list)
     """Those of ``functions`` whose own Python code may run. Empty unless you have read that code."""
 
     def __post_init__(self) -> None:
         check_types("reward", self)
         require(len(self.functions) > 0, "reward.functions", self.functions, "name at least one reward")
+        self._check_servers()
         if self.weights is not None:
             remedy = "nothing would be rewarded: give at least one weight other than 0"
             require(any(self.weights), "reward.weights", self.weights, remedy)
@@ -129,6 +150,29 @@ class RewardConfig:
         positive("reward", self, "batch_size")
         unknown = sorted(set(self.trust_remote_code) - set(self.functions))
         require(not unknown, "reward.trust_remote_code", unknown, "every entry must be one of reward.functions")
+
+    def _check_servers(self) -> None:
+        """Also makes ``url`` the only one of ``functions``, which config.yaml then holds: given so, it is accepted."""
+        if self.url is not None:
+            require(
+                is_url(self.url), "reward.url", self.url, "give http://HOST:PORT/PATH, or name it in reward.functions"
+            )
+            check_url("reward.url", self.url)
+            remedy = (
+                f"reward.url={self.url!r} is the only reward where it is set; name both in reward.functions instead"
+            )
+            require(self.functions in (["builtin"], [self.url]), "reward.functions", self.functions, remedy)
+            object.__setattr__(self, "functions", [self.url])
+        servers = [function for function in self.functions if is_url(function)]
+        for server in servers:
+            check_url("reward.functions", server)
+        positive("reward", self, "timeout", "max_wait")
+        not_negative("reward", self, "retries")
+        for name in sorted({"query", "prompts", "messages"} & set(self.columns)):
+            require(False, "reward.columns", name, "is a field of the protocol itself; rename the column")
+        hosts = sorted({urlsplit(server).netloc for server in servers})
+        remedy = f"would be sent to {' and '.join(hosts)}: use it with one server, or leave it out"
+        require(self.token_env is None or len(hosts) < 2, "reward.token_env", self.token_env, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,9 +169,9 @@ class RemoteReward:
         how = f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
         asked = f" (it asked to be left alone for {failure.after:g} s)" if failure.after > 0 else ""
         return RewardUnavailable(
-            f"the reward server {url_without_secrets(self.url)} gave no scores, {how} ({self._bounds}): {failure}{asked}. "
-            "Start or mend the server, or correct its URL, and run the command again; a run that had begun goes on by "
-            "`stable-rlhf resume RUN`."
+            f"the reward server {url_without_secrets(self.url)} gave no scores, {how} ({self._bounds}): "
+            f"{failure}{asked}. Start or mend the server, or correct its URL, and run the command again; a run that "
+            "had begun goes on by `stable-rlhf resume RUN`."
         )
 
 

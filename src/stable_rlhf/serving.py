@@ -320,7 +320,8 @@ def _listening(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
     except OSError as error:
-        raise ConfigError(f"--host={host!r} --port={port}: {error.strerror}; choose another address or port") from error
+        what = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else error.strerror
+        raise ConfigError(f"--host={host!r} --port={port}: {what}; choose another address or port") from error
 
 
 def _device(name: str) -> torch.device:

@@ -171,6 +171,7 @@ POSITIVE = {
     ),
     **dict.fromkeys(["rollout.batch_size", "rollout.max_completion_length", "optim.num_iterations"], int),
     **dict.fromkeys(["optim.num_mini_batches", "optim.microbatch_tokens"], int),
+    **dict.fromkeys(["reward.timeout", "reward.max_wait"], float),
     **dict.fromkeys(["rollout.temperature", "optim.learning_rate", "optim.epsilon", "optim.whiten_floor"], float),
     **dict.fromkeys(["optim.max_grad_norm", "critic.temperature", "critic.huber_delta", "critic.vf_coef"], float),
     **dict.fromkeys(["critic.max_grad_norm", "critic.learning_rate", "critic.cliprange_value"], float),
@@ -178,7 +179,7 @@ POSITIVE = {
 }
 NOT_NEGATIVE = {
     **dict.fromkeys(["save_steps", "model.lora_r", "data.eval_size", "optim.warmup_steps", "critic.warmup_steps"], int),
-    **dict.fromkeys(["log.completions_steps"], int),
+    **dict.fromkeys(["log.completions_steps", "reward.retries"], int),
     **dict.fromkeys(["optim.weight_decay", "optim.entropy_coef", "reward.missing_eos_penalty"], float),
 }
 BETWEEN = {  # (outside, sentence)

@@ -10,26 +10,34 @@ import torch
 from peft import PeftModel
 
 from stable_rlhf.config import Config, ConfigError
+from stable_rlhf.remote import remote_reward
 from stable_rlhf.scoring import RewardFunction, Scorer, resolve_reward
+from stable_rlhf.validation import is_url, only_with
 
 
 def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Config:
     """The settings with what is really trained and rewarded, so that config.yaml tells the truth.
 
-    What is no name has none that could be loaded: `stable-rlhf resume` refuses it instead of taking another.
+    What is no name has none that could be loaded: `stable-rlhf resume` refuses it instead of taking another. A reward
+    server is tried here, before a model loads. Raises ConfigError, or RewardError for a server that is not there.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
     given: dict[str, Any] = {"model": dataclasses.replace(config.model, name=name)}
     if reward_funcs is not None:
         functions = [_reward_name(function) for function in _listed(reward_funcs)]
-        given["reward"] = dataclasses.replace(config.reward, functions=functions)
+        given["reward"] = dataclasses.replace(config.reward, functions=functions, url=None)
     if train is not None:
         given["data"] = dataclasses.replace(config.data, train="<train_dataset>")
     config = dataclasses.replace(config, **given)
     weights, count = config.reward.weights, len(config.reward.functions)
     if weights is not None and len(weights) != count:
         raise ConfigError(f"reward.weights={weights!r}: give one weight for each of the {count} rewards")
+    servers = [function for function in config.reward.functions if is_url(function)]
+    for name in ("timeout", "retries", "max_wait", "token_env", "columns"):
+        only_with("reward", config.reward, name, bool(servers), "one of reward.functions is the URL of a server")
+    for server in servers:
+        remote_reward(server, config.reward).function.probe()
     return config
 
 
@@ -53,7 +61,9 @@ def make_scorer(config: Config, reward_funcs: Any, tokenizers: Sequence[Any] | N
     if len(tokenizers) != len(specs):
         raise ConfigError(f"reward_processing_classes has {len(tokenizers)} entries for {len(specs)} reward_funcs")
     functions: list[RewardFunction] = [
-        resolve_reward(
+        remote_reward(spec, config.reward)
+        if is_url(spec)
+        else resolve_reward(
             spec,
             tokenizer=tokenizer,
             device=device,

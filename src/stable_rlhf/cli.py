@@ -1,4 +1,4 @@
-"""The command line: train, resume, report. Arguments -> Config -> one call."""
+"""The command line: train, resume, report, serve-reward. Arguments -> Config -> one call."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    go on with a run from its newest checkpoint
 stable-rlhf report RUN                                          write RUN/report.html
+stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
 
 `stable-rlhf train --help` lists every setting."""
 SHOWN = 1000
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "resume": _resume, "report": _report}
+    commands = {"train": _train, "resume": _resume, "report": _report, "serve-reward": _serve_reward}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -112,6 +113,12 @@ def _report(arguments: list[str]) -> int:
         raise ConfigError(str(error)) from error
     print(write_report(run))
     return 0
+
+
+def _serve_reward(arguments: list[str]) -> int:
+    from stable_rlhf.serving import serve
+
+    return serve(arguments)
 
 
 def _run(config: Config, resume: bool | Path | None) -> int:

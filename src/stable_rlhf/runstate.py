@@ -32,7 +32,9 @@ MAY_CHANGE = {
     "preset", "output_dir", "max_steps", "save_steps", "save_total_limit", "log", "guard",
     "model.name", "model.revision", "model.gguf_file", "model.trust_remote_code",  # its weights are compared
     "model.device", "model.gradient_checkpointing", "model.cuda_graphs", "model.torch_compile",
-    "data.eval", "data.eval_split", "data.eval_size", "reward.batch_size", "reward.trust_remote_code",
+    "data.eval", "data.eval_split", "data.eval_size", "optim.microbatch_tokens",
+    "reward.batch_size", "reward.trust_remote_code", "reward.url", "reward.timeout", "reward.retries", "reward.max_wait",
+    "reward.token_env",
 }  # fmt: skip
 """Settings that a resume may be given anew: they say where and how a run goes on, not which run it is."""
 

@@ -14,37 +14,36 @@ import importlib
 import inspect
 import itertools
 import math
-import numbers
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from stable_rlhf.answers import (
+    RewardError,
+    RewardUnavailable,
+    Text,
+    checked,
+    failures_named,
+    plain_text,
+    shown,
+)
 from stable_rlhf.attention import kernel
 from stable_rlhf.processor import exact_products
+from stable_rlhf.waiting import waited_for
 
-Message: TypeAlias = dict[str, str]
-Text: TypeAlias = str | list[Message]
-# Longest piece of a prompt that an error message repeats: one terminal line.
-SHOWN_CHARACTERS = 80
+__all__ = ["RewardError", "RewardFunction", "RewardModel", "RewardUnavailable", "Scorer", "Scores", "resolve_reward"]
+
 _BUILTIN_MODEL = Path(__file__).parent / "assets" / "reward_model"
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-# The speakers' names in HH-RLHF (Bai et al. 2022); other roles are written capitalised.
-_PLAIN_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 # Tokenizers without a limit say 10^30; no model here reads a million tokens.
 _NO_LENGTH_LIMIT = 1_000_000
-
-
-class RewardError(RuntimeError):
-    """A reward that cannot be had or used. The message names the reward, the sample or setting, and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,21 +114,26 @@ class Scorer:
             raise ValueError(f"{len(prompts)} prompts to score, but {wrong or 'at least 1 is needed'}")
         if taken := {"prompts", "completions"} & set(columns):
             raise RewardError(f"the data set's column {taken.pop()!r} has the name of a reward argument. Rename it.")
-        answers = [
-            completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        per_function = {
-            function.name: _checked(function.name, output, prompts)
-            for function, output in zip(self._functions, self._call(prompts, answers, columns), strict=True)
-        }
+        per_function = self.answers(prompts, completions, columns)
         samples = list(zip(*per_function.values(), strict=True))
         valid = [None not in sample for sample in samples]
         if not any(valid):
             unscored = f"none of {len(samples)} samples was scored by every reward ({', '.join(self.names)})"
-            raise RewardError(f"{unscored}: nothing to learn from. The first prompt was {_shown(prompts[0])}.")
+            raise RewardError(f"{unscored}: nothing to learn from. The first prompt was {shown(prompts[0])}.")
         total = [self._total(sample, end) for sample, end in zip(samples, ended, strict=True)]
         return Scores(total=total, valid=valid, per_function=per_function)
+
+    def answers(
+        self, prompts: Sequence[Text], completions: Sequence[str], columns: dict[str, list[Any]]
+    ) -> dict[str, list[float | None]]:
+        """What each reward function answers, by its name, checked; see `score`, which adds them up."""
+        texts = [
+            completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        outputs = self._call(prompts, texts, columns)
+        named = zip(self._functions, outputs, strict=True)
+        return {function.name: checked(function.name, output, prompts) for function, output in named}
 
     def _total(self, sample: tuple[float | None, ...], ended: bool) -> float:
         known = [score for score in sample if score is not None]
@@ -144,7 +148,7 @@ class Scorer:
             return {"prompts": list(prompts), "completions": list(answers)} | {k: list(v) for k, v in columns.items()}
 
         async def one(function: RewardFunction) -> Any:
-            with _failures_named(function.name, prompts):
+            with failures_named(function.name, prompts):
                 return await function.function(**arguments())
 
         async def gather() -> list[Any]:
@@ -155,12 +159,10 @@ class Scorer:
         waiting = [function for function in self._functions if _is_async(function.function)]
         for function in self._functions:
             if function not in waiting:
-                with _failures_named(function.name, prompts):
+                with failures_named(function.name, prompts):
                     outputs[function.name] = function.function(**arguments())
         if waiting:
-            # A thread of its own, because asyncio.run refuses a thread with a running loop: a notebook has one.
-            with ThreadPoolExecutor(max_workers=1) as pool:
-                results = pool.submit(lambda: asyncio.run(gather())).result()
+            results = waited_for(gather)
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
@@ -324,8 +326,7 @@ def _sample_text(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: T
     messages = [*prompt, *answer]
     if tokenizer.chat_template is not None:
         return str(tokenizer.apply_chat_template(messages, tokenize=False)), False
-    turns = ((_PLAIN_SPEAKERS.get(m["role"], m["role"].capitalize()), m["content"]) for m in messages)
-    return "".join(f"\n\n{speaker}: {content}" for speaker, content in turns), True
+    return plain_text(messages), True
 
 
 def _require_one_label(config: Any, name: str) -> None:
@@ -362,39 +363,3 @@ def _with_unique_names(functions: Sequence[RewardFunction]) -> list[RewardFuncti
 
 def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
-
-
-@contextmanager
-def _failures_named(name: str, prompts: Sequence[Text]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise RewardError(
-            f"reward function {name!r} raised {type(error).__name__}: {str(error)!r} on {len(prompts)} samples, the "
-            f"first prompt being {_shown(prompts[0])}. It must accept prompts, completions and every other column of "
-            "the data set (**columns), and answer None where it cannot score."
-        ) from error
-
-
-def _checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | None]:
-    """The answers of one function as floats and None, or a RewardError that names the first wrong one."""
-    values = output.tolist() if hasattr(output, "tolist") else output  # tensors and arrays
-    if not isinstance(values, list | tuple) or len(values) != len(prompts):
-        got = f"{len(values)} scores" if isinstance(values, list | tuple) else f"a {type(output).__name__}"
-        raise RewardError(f"reward function {name!r} returned {got}; it must return a list of {len(prompts)} scores.")
-    checked: list[float | None] = []
-    for number, (value, prompt) in enumerate(zip(values, prompts, strict=True), start=1):
-        value = value.tolist() if hasattr(value, "tolist") else value
-        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
-            got = f"returned {_shown(value)} for sample {number}, whose prompt is {_shown(prompt)}"
-            raise RewardError(f"reward function {name!r} {got}. A score is a finite number, or None for no score.")
-        checked.append(None if value is None else float(value))
-    return checked
-
-
-def _shown(value: Any) -> str:
-    """repr() of a value, or of a chat's last message: control characters escaped, the middle of a long one left out."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        value = value[-1].get("content")
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 4]}...{text[-1]}"

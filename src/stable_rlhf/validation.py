@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 
 class ConfigError(ValueError):
@@ -35,9 +36,37 @@ def not_negative(section: str, config: object, *names: str) -> None:
 
 def only_with(section: str, config: Any, name: str, acts: bool, condition: str) -> None:
     """Refuses another value than the default in a field that has no effect, which is when ``acts`` is False."""
-    default = {field.name: field.default for field in dataclasses.fields(config)}[name]
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     value = getattr(config, name)
     require(acts or value == default, f"{section}.{name}", value, f"has no effect unless {condition}; leave it out")
+
+
+def is_url(text: object) -> bool:
+    """Whether a reward is named by the address of a server."""
+    return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
+
+
+def url_without_secrets(url: str) -> str:
+    """Scheme, host, port and path: what may be shown of a URL whose name, password or query may be a secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def check_url(setting: str, url: str) -> None:
+    """Requires a URL that can be called and holds no password, which config.yaml would keep."""
+    try:
+        parts = urlsplit(url)
+        fits = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an IPv6 address without its bracket
+        raise ConfigError(
+            f"{setting}: {url.rpartition('@')[2].split('?')[0]!r} is no URL; give http://HOST:PORT/PATH"
+        ) from None
+    shown = url_without_secrets(url)
+    require(fits and url.isprintable() and " " not in url, setting, shown, "give http://HOST:PORT/PATH")
+    remedy = "has a name or password in it, which config.yaml would keep; set reward.token_env instead"
+    require("@" not in parts.netloc, setting, shown, remedy)
+    require(not parts.fragment, setting, shown, "has a part after '#', which no server sees; leave that out")
 
 
 def check_types(section: str, config: Any) -> None:

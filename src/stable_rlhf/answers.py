@@ -1,0 +1,70 @@
+"""What is said of rewards and to them: texts, errors, and the checks of what a reward function answers."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+Message: TypeAlias = dict[str, str]
+Text: TypeAlias = str | list[Message]
+# Longest piece of a prompt that an error message repeats: one terminal line.
+SHOWN_CHARACTERS = 80
+# The speakers' names in HH-RLHF (Bai et al. 2022); other roles are written capitalised.
+_PLAIN_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+
+
+class RewardError(RuntimeError):
+    """A reward that cannot be had or used. The message names the reward, the sample or setting, and the remedy."""
+
+
+class RewardUnavailable(RewardError):
+    """A reward that could not be had although it was tried for; a reward function may raise it. Nothing was scored, so
+    the run can go on from its checkpoint once the reward is there again."""
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """A chat without a template: "\\n\\nHuman: ...\\n\\nAssistant: ..." as in HH-RLHF."""
+    turns = ((_PLAIN_SPEAKERS.get(m["role"], m["role"].capitalize()), m["content"]) for m in messages)
+    return "".join(f"\n\n{speaker}: {content}" for speaker, content in turns)
+
+
+@contextmanager
+def failures_named(name: str, prompts: Sequence[Text]) -> Iterator[None]:
+    """What a reward function raises comes out as a RewardError that names it; its own RewardErrors as they are."""
+    try:
+        yield
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"reward function {name!r} raised {type(error).__name__}: {str(error)!r} on {len(prompts)} samples, the "
+            f"first prompt being {shown(prompts[0])}. It must accept prompts, completions and every other column of "
+            "the data set (**columns), and answer None where it cannot score."
+        ) from error
+
+
+def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | None]:
+    """The answers of one function as floats and None, or a RewardError that names the first wrong one."""
+    values = output.tolist() if hasattr(output, "tolist") else output  # tensors and arrays
+    if not isinstance(values, list | tuple) or len(values) != len(prompts):
+        got = f"{len(values)} scores" if isinstance(values, list | tuple) else f"a {type(output).__name__}"
+        raise RewardError(f"reward function {name!r} returned {got}; it must return a list of {len(prompts)} scores.")
+    checked: list[float | None] = []
+    for number, (value, prompt) in enumerate(zip(values, prompts, strict=True), start=1):
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            got = f"returned {shown(value)} for sample {number}, whose prompt is {shown(prompt)}"
+            raise RewardError(f"reward function {name!r} {got}. A score is a finite number, or None for no score.")
+        checked.append(None if value is None else float(value))
+    return checked
+
+
+def shown(value: Any) -> str:
+    """repr() of a value, or of a chat's last message: control characters escaped, the middle of a long one left out."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 4]}...{text[-1]}"

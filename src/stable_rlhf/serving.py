@@ -1,0 +1,355 @@
+"""`stable-rlhf serve-reward`: a reward model or function behind HTTP, for this package's trainer and for OpenRLHF's.
+
+Protocol, limits and refusals: docs/rewards.md. Loopback needs no token; any other address does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from transformers.utils import logging
+
+from stable_rlhf.answers import RewardError, Text, shown
+from stable_rlhf.commandline import Parser
+from stable_rlhf.scoring import RewardFunction, RewardModel, Scorer, resolve_reward
+from stable_rlhf.telemetry import printable
+from stable_rlhf.validation import ConfigError, is_url, require
+
+QUEUE = 8
+"""Batches that wait for the one being scored. More would wait longer than a client does, whose retry comes anyway."""
+RETRY_SECONDS = 1
+"""Retry-After of a batch that found no place: about what a batch takes."""
+BODY_SECONDS = 30.0
+"""What the body of a request may take to arrive: 16 MiB on a slow line. A client that drips holds no place longer."""
+STOP_SECONDS = 10
+"""What batches in progress may take to end once the server is told to stop."""
+SHOWN = 1000
+"""Characters of a line of the log, which may repeat what a client sent."""
+CONNECTIONS = 128
+"""Connections and requests at once, each with a body of up to max_body_bytes in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may be, and who may send one."""
+
+    max_body_bytes: int
+    max_batch: int
+    token: str | None
+
+
+class _Refusal(HTTPException):
+    """A request that is answered with a status and one sentence."""
+
+
+class RewardServer:
+    """The ASGI application: one batch is scored at a time, in the order of their arrival."""
+
+    def __init__(self, reward: RewardFunction, limits: Limits, log: Callable[[str], None]) -> None:
+        self._reward, self._scorer, self._limits, self._log = reward, Scorer([reward]), limits, log
+        self._busy = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
+        self._waiting = 0
+        routes = [
+            Route("/", self._score, methods=["POST"]),
+            Route("/get_reward", self._score, methods=["POST"]),  # where OpenRLHF's server has it
+            Route("/health", self._health, methods=["GET"]),
+        ]
+        handlers: dict[Any, Any] = {HTTPException: self._refused}
+        self.app = Starlette(routes=routes, exception_handlers=handlers)
+
+    async def _health(self, request: Request) -> JSONResponse:
+        self._admit(request)
+        return JSONResponse({"status": "ok", "model": self._reward.name})
+
+    async def _score(self, request: Request) -> JSONResponse:
+        started = time.monotonic()
+        self._admit(request)
+        if request.headers.get("Content-Type", "").split(";")[0].strip().lower() != "application/json":
+            # A page in a browser on this machine can send other types without being asked whether it may.
+            raise _Refusal(415, "the body must be JSON, with Content-Type: application/json")
+        batch = _batch(await self._body(request), self._limits.max_batch, self._reward)
+        if self._waiting > QUEUE:
+            headers = {"Retry-After": str(RETRY_SECONDS)}
+            raise _Refusal(503, f"{self._waiting} batches are waiting already; try again later", headers)
+        self._waiting += 1
+        try:
+            rewards = await asyncio.get_running_loop().run_in_executor(self._busy, self._rewards, batch)
+        finally:
+            self._waiting -= 1
+        self._log(f"{len(rewards)} samples scored in {time.monotonic() - started:.2f} s")
+        return JSONResponse({"rewards": rewards})
+
+    def _admit(self, request: Request) -> None:
+        if self._limits.token is None:
+            return
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(given, f"Bearer {self._limits.token}".encode()):
+            raise _Refusal(
+                401, "the token is missing or wrong: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
+            )
+
+    async def _body(self, request: Request) -> bytes:
+        limit, body = self._limits.max_body_bytes, bytearray()
+        too_long = _Refusal(413, f"the body has more than {limit} bytes; send smaller batches")
+        declared = request.headers.get("Content-Length", "0")
+        if declared.isdecimal() and int(declared) > limit:
+            raise too_long
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > limit:
+                        raise too_long
+        except TimeoutError:
+            raise _Refusal(408, f"the body did not arrive within {BODY_SECONDS:g} s", {"Connection": "close"}) from None
+        except ClientDisconnect:
+            raise _Refusal(400, "the connection was closed before the body had arrived") from None
+        return bytes(body)
+
+    def _rewards(self, batch: _Batch) -> list[float | None]:
+        try:
+            return self._scorer.answers(batch.prompts, batch.completions, batch.columns)[self._reward.name]
+        except Exception as error:  # the next batch may be scored; this one's client learns that it was not
+            self._log(f"failed on {len(batch.prompts)} samples: {type(error).__name__}: {error}")
+            cause = type(error.__cause__ or error).__name__
+            raise _Refusal(500, f"{self._reward.name} failed ({cause}); the server's log says how") from error
+
+    async def _refused(self, request: Request, error: HTTPException) -> JSONResponse:
+        what = _OF_ROUTING.get(error.status_code, error.detail)
+        self._log(f"{request.method} {request.url.path}: refused with {error.status_code}: {what}")
+        return JSONResponse({"error": what}, error.status_code, error.headers)
+
+
+_OF_ROUTING = {
+    404: "there is nothing at this path; batches go to / or /get_reward",
+    405: "batches are POSTed to / or /get_reward; /health answers to GET",
+}
+"""What Starlette refuses by itself, in a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    prompts: list[Text]
+    completions: list[str]
+    columns: dict[str, list[Any]]
+
+
+def _batch(body: bytes, max_batch: int, reward: RewardFunction) -> _Batch:
+    """The samples of a request, or the _Refusal that says which of its fields is wrong."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise _Refusal(400, "the body is no JSON, or nested too deeply") from error
+    if not isinstance(fields, dict):
+        raise _Refusal(422, "the body must be a JSON object with a list 'query'")
+    queries = _texts(fields, "query")
+    if not 0 < len(queries) <= max_batch:
+        status, rest = (413, f"; send at most {max_batch}") if queries else (422, "")
+        raise _Refusal(status, f"'query' has {len(queries)} texts{rest}")
+    if "" in queries:
+        raise _Refusal(422, f"'query' is empty in row {queries.index('') + 1}")
+    chats = _chats(fields, len(queries))
+    if isinstance(reward.function, RewardModel):  # reads the whole text, wherever the prompt ends
+        samples = [(query, "") if chat is None else chat for query, chat in zip(queries, chats, strict=True)]
+        columns: dict[str, list[Any]] = {}
+    else:
+        samples = [
+            _split(row, query, prompt) if chat is None else chat
+            for row, (query, prompt, chat) in enumerate(
+                zip(queries, _prompts(fields, len(queries)), chats, strict=True), start=1
+            )
+        ]
+        columns = _columns(fields, len(queries))
+    prompts, completions = zip(*samples, strict=True)
+    return _Batch(prompts=list(prompts), completions=list(completions), columns=columns)
+
+
+def _texts(fields: dict[str, Any], name: str) -> list[str]:
+    values = fields.get(name)
+    if not isinstance(values, list):
+        raise _Refusal(422, f"{name!r} must be a list of texts")
+    for row, value in enumerate(values, start=1):
+        _require_text(value, f"{name!r}, row {row}")
+    return values
+
+
+def _require_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise _Refusal(422, f"{where} is {shown(value)}, not a text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise _Refusal(422, f"{where} holds half of a surrogate pair, which is no text") from None
+
+
+def _prompts(fields: dict[str, Any], count: int) -> list[str]:
+    prompts = _texts(fields, "prompts")
+    if len(prompts) != count:
+        raise _Refusal(422, f"there are {len(prompts)} 'prompts' for {count} texts in 'query'")
+    return prompts
+
+
+def _split(row: int, query: str, prompt: str) -> tuple[Text, str]:
+    if not query.startswith(prompt):
+        raise _Refusal(422, f"'query', row {row}, does not begin with its prompt, {shown(prompt)}")
+    return prompt, query[len(prompt) :]
+
+
+def _chats(fields: dict[str, Any], count: int) -> list[tuple[Text, str] | None]:
+    """(messages before the answer, the answer) of each sample that comes as a chat; None for the others."""
+    chats = fields.get("messages")
+    if chats is None:
+        return [None] * count
+    if not isinstance(chats, list) or len(chats) != count:
+        raise _Refusal(422, f"'messages' must be a list of {count} chats, one a text in 'query', or null")
+    return [None if chat is None else _chat(chat, f"'messages', row {row}") for row, chat in enumerate(chats, start=1)]
+
+
+def _chat(chat: Any, where: str) -> tuple[Text, str]:
+    if not isinstance(chat, list) or len(chat) < 2:  # a prompt and its answer
+        raise _Refusal(422, f"{where}, must be a list of at least two messages, the last of them the answer")
+    for message in chat:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise _Refusal(422, f"{where}, has {shown(message)}, not an object with 'role' and 'content'")
+        for value in message.values():
+            _require_text(value, where)
+    if chat[-1]["role"] != "assistant":
+        raise _Refusal(422, f"{where}, must end with the assistant's answer")
+    return chat[:-1], chat[-1]["content"]
+
+
+def _columns(fields: dict[str, Any], count: int) -> dict[str, list[Any]]:
+    """What a reward function is given besides prompts and completions: every other field, one value a sample."""
+    columns = {name: values for name, values in fields.items() if name not in ("query", "prompts", "messages")}
+    for name, values in columns.items():
+        if not isinstance(values, list) or len(values) != count:
+            raise _Refusal(422, f"{shown(name)} must be a list of {count} values, one a text in 'query'")
+    if "completions" in columns:
+        raise _Refusal(422, "'completions' is no field: a completion is what follows the prompt in 'query'")
+    return columns
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serves until SIGTERM (returns 0) or SIGINT (returns 130). Raises ConfigError for what cannot be served."""
+    made = Parser(prog="stable-rlhf serve-reward", allow_abbrev=False)
+    made.add_argument("model", help="builtin, a sequence-classification model's folder or hub name, or module:function")
+    made.add_argument("--host", default="127.0.0.1", help="address to listen at; any but loopback needs --token-env")
+    made.add_argument("--port", type=int, default=8000, help="0 takes a free one and prints it")
+    made.add_argument("--token-env", metavar="NAME", help="environment variable that holds the token clients must send")
+    made.add_argument("--batch-size", type=int, default=64, help="texts that the model reads at once")
+    made.add_argument("--max-batch", type=int, default=1024, help="texts a request")
+    made.add_argument("--max-body-bytes", type=int, default=16 * 2**20, help="bytes a request; 1024 texts of 16 KiB")
+    made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
+    made.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    given = made.parse_args(list(arguments))
+    for name in ("batch_size", "max_batch", "max_body_bytes"):
+        require(getattr(given, name) > 0, f"--{name.replace('_', '-')}", getattr(given, name), "must be 1 or more")
+    require(0 <= given.port < 2**16, "--port", given.port, "give 1 to 65535, or 0 for any that is free")
+    require(not is_url(given.model), "MODEL", given.model, "is a server itself; name a model or a function")
+    token = _token(given.token_env)
+    if token is None and not _is_loopback(given.host):
+        remedy = "others can reach this address: set --token-env to an environment variable with a token, or listen at "
+        raise ConfigError(f"--host={given.host!r}: {remedy}127.0.0.1")
+    logging.disable_progress_bar()
+    with _listening(given.host, given.port) as listening:
+        try:
+            reward = resolve_reward(
+                given.model,
+                device=_device(given.device),
+                batch_size=given.batch_size,
+                trust_remote_code=given.trust_remote_code,
+            )
+        except RewardError as error:
+            raise ConfigError(str(error)) from error
+        limits = Limits(max_body_bytes=given.max_body_bytes, max_batch=given.max_batch, token=token)
+        return _serve(listening, RewardServer(reward, limits, _print).app, reward.name)
+
+
+def _serve(listening: socket.socket, app: Starlette, name: str) -> int:
+    host, port = listening.getsockname()[:2]
+    _print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    stopped: list[int] = []
+    # uvicorn stops on these signals, and then raises them again for whoever handled them before.
+    before = {
+        number: signal.signal(number, lambda n, _: stopped.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + signal.SIGINT if signal.SIGINT in stopped else 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+    except OSError as error:
+        what = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else error.strerror
+        raise ConfigError(f"--host={host!r} --port={port}: {what}; choose another address or port") from error
+
+
+def _device(name: str) -> torch.device:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(chosen)
+    except RuntimeError as error:
+        raise ConfigError(f"--device={name!r}: give auto, cpu, cuda or cuda:NUMBER") from error
+    here = f"this machine has {torch.cuda.device_count()} CUDA devices; give auto"
+    require(device.type != "cuda" or (device.index or 0) < torch.cuda.device_count(), "--device", name, here)
+    return device
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _token(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    token = os.environ.get(variable, "")
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(f"--token-env={variable!r}: holds no token of printable ASCII without spaces; export one")
+    return token
+
+
+def _print(line: str) -> None:
+    print(f"stable-rlhf serve-reward: {printable(' '.join(line.split()), SHOWN)}", flush=True)

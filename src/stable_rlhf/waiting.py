@@ -1,0 +1,35 @@
+"""Async work from code that is not async."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def waited_for(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """The result of the coroutine that `start` makes, run in a thread and an event loop of its own: asyncio.run refuses
+    a thread with a running loop, and a notebook has one.
+
+    What interrupts the wait (Ctrl-C) cancels the coroutine, so that no request is waited for behind it.
+    """
+    running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+
+    async def main() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        running.set_result((asyncio.get_running_loop(), task))
+        return await start()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        result = pool.submit(lambda: asyncio.run(main()))
+        try:
+            return result.result()
+        except BaseException:
+            if not result.done():
+                loop, task = running.result()
+                loop.call_soon_threadsafe(task.cancel)
+            raise

@@ -33,8 +33,8 @@ MAY_CHANGE = {
     "model.name", "model.revision", "model.gguf_file", "model.trust_remote_code",  # its weights are compared
     "model.device", "model.gradient_checkpointing", "model.cuda_graphs", "model.torch_compile",
     "data.eval", "data.eval_split", "data.eval_size", "optim.microbatch_tokens",
-    "reward.batch_size", "reward.trust_remote_code", "reward.url", "reward.timeout", "reward.retries", "reward.max_wait",
-    "reward.token_env",
+    "reward.batch_size", "reward.trust_remote_code", "reward.url", "reward.timeout", "reward.retries",
+    "reward.max_wait", "reward.token_env",
 }  # fmt: skip
 """Settings that a resume may be given anew: they say where and how a run goes on, not which run it is."""
 

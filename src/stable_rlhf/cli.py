@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from stable_rlhf.commandline import Parser, load_config, parser, taken_out
 from stable_rlhf.config import PRESETS, Config, ConfigError, ModelConfig
+from stable_rlhf.display import ends, protect_terminal, visible
 
 USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
@@ -21,6 +23,10 @@ stable-rlhf report RUN                                          write RUN/report
 `stable-rlhf train --help` lists every setting."""
 SHOWN = 1000
 """Characters of an error that are shown: its beginning and its end. Transformers lists every architecture it knows."""
+
+
+NAME = 255
+"""Bytes of a file's name, on every file system in use."""
 
 
 class Exit(enum.IntEnum):
@@ -49,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # wants a core; threads that sleep at once make it a third slower where none does (docs/LOG.md).
     if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    protect_terminal()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "resume": _resume, "report": _report}
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -79,7 +86,7 @@ def _resume(arguments: list[str]) -> int:
     made.add_argument("--checkpoint", type=Path, help="go on from this checkpoint instead of the newest")
     given = made.parse_args(arguments)
     file = given.run / "config.yaml"
-    if not file.is_file():
+    if not os.path.isfile(file):  # as Path has it, but for a name too long to be one
         raise ConfigError(f"{given.run} is not a run folder: it has no config.yaml; check the path")
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])
@@ -89,10 +96,11 @@ def _resume(arguments: list[str]) -> int:
             "--output_dir NEW_FOLDER`"
         )
     if given.checkpoint is None and config.max_steps == done and _is_whole(given.run):
-        print(
-            f"{given.run} is finished: {done} of {config.max_steps} steps are done. To train it further: "
-            f"stable-rlhf resume {given.run} --max_steps {2 * done}"
+        further = f"stable-rlhf resume {shlex.quote(str(given.run))} --max_steps {2 * done}"
+        done_all = (
+            f"{given.run} is finished: {done} of {config.max_steps} steps are done. To train it further: {further}"
         )
+        print(visible(done_all, "⏎"))
         return 0
     return _run(config, resume=given.checkpoint or True)
 
@@ -105,9 +113,9 @@ def _report(arguments: list[str]) -> int:
 
     try:
         read_run(run)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    print(write_report(run))
+    print(visible(str(write_report(run))))
     return 0
 
 
@@ -157,7 +165,8 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         how = f"`stable-rlhf resume {run}` goes on from step {saved}" if saved else "no checkpoint to resume from yet"
         return _say(f"interrupted after {trainer.step} steps; {how}", Exit.INTERRUPTED)
     if trainer.args.log.progress:
-        print_summary(run, evaluation, f"{_command()} resume {run} --max_steps {2 * trainer.args.max_steps}")
+        further = f"{_command()} resume {shlex.quote(str(run))} --max_steps {2 * trainer.args.max_steps}"
+        print_summary(run, evaluation, further)
     return 0
 
 
@@ -169,6 +178,10 @@ def _command() -> str:
 def _check_output(config: Config) -> None:
     if config.output_dir is None:
         return
+    if any(len(part.encode()) > NAME for part in Path(config.output_dir).parts):
+        raise ConfigError(
+            f"output_dir={config.output_dir!r}: has a name of more than {NAME} bytes; choose a shorter one"
+        )
     for folder in (path := Path(config.output_dir), *path.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"output_dir={config.output_dir!r}: {folder} is a file; choose another folder")
@@ -246,12 +259,7 @@ def _report_at_the_end(trainer: Any, write_report: Any) -> Iterator[None]:
 
 def _say(message: object, code: int) -> int:
     """One line on stderr, with nothing in it that a terminal would act on; returns the exit code."""
-    from stable_rlhf.telemetry import visible
-
-    line = visible(" ".join(str(message).split()))
-    if len(line) > SHOWN:
-        line = f"{line[: SHOWN // 2]} ... {line[-SHOWN // 2 :]}"
-    print(f"stable-rlhf: {line}", file=sys.stderr)
+    print(f"stable-rlhf: {ends(' '.join(str(message).split()), SHOWN)}", file=sys.stderr)
     return code
 
 

@@ -29,12 +29,11 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from stable_rlhf.attention import kernel
+from stable_rlhf.display import quoted
 from stable_rlhf.processor import exact_products
 
 Message: TypeAlias = dict[str, str]
 Text: TypeAlias = str | list[Message]
-# Longest piece of a prompt that an error message repeats: one terminal line.
-SHOWN_CHARACTERS = 80
 _BUILTIN_MODEL = Path(__file__).parent / "assets" / "reward_model"
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 # The speakers' names in HH-RLHF (Bai et al. 2022); other roles are written capitalised.
@@ -396,5 +395,4 @@ def _shown(value: Any) -> str:
     """repr() of a value, or of a chat's last message: control characters escaped, the middle of a long one left out."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 4]}...{text[-1]}"
+    return quoted(value)

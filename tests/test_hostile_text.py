@@ -215,6 +215,14 @@ def test_tracebacks_warnings_and_log_lines_do_not_act() -> None:
     assert len(done.stderr) < 100_000
 
 
+def test_what_is_cut_says_how_much() -> None:
+    assert display.excerpt("abc\x1b", 7) == "abc\\x1b"
+    assert display.excerpt("abc\x1bde", 6) == "abc… (3 more characters)"  # an escape is never cut in two
+    assert display.ends("abcdefgh", 4) == "ab ... gh"
+    assert display.clipped("ab\ud800cd", 3) == "ab\ufffd… (2 more characters)"
+    assert display.quoted("x" * 100) == "'" + 75 * "x" + "...'"
+
+
 # --- what is read ----------------------------------------------------------------------------------
 
 

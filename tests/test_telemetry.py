@@ -246,6 +246,7 @@ def test_completion_that_is_not_true_is_refused_by_row(tmp_path: Path, change: d
         ("\ud800\U000e0041", 40, "\\ud800\\U000e0041"),
         ("ab\x1bc", 6, "ab…"),  # an escape is left out rather than cut
         ("[bold]é漢😀[/]", 40, "[bold]é漢😀[/]"),
+        ("a" + 10 * "\u0301" + "b\u0301", 40, "a" + 8 * "\u0301" + 2 * "\\u0301" + "b\u0301"),  # Tibetan stacks 8
     ],
 )
 def test_printable_shows_instead_of_acting(text: str, limit: int, expected: str):

@@ -1,4 +1,4 @@
-"""The command line: train, resume, report. Arguments -> Config -> one call."""
+"""The command line: train, resume, report, doctor. Arguments -> Config -> one call."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    go on with a run from its newest checkpoint
 stable-rlhf report RUN                                          write RUN/report.html
+stable-rlhf doctor [FILE] [--section.field VALUE ...]           check such a run, try two steps, forecast its time
 
 `stable-rlhf train --help` lists every setting."""
 SHOWN = 1000
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     protect_terminal()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "resume": _resume, "report": _report}
+    commands = {"train": _train, "resume": _resume, "report": _report, "doctor": _doctor}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -119,6 +120,24 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _doctor(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        return _train(arguments)  # the same settings
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    config = load_config(arguments)
+    _check_output(config)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _check_machine(config)
+    _check_model(config.model)
+    from stable_rlhf.doctor import examine
+
+    with _inputs_named(config.model):
+        return Exit.DONE if examine(config) else Exit.FAILED
+
+
 def _run(config: Config, resume: bool | Path | None) -> int:
     """Trains, writes the report whatever happens, and prints the closing tables."""
     _check_output(config)
@@ -135,19 +154,8 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     logging.disable_progress_bar()  # the run has a bar of its own
     _check_machine(config)
     _check_model(config.model)
-    try:
+    with _inputs_named(config.model):
         trainer = SAFETrainer(config.model.name, args=config)
-    except (PromptError, RewardError) as error:
-        raise ConfigError(str(error)) from error
-    except OSError as error:  # what Transformers raises for a tokenizer, weights or a GGUF file that is not there
-        raise _not_a_model(config.model, error) from error
-    except ValueError as error:
-        if "AutoModelForCausalLM" in str(error):
-            raise _not_a_model(config.model, error) from error
-        if config.model.lora_target_modules is None or "arget modules" not in str(error):
-            raise
-        setting = f"model.lora_target_modules={config.model.lora_target_modules!r}"
-        raise ConfigError(f"{setting}: {error}; name linear layers of the model, or leave it out") from error
     run = trainer.run_dir
     try:
         with _report_at_the_end(trainer, write_report):
@@ -219,6 +227,27 @@ def _check_model(model: ModelConfig) -> None:
         )
     except (OSError, ValueError) as error:
         raise _not_a_model(model, error) from error
+
+
+@contextlib.contextmanager
+def _inputs_named(model: ModelConfig) -> Iterator[None]:
+    """Inside, whatever cannot be loaded raises a ConfigError that names it."""
+    from stable_rlhf.prompts import PromptError
+    from stable_rlhf.scoring import RewardError
+
+    try:
+        yield
+    except (PromptError, RewardError) as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:  # what Transformers raises for a tokenizer, weights or a GGUF file that is not there
+        raise _not_a_model(model, error) from error
+    except ValueError as error:
+        if "AutoModelForCausalLM" in str(error):
+            raise _not_a_model(model, error) from error
+        if model.lora_target_modules is None or "arget modules" not in str(error):
+            raise
+        setting = f"model.lora_target_modules={model.lora_target_modules!r}"
+        raise ConfigError(f"{setting}: {error}; name linear layers of the model, or leave it out") from error
 
 
 def _not_a_model(model: ModelConfig, error: Exception) -> ConfigError:

@@ -89,14 +89,14 @@ class Scorer:
             raise RewardError(f"reward.weights must be {len(functions)} finite numbers, one a reward; got {weights}.")
         if missing_eos_penalty is not None and not 0 <= missing_eos_penalty < math.inf:
             raise RewardError(f"reward.missing_eos_penalty must be finite and at least 0, got {missing_eos_penalty}.")
-        self._functions = _with_unique_names(functions)
+        self.functions = _with_unique_names(functions)
         self._weights = weights
         self._penalty = missing_eos_penalty or 0.0
 
     @property
     def names(self) -> list[str]:
         """The names of the reward functions, unique, in the order of the weights."""
-        return [function.name for function in self._functions]
+        return [function.name for function in self.functions]
 
     def score(
         self, prompts: Sequence[Text], completions: Sequence[str], columns: dict[str, list[Any]], ended: Sequence[bool]
@@ -120,7 +120,7 @@ class Scorer:
         ]
         per_function = {
             function.name: _checked(function.name, output, prompts)
-            for function, output in zip(self._functions, self._call(prompts, answers, columns), strict=True)
+            for function, output in zip(self.functions, self._call(prompts, answers, columns), strict=True)
         }
         samples = list(zip(*per_function.values(), strict=True))
         valid = [None not in sample for sample in samples]
@@ -151,8 +151,8 @@ class Scorer:
             return await asyncio.gather(*map(one, waiting), return_exceptions=True)
 
         outputs: dict[str, Any] = {}
-        waiting = [function for function in self._functions if _is_async(function.function)]
-        for function in self._functions:
+        waiting = [function for function in self.functions if _is_async(function.function)]
+        for function in self.functions:
             if function not in waiting:
                 with _failures_named(function.name, prompts):
                     outputs[function.name] = function.function(**arguments())

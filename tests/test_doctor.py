@@ -87,13 +87,13 @@ def test_a_good_run_is_described_line_by_line_and_leaves_nothing_behind(
     texts = [text for _, text in found]
     assert texts[0] == f"output_dir={str(tmp_path / 'run')!r}: free, and {tmp_path} can be written to"
     assert (
-        texts[1]
+        texts[2]
         == "data: 12 prompts of 5 to 6 tokens (median 5.5), 0 of them cut to data.max_prompt_length=512, 0 there before"
     )
-    assert texts[2].startswith("prompt 1: row ")
-    assert texts[5].startswith("reward: pleasant gives 1 and 0 to 'It was wonderful: ")
+    assert texts[3].startswith("prompt 1: row ")
+    assert texts[6].startswith("reward: pleasant gives 1 and 0 to 'It was wonderful: ")
     # 8,832 weights and two heads of 105: 3 x 4 bytes of the weights, 4 x 4 of the heads; final/ has 4 and 2 x 4.
-    assert "needed for 2 + 1 checkpoints of 109 kB and the final model of 37 kB" in texts[6]
+    assert "needed for 2 + 1 checkpoints of 109 kB and the final model of 37 kB" in texts[1]
     assert "gradients 36.2 kB, AdamW's two moments 72.3 kB, KV cache of the rollout 5.12 kB" in texts[8]
     assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[9])
     assert texts[10].startswith("forecast: 50 steps x ")
@@ -170,8 +170,8 @@ def test_a_disk_that_is_too_small_fails_with_what_it_lacks(
     assert cli.main(["doctor", *settings]) == 1
     found = lines(capsys)
     assert verdicts(found) == GOOD | {"disk": "failed"}
-    assert found[6][1].startswith("disk: 365 kB free at ")
-    assert found[6][1].endswith("; free some, lower save_total_limit=2, or choose another output_dir")
+    assert found[1][1].startswith("disk: 365 kB free at ")
+    assert found[1][1].endswith("; free some, lower save_total_limit=2, or choose another output_dir")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, needed))
     assert cli.main(["doctor", *settings]) == 0
 
@@ -196,7 +196,7 @@ def test_data_that_look_odd_are_a_warning(
     assert cli.main(["doctor", *settings, "--data.eval_size", "0", *arguments]) == 0
     found = lines(capsys)
     assert verdicts(found) == GOOD | {"data": "warning"}
-    assert found[1][1].endswith(remedy)
+    assert found[2][1].endswith(remedy)
 
 
 def test_prompts_are_shown_as_the_policy_sees_them_and_act_on_no_terminal(
@@ -212,7 +212,7 @@ def test_prompts_are_shown_as_the_policy_sees_them_and_act_on_no_terminal(
     (tmp_path / "prompts.jsonl").write_text(4 * (json.dumps({"prompt": chat}) + "\n"))
     assert cli.main(["doctor", *settings, "--data.eval_size", "0", "--model.name", str(folder)]) == 0
     shown = "prompt 1: <bos><user>hi\\x1b[31m⏎you<eos><assistant>"
-    assert lines(capsys)[2] == ("", shown)
+    assert lines(capsys)[3] == ("", shown)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_a_reward_that_tells_nothing_apart_or_fails_is_named(
 ) -> None:
     assert cli.main(["doctor", *settings, "--reward.functions", f'["tests.test_doctor:{reward}"]']) == exit_code
     found = lines(capsys)
-    assert found[5] == (verdict, found[5][1])
-    assert found[5][1].endswith(text)
+    assert found[6] == (verdict, found[6][1])
+    assert found[6][1].endswith(text)
     last = ("ok", "forecast: ") if exit_code == 0 else ("", "no step was tried: mend what failed first")
     assert found[-1][0] == last[0]
     assert found[-1][1].startswith(last[1])

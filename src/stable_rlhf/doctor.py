@@ -83,16 +83,19 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
     device, low = resolve_device(config.model.device), policy_dtype(config.model)[1]
     check_output(found, config)
     policy = memory.skeleton(config)
+
+    def needed(prompt: int) -> Memory:
+        return memory.estimate(policy, config, device=device, low=low, prompt=prompt)
+
+    check_disk(found, config, disk := needed(1))
     train, encoded, held_out = check_data(found, config, context_length(policy))
     scorer = make_scorer(config, None, None, device)
     rewarded = check_reward(found, scorer, train[0])
     longest = max(map(len, encoded.input_ids))
-    needed = memory.estimate(policy, config, device=device, low=low, prompt=longest)
-    check_disk(found, config, needed)
-    fits = check_memory(found, needed, device)
+    fits = check_memory(found, needed(longest), device)
     if rewarded and fits:
         functions = [function.function for function in scorer.functions]
-        dry_steps(found, config, functions, train, encoded, held_out, needed.checkpoint)
+        dry_steps(found, config, functions, train, encoded, held_out, disk.checkpoint)
     else:
         found.detail("no step was tried: mend what failed first")
     return not found.failed
@@ -104,7 +107,7 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
 def check_output(found: Findings, config: Config) -> None:
     """Whether the run's folder is free, and one can be made there."""
     folder = Path(config.output_dir or "runs")
-    shown = f"output_dir={config.output_dir!r}"
+    shown = f"output_dir={config.output_dir!r}" + ("" if config.output_dir else " (a new folder under runs)")
     if config.output_dir is not None and (folder / "metrics.jsonl").exists():
         found.fail(f"{shown}: holds a run already; go on with it by `stable-rlhf resume`, or choose another folder")
         return

@@ -31,8 +31,8 @@ CHUNKS = 3
 """Tensors of a chunk's logits that live at once, at most (ops/logprobs.py)."""
 KERNELS = 150_000_000
 """What a process takes on a CPU beside tensors: the kernels that oneDNN makes for every shape, and what the allocator
-keeps. The built-in policy's steps took 150 MB more than the parts below on two cores, up to 320 MB more with an adapter;
-on CUDA it is not known, and counted as nothing."""
+keeps. On two cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320; on CUDA it is
+not known, and counted as nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,17 +193,18 @@ class Peak:
 
 @contextmanager
 def measured(device: torch.device) -> Iterator[Peak]:
-    """Measures a block: on CUDA the tensors' memory; on a CPU the process's, which Linux alone tells."""
+    """Measures a block: on CUDA what PyTorch reserves, CUDA graphs included; on a CPU the process's memory, which Linux
+    alone tells."""
     peak, process = Peak(), Path("/proc/self")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_reserved(device)
     elif linux := (process / "clear_refs").exists():
         (process / "clear_refs").write_text("5")  # the peak begins anew
         before = psutil.Process().memory_info().rss
     yield peak
     if device.type == "cuda":
-        peak.taken = torch.cuda.max_memory_allocated(device) - before
+        peak.taken = torch.cuda.max_memory_reserved(device) - before
     elif linux:
         lines = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
         peak.taken = 1024 * int(lines["VmHWM"].split()[0]) - before

@@ -113,6 +113,14 @@ def test_the_command_takes_a_file_first_and_settings_after_it(
     )
 
 
+def test_settings_that_two_steps_alone_would_refuse_are_no_obstacle(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--data.train", "builtin", "--data.eval_split", "eval", "--critic.warmup_steps", "10"]
+    assert cli.main(["doctor", *settings, *more]) == 0
+    assert verdicts(lines(capsys)) == GOOD
+
+
 # --- each check -------------------------------------------------------------------------------------
 
 

@@ -192,12 +192,19 @@ def test_a_reward_that_fails_with_payloads_is_shown_and_does_not_act(
 
 def test_tracebacks_warnings_and_log_lines_do_not_act() -> None:
     """What nobody foresaw, and what libraries say of a model's settings."""
-    code = (
-        "import json, logging, os, sys, warnings; from stable_rlhf import cli; cli.main(['--help']); "
-        "text = ''.join(json.loads(sys.argv[1])); warnings.warn(text); "
-        "logging.getLogger('transformers').warning('of type %s', text); "
-        "raise KeyError('first') from ValueError(text + 'x' * 10**7)"
-    )
+    code = """if True:
+        import json, logging, sys, warnings
+        from stable_rlhf import cli
+        cli.main(["--help"])
+        text = "".join(json.loads(sys.argv[1]))
+        warnings.warn(text)
+        logging.getLogger("transformers").warning("of type %s", text)
+        try:
+            raise RuntimeError(text)
+        except RuntimeError:
+            logging.getLogger("transformers").exception("failed")
+        raise KeyError("first") from ValueError(text + "x" * 10**7)
+    """
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(TERMINAL)],
         capture_output=True,
@@ -208,7 +215,7 @@ def test_tracebacks_warnings_and_log_lines_do_not_act() -> None:
     assert done.returncode == 1
     assert acting(done.stderr) == []
     assert not flooded(done.stderr)
-    assert done.stderr.count("\\x1b]52;c;cm0gLXJmIH4=\\x07") == 3
+    assert done.stderr.count("\\x1b]52;c;cm0gLXJmIH4=\\x07") == 4
     assert "UserWarning: " in done.stderr
     assert "of type \\x1b[31mred" in done.stderr
     assert done.stderr.splitlines()[-1] == "KeyError: 'first'"
@@ -282,7 +289,8 @@ def test_the_files_of_a_run_of_payloads_hold_them_whole_as_data(hostile_run: tup
         assert acting(text) == []
     completions = pq.read_table(folder / "completions" / "step-000001.parquet").to_pylist()
     assert any("\x1b]52;c;cm0gLXJmIH4=\x07" in row["prompt"] for row in completions)
-    assert all(set(row["completion"].split(" ")) for row in completions)
+    for payload in PAYLOADS:
+        assert any(payload in row["completion"] for row in completions), payload
     reward = yaml.safe_load((folder / "config.yaml").read_text())["reward"]["functions"]
     assert reward == ["tests.test_hostile_text:hostile_reward"]
 

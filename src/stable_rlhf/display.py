@@ -93,6 +93,11 @@ def protect_terminal() -> None:
 
 
 class _LogRecord(logging.LogRecord):
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.exc_info and self.exc_info[0]:
+            self.exc_text = ends("".join(traceback.format_exception(*self.exc_info)).rstrip(), TRACEBACK)
+
     def getMessage(self) -> str:
         return ends(super().getMessage(), TRACEBACK)
 

@@ -30,6 +30,7 @@ from stable_rlhf.models import context_length, load_tokenizer, policy_dtype, res
 from stable_rlhf.optimize import DivergenceError
 from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts
 from stable_rlhf.scoring import RewardError, Scorer
+from stable_rlhf.sections import DataConfig
 from stable_rlhf.trainer import SAFETrainer
 
 PLEASANT = " It was wonderful: friendly, quick, and better than I had hoped. I would go again."
@@ -258,7 +259,8 @@ def dry_steps(
             output_dir=str(Path(folder) / "run"),
             max_steps=3 if device.type == "cuda" else 2,  # on CUDA the usual shapes are compiled and captured first
             save_steps=0,
-            critic=dataclasses.replace(config.critic, warmup_steps=0),
+            data=DataConfig(max_prompt_length=config.data.max_prompt_length),  # the rows are chosen already
+            critic=dataclasses.replace(config.critic, warmup_steps=0),  # longer than these steps; without, all learns
             reward=dataclasses.replace(config.reward, trust_remote_code=[]),  # they are loaded already
             log=dataclasses.replace(config.log, report_to=[], completions_steps=0, progress=False),
         )

@@ -31,8 +31,8 @@ CHUNKS = 3
 """Tensors of a chunk's logits that live at once, at most (ops/logprobs.py)."""
 KERNELS = 150_000_000
 """What a process takes on a CPU beside tensors: the kernels that oneDNN makes for every shape, and what the allocator
-keeps. On two cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320; on CUDA it is
-not known, and counted as nothing."""
+keeps. On two cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320; on CUDA it
+is not known, and counted as nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ def test_a_good_run_is_described_line_by_line_and_leaves_nothing_behind(
     assert texts[0] == f"output_dir={str(tmp_path / 'run')!r}: free, and {tmp_path} can be written to"
     assert (
         texts[2]
-        == "data: 12 prompts of 5 to 6 tokens (median 5.5), 0 of them cut to data.max_prompt_length=512, 0 there before"
+        == "data: 12 prompts of 5 to 6 tokens (median 5.5), 0 of them cut to data.max_prompt_length=512, 0 duplicates"
     )
     assert texts[3].startswith("prompt 1: row ")
     assert texts[6].startswith("reward: pleasant gives 1 and 0 to 'It was wonderful: ")
@@ -189,7 +189,11 @@ def test_a_disk_that_is_too_small_fails_with_what_it_lacks(
     [
         (["ab", "cd"], [], "fewer than rollout.batch_size=4: every step sees all of them"),
         (["abc", "d", "e", "f"], ["--data.max_prompt_length", "2"], "raise data.max_prompt_length, or shorten them"),
-        (["a", "a", "b", "c"], [], "what stands there twice is trained on twice: remove it unless you mean it"),
+        (
+            ["a", "a", "b", "c"],
+            [],
+            "what stands there twice is trained on twice: remove duplicates unless you mean them",
+        ),
     ],
 )
 def test_data_that_look_odd_are_a_warning(

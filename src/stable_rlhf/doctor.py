@@ -148,13 +148,13 @@ def check_data(found: Findings, config: Config, context: int | None) -> tuple[da
     cut, twice = sum(encoded.truncated), count - len({tuple(ids) for ids in encoded.input_ids})
     middle = f"{statistics.median(sizes):g}"
     text = f"data: {count} prompts of {min(sizes)} to {max(sizes)} tokens (median {middle}), {cut} of them cut to "
-    text += f"data.max_prompt_length={config.data.max_prompt_length}, {twice} there before"
+    text += f"data.max_prompt_length={config.data.max_prompt_length}, {twice} duplicates"
     if count < config.rollout.batch_size:
         found.warning(f"{text}; fewer than rollout.batch_size={config.rollout.batch_size}: every step sees all of them")
     elif cut > CUT * count:
         found.warning(f"{text}; the beginning of what is cut is lost: raise data.max_prompt_length, or shorten them")
     elif twice > TWICE * count:
-        found.warning(f"{text}; what stands there twice is trained on twice: remove it unless you mean it")
+        found.warning(f"{text}; what stands there twice is trained on twice: remove duplicates unless you mean them")
     else:
         found.ok(text)
     for number, ids in enumerate(encoded.input_ids[:SHOWN], start=1):

@@ -1,22 +1,17 @@
 """Prompts, completions, names, settings and errors are untrusted: what they could do to a terminal, a file, a browser.
 
 A policy whose every token is a payload is trained on payloads; then the console's bytes, the files and the report are
-read, and the report is opened in Chromium beside a page in which the same payloads do act.
+read. tests/test_hostile_browser.py opens the report.
 """
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-import threading
 import time
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +53,6 @@ TERMINAL = (
 )
 PAYLOADS = [*MARKUP, *TERMINAL]
 BIG = "é<b>\x1b[1m" * 1_250_000  # 10 million characters
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-REQUIRED = "STABLE_RLHF_REQUIRE_CHROMIUM"
-"""Set by .ci/run: without Chromium the browser's tests then fail, instead of being passed over."""
 
 
 def acting(text: str, allowed: str = "\n") -> list[str]:
@@ -388,81 +378,3 @@ def test_a_report_stays_small_whatever_a_run_holds(tmp_path: Path) -> None:
     begun = time.perf_counter()
     assert report.write_report(run).stat().st_size < 1_000_000
     assert time.perf_counter() - begun < 30
-
-
-# --- the browser -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    if CHROMIUM is None:
-        message = "Chromium is not installed, so no browser has opened the report: `apt-get install chromium`"
-        pytest.fail(message) if os.environ.get(REQUIRED) else pytest.skip(message)
-    return CHROMIUM
-
-
-@pytest.fixture
-def requests() -> Iterator[tuple[int, list[str]]]:
-    """(a port of this machine, the requests that came to it)."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield server.server_port, asked
-        server.shutdown()
-        thread.join()
-
-
-def opened(chromium: str, page: Path, profile: Path) -> str:
-    """The page as the browser has it after two seconds of its own time, scripts and requests done."""
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
-    )
-    done = subprocess.run(
-        [chromium, *flags.split(), f"--user-data-dir={profile}", page.as_uri()],
-        capture_output=True, timeout=120, check=True,
-    )  # fmt: skip
-    return done.stdout.decode("utf-8", "replace")
-
-
-def test_nothing_runs_or_is_fetched_when_a_browser_opens_the_report(
-    chromium: str, tmp_path: Path, requests: tuple[int, list[str]]
-) -> None:
-    port, asked = requests
-    dom = opened(chromium, everywhere(tmp_path / "run", port), tmp_path / "profile")
-    assert "stable-rlhf report</title>" in dom  # it was opened
-    assert "&lt;svg onload=" in dom
-    assert "data-acted" not in dom.split("<body")[0]
-    assert "ACTED</title>" not in dom
-    assert asked == []
-
-
-def test_the_same_payloads_do_act_where_they_are_not_escaped(
-    chromium: str, tmp_path: Path, requests: tuple[int, list[str]]
-) -> None:
-    """Otherwise the test above would show nothing. With the report's Content-Security-Policy they are stopped again."""
-    port, asked = requests
-    head, body = everywhere(tmp_path / "run", port).read_text(encoding="utf-8").split("<body>", 1)
-    (policy,) = re.findall(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", head)
-    acts = [payload for payload in MARKUP if ACTED in payload]
-    named = [payload.replace("data-acted", f"data-acted-{number}") for number, payload in enumerate(acts)]
-    torn = f"<body>{''.join(named).replace('PORT', str(port))}"
-    (tmp_path / "open.html").write_text(head.replace(policy, "") + torn + body, encoding="utf-8")
-    (tmp_path / "closed.html").write_text(head + torn + body, encoding="utf-8")
-    dom = opened(chromium, tmp_path / "open.html", tmp_path / "one")
-    assert sorted(re.findall(r'data-acted-(\d)="1"', dom.split("<head")[0])) == ["0", "1", "2", "3"]
-    assert sorted(asked) == ["/fetch", "/svg"]
-    asked.clear()
-    assert "data-acted" not in opened(chromium, tmp_path / "closed.html", tmp_path / "two").split("<head")[0]
-    assert asked == []

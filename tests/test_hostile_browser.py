@@ -1,4 +1,4 @@
-"""A report full of payloads, opened in Chromium: nothing runs, nothing is fetched. Where they are not escaped, they do."""
+"""A report full of payloads, opened in Chromium: nothing runs or is fetched; where they are not escaped, they do."""
 
 from __future__ import annotations
 

@@ -200,7 +200,8 @@ def test_usage_is_shown_when_asked_for_and_an_unknown_command_is_named(capsys: p
     assert (cli.main(["--help"]), cli.main([])) == (0, 2)
     assert capsys.readouterr().out == 2 * (cli.USAGE + "\n")
     assert cli.main(["trian"]) == 2
-    assert said(capsys) == "there is no command 'trian'; the commands are train, resume, report, serve-reward"
+    commands = "train, resume, report, doctor, serve-reward"
+    assert said(capsys) == f"there is no command 'trian'; the commands are {commands}"
 
 
 # -- runs -----------------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from stable_rlhf.display import quoted
+
 Message: TypeAlias = dict[str, str]
 Text: TypeAlias = str | list[Message]
-# Longest piece of a prompt that an error message repeats: one terminal line.
-SHOWN_CHARACTERS = 80
 # The speakers' names in HH-RLHF (Bai et al. 2022); other roles are written capitalised.
 _PLAIN_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
@@ -66,5 +66,4 @@ def shown(value: Any) -> str:
     """repr() of a value, or of a chat's last message: control characters escaped, the middle of a long one left out."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 4]}...{text[-1]}"
+    return quoted(value)

@@ -1,4 +1,4 @@
-"""The command line: train, resume, report, serve-reward. Arguments -> Config -> one call."""
+"""The command line: train, resume, report, doctor, serve-reward. Arguments -> Config -> one call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import enum
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,16 +14,22 @@ from typing import Any
 
 from stable_rlhf.commandline import Parser, load_config, parser, taken_out
 from stable_rlhf.config import PRESETS, Config, ConfigError, ModelConfig
+from stable_rlhf.display import ends, protect_terminal, visible
 
 USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    go on with a run from its newest checkpoint
 stable-rlhf report RUN                                          write RUN/report.html
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
+stable-rlhf doctor [FILE] [--section.field VALUE ...]           check such a run, try two steps, forecast its time
 
 `stable-rlhf train --help` lists every setting."""
 SHOWN = 1000
 """Characters of an error that are shown: its beginning and its end. Transformers lists every architecture it knows."""
+
+
+NAME = 255
+"""Bytes of a file's name, on every file system in use."""
 
 
 class Exit(enum.IntEnum):
@@ -51,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # wants a core; threads that sleep at once make it a third slower where none does (docs/LOG.md).
     if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    protect_terminal()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "resume": _resume, "report": _report, "serve-reward": _serve_reward}
+    commands = {"train": _train, "resume": _resume, "report": _report, "doctor": _doctor}
+    commands |= {"serve-reward": _serve_reward}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -81,7 +90,7 @@ def _resume(arguments: list[str]) -> int:
     made.add_argument("--checkpoint", type=Path, help="go on from this checkpoint instead of the newest")
     given = made.parse_args(arguments)
     file = given.run / "config.yaml"
-    if not file.is_file():
+    if not os.path.isfile(file):  # as Path has it, but for a name too long to be one
         raise ConfigError(f"{given.run} is not a run folder: it has no config.yaml; check the path")
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])
@@ -93,10 +102,11 @@ def _resume(arguments: list[str]) -> int:
             "--output_dir NEW_FOLDER`"
         )
     if given.checkpoint is None and config.max_steps == done and _is_whole(given.run):
-        print(
-            f"{given.run} is finished: {done} of {config.max_steps} steps are done. To train it further: "
-            f"{_command()} resume {given.run} --max_steps {2 * done}"
+        further = f"{_command()} resume {shlex.quote(str(given.run))} --max_steps {2 * done}"
+        done_all = (
+            f"{given.run} is finished: {done} of {config.max_steps} steps are done. To train it further: {further}"
         )
+        print(visible(done_all, "⏎"))
         return 0
     return _run(config, resume=given.checkpoint or True)
 
@@ -109,9 +119,9 @@ def _report(arguments: list[str]) -> int:
 
     try:
         read_run(run)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    print(write_report(run))
+    print(visible(str(write_report(run))))
     return 0
 
 
@@ -119,6 +129,24 @@ def _serve_reward(arguments: list[str]) -> int:
     from stable_rlhf.serving import serve
 
     return serve(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        return _train(arguments)  # the same settings
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    config = load_config(arguments)
+    _check_output(config)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _check_machine(config)
+    _check_model(config.model)
+    from stable_rlhf.doctor import examine
+
+    with _inputs_named(config.model):
+        return Exit.DONE if examine(config) else Exit.FAILED
 
 
 def _run(config: Config, resume: bool | Path | None) -> int:
@@ -139,19 +167,8 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     logging.disable_progress_bar()  # the run has a bar of its own
     _check_machine(config)
     _check_model(config.model)
-    try:
+    with _inputs_named(config.model):
         trainer = SAFETrainer(config.model.name, args=config)
-    except (PromptError, RewardError) as error:
-        raise ConfigError(str(error)) from error
-    except OSError as error:  # what Transformers raises for a tokenizer, weights or a GGUF file that is not there
-        raise _not_a_model(config.model, error) from error
-    except ValueError as error:
-        if "AutoModelForCausalLM" in str(error):
-            raise _not_a_model(config.model, error) from error
-        if config.model.lora_target_modules is None or "arget modules" not in str(error):
-            raise
-        setting = f"model.lora_target_modules={config.model.lora_target_modules!r}"
-        raise ConfigError(f"{setting}: {error}; name linear layers of the model, or leave it out") from error
     run = trainer.run_dir
     try:
         with _report_at_the_end(trainer, write_report):
@@ -178,7 +195,8 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         code = Exit.INTERRUPTED if not isinstance(error, Interrupted) else Exit(128 + error.signum)
         return _say(f"interrupted after {trainer.step} steps. {_how_to_go_on(run)}", code)
     if trainer.args.log.progress:
-        print_summary(run, evaluation, f"{_command()} resume {run} --max_steps {2 * trainer.args.max_steps}")
+        further = f"{_command()} resume {shlex.quote(str(run))} --max_steps {2 * trainer.args.max_steps}"
+        print_summary(run, evaluation, further)
     return 0
 
 
@@ -190,6 +208,10 @@ def _command() -> str:
 def _check_output(config: Config) -> None:
     if config.output_dir is None:
         return
+    if any(len(part.encode()) > NAME for part in Path(config.output_dir).parts):
+        raise ConfigError(
+            f"output_dir={config.output_dir!r}: has a name of more than {NAME} bytes; choose a shorter one"
+        )
     for folder in (path := Path(config.output_dir), *path.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"output_dir={config.output_dir!r}: {folder} is a file; choose another folder")
@@ -229,6 +251,27 @@ def _check_model(model: ModelConfig) -> None:
         raise _not_a_model(model, error) from error
 
 
+@contextlib.contextmanager
+def _inputs_named(model: ModelConfig) -> Iterator[None]:
+    """Inside, whatever cannot be loaded raises a ConfigError that names it."""
+    from stable_rlhf.prompts import PromptError
+    from stable_rlhf.scoring import RewardError
+
+    try:
+        yield
+    except (PromptError, RewardError) as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:  # what Transformers raises for a tokenizer, weights or a GGUF file that is not there
+        raise _not_a_model(model, error) from error
+    except ValueError as error:
+        if "AutoModelForCausalLM" in str(error):
+            raise _not_a_model(model, error) from error
+        if model.lora_target_modules is None or "arget modules" not in str(error):
+            raise
+        setting = f"model.lora_target_modules={model.lora_target_modules!r}"
+        raise ConfigError(f"{setting}: {error}; name linear layers of the model, or leave it out") from error
+
+
 def _not_a_model(model: ModelConfig, error: Exception) -> ConfigError:
     setting = f"model.name={model.name!r}" + (f", model.gguf_file={model.gguf_file!r}" if model.gguf_file else "")
     remedy = "give builtin, the folder of a causal language model in safetensors or GGUF, or a hub name"
@@ -239,7 +282,7 @@ def _how_to_go_on(run: Path) -> str:
     saved, _ = _last_step(run)
     if not saved:
         return "There is no checkpoint to resume from yet."
-    return f"`{_command()} resume {run}` goes on from step {saved}."
+    return f"`{_command()} resume {shlex.quote(str(run))}` goes on from step {saved}."
 
 
 def _last_step(run: Path) -> tuple[int, list[str]]:
@@ -274,12 +317,7 @@ def _report_at_the_end(trainer: Any, write_report: Any) -> Iterator[None]:
 
 def _say(message: object, code: int) -> int:
     """One line on stderr, with nothing in it that a terminal would act on; returns the exit code."""
-    from stable_rlhf.telemetry import visible
-
-    line = visible(" ".join(str(message).split()))
-    if len(line) > SHOWN:
-        line = f"{line[: SHOWN // 2]} ... {line[-SHOWN // 2 :]}"
-    print(f"stable-rlhf: {line}", file=sys.stderr)
+    print(f"stable-rlhf: {ends(' '.join(str(message).split()), SHOWN)}", file=sys.stderr)
     return code
 
 

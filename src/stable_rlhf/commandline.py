@@ -111,7 +111,7 @@ def _check_file(file: Path) -> None:
         raise ConfigError(f"--config {file}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {file}: is not UTF-8 text; give a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"--config {file}{line}: {getattr(error, 'problem', error)}; repair the YAML") from error

@@ -14,6 +14,7 @@ from torch import nn
 
 from stable_rlhf.checkpoint import load_random_state, random_state
 from stable_rlhf.config import Config, ConfigError
+from stable_rlhf.display import clipped
 from stable_rlhf.ops.masked import distinct_n
 from stable_rlhf.optimize import Measured, measure, plain
 from stable_rlhf.passes import Passes
@@ -25,6 +26,8 @@ SEED = 12_345
 """Seed of the sampling in every evaluation, so that before and after differ by the policy alone."""
 SAMPLES = 16
 """Completions kept in evaluation.json, before and after training: a page of the report."""
+TEXT_LIMIT = 20_000
+"""Characters kept of a sample's prompt and completion, which are there to be read: 16 prompts of 10 MB would be 160."""
 
 
 def split_datasets(config: Config, train: Any, evaluation: Any) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -106,9 +109,9 @@ def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: 
     """
     known = {} if side == "before" else read(run_dir)
     known[side] = figures
-    kept = known.get("samples") or [{"prompt": sample["prompt"]} for sample in samples]
+    kept = known.get("samples") or [{"prompt": clipped(sample["prompt"], TEXT_LIMIT)} for sample in samples]
     for sample, new in zip(kept, samples, strict=True):
-        sample |= {side: new["completion"], f"reward_{side}": new["reward"]}
+        sample |= {side: clipped(new["completion"], TEXT_LIMIT), f"reward_{side}": new["reward"]}
     known["samples"] = kept
     (run_dir / "evaluation.json").write_text(json.dumps(known, indent=1))
     return known

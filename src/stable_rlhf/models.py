@@ -255,7 +255,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    name, arguments = _source(config)
+    name, arguments = policy_source(config)
     return prepare_tokenizer(AutoTokenizer.from_pretrained(name, **arguments))
 
 
@@ -271,18 +271,22 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 def load_policy(config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
     """(model on its device, whether to run it under bfloat16 autocast). Weights come from safetensors or GGUF only."""
-    name, arguments = _source(config)
+    name, arguments = policy_source(config)
     device = resolve_device(config.device)
-    low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    adapter = peft_config is not None or config.lora_r > 0
-    # Weights that are trained stay float32: bfloat16 has 8 bits of mantissa, and a step of 1e-5 would round away.
-    dtype = torch.bfloat16 if low and adapter else torch.float32
+    dtype, low = policy_dtype(config, adapter=peft_config is not None)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
     if config.gguf_file is not None:  # dequantised on loading, but it still calls itself quantised: no saving then
         model.hf_quantizer = None
         model.is_quantized = False
         model.config.__dict__.pop("quantization_config", None)
     return wrap_policy(model.to(device), config, peft_config), low
+
+
+def policy_dtype(config: ModelConfig, adapter: bool = False) -> tuple[torch.dtype, bool]:
+    """(dtype in which weights are loaded, whether to run under bfloat16 autocast)."""
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and resolve_device(config.device).type == "cuda")
+    # Weights that are trained stay float32: bfloat16 has 8 bits of mantissa, and a step of 1e-5 would round away.
+    return torch.bfloat16 if low and (adapter or config.lora_r > 0) else torch.float32, low
 
 
 def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> Any:
@@ -295,15 +299,21 @@ def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None 
         )
     if isinstance(model, PeftModel):
         return check_adapter(model)
-    if peft_config is None and config.lora_r > 0:
-        peft_config = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha or 2 * config.lora_r,  # pyright: ignore[reportArgumentType]
-            lora_dropout=0.0,  # dropout would make the ratio of two different policies
-            target_modules=config.lora_target_modules or "all-linear",
-            task_type="CAUSAL_LM",
-        )
+    peft_config = peft_config or lora_config(config)
     return model if peft_config is None else check_adapter(get_peft_model(model, peft_config))
+
+
+def lora_config(config: ModelConfig) -> LoraConfig | None:
+    """The adapter that the settings ask for."""
+    if config.lora_r == 0:
+        return None
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha or 2 * config.lora_r,  # pyright: ignore[reportArgumentType]
+        lora_dropout=0.0,  # dropout would make the ratio of two different policies
+        target_modules=config.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
 
 
 def given_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
@@ -365,7 +375,7 @@ def context_length(model: Any) -> int | None:
     return getattr(causal_lm(model).config, "max_position_embeddings", None)
 
 
-def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+def policy_source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if config.name == "builtin":
         return str(ASSETS / "policy"), {}
     arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}

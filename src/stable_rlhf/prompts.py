@@ -26,12 +26,12 @@ import torch
 from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
+from stable_rlhf.display import quoted
+
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | list[Message]
 FORMATS = ("auto", "prompt", "hh")
 ROLES = ("system", "user", "assistant", "tool")
-# Longest piece of hostile or huge text that an error message repeats: one terminal line.
-SHOWN_CHARACTERS = 80
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -288,7 +288,9 @@ def _local(path: Path) -> datasets.Dataset:
     columns: dict[str, list[Any]] = {}
     try:
         if path.name.endswith(".parquet"):
-            return datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
+            table = pyarrow.parquet.read_table(path)
+            table.validate(full=True)  # texts are UTF-8
+            return datasets.Dataset(InMemoryTable(table))
         if path.name.endswith((".csv", ".csv.gz")):
             return datasets.Dataset(InMemoryTable(_read_csv(path)))
         rows = list(_read_json(path))
@@ -323,14 +325,16 @@ def _read_json(path: Path) -> Iterable[dict[str, Any]]:
             items = [_json(line, f"{path}, row {n}") for n, line in enumerate(file, start=1) if line.strip()]
     for row, item in enumerate(items, start=1):
         if not isinstance(item, dict):
-            raise PromptError(f"{path}, row {row} is {_shown(item)}, not a JSON object. Give it a 'prompt' field.")
+            raise PromptError(f"{path}, row {row} is {quoted(item)}, not a JSON object. Give it a 'prompt' field.")
         yield item
 
 
 def _json(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text.decode())  # bytes alone would be tried as UTF-16 as well
-    except ValueError as error:
+        value = json.loads(text.decode())  # bytes alone would be tried as UTF-16 as well
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair can be written so, and is no text
+        return value
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{where} is not JSON: {error}. Repair or remove it.") from error
 
 
@@ -368,11 +372,11 @@ def _check_prompts(prompts: Iterable[object], name: str) -> None:
 
 def _hh_row(dialogue: object, where: str) -> list[Message]:
     if not isinstance(dialogue, str):
-        raise PromptError(f"{where}: 'chosen' is {_shown(dialogue)}, but the format 'hh' needs the dialogue as text.")
+        raise PromptError(f"{where}: 'chosen' is {quoted(dialogue)}, but the format 'hh' needs the dialogue as text.")
     try:
         return hh_prompt(dialogue)
     except ValueError as error:
-        raise PromptError(f"{where}: the dialogue {_shown(dialogue)} {error}. Repair or remove the row.") from error
+        raise PromptError(f"{where}: the dialogue {quoted(dialogue)} {error}. Repair or remove the row.") from error
 
 
 def _problem(prompt: object) -> str | None:
@@ -380,21 +384,15 @@ def _problem(prompt: object) -> str | None:
     if isinstance(prompt, str):
         return None if prompt.strip() else "is empty"
     if not isinstance(prompt, list) or not prompt:
-        return f"is {_shown(prompt)}, not text or messages"
+        return f"is {quoted(prompt)}, not text or messages"
     for number, message in enumerate(prompt, start=1):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            return f"has a message {number} without 'role' and 'content': {_shown(message)}"
+            return f"has a message {number} without 'role' and 'content': {quoted(message)}"
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            return f"has a message {number} with the role {_shown(role)}, not one of {', '.join(ROLES)}"
+            return f"has a message {number} with the role {quoted(role)}, not one of {', '.join(ROLES)}"
         if not isinstance(content, str) or not content.strip():
-            return f"has a message {number} whose content is {_shown(content)}, not a non-empty text"
+            return f"has a message {number} whose content is {quoted(content)}, not a non-empty text"
     if prompt[-1]["role"] == "assistant":
         return "ends with an assistant message, so the answer is already there"
     return None
-
-
-def _shown(value: object) -> str:
-    """repr() escapes control characters; the middle of a long one is left out."""
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 4]}...{text[-1]}"

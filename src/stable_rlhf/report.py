@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stable_rlhf import telemetry
+from stable_rlhf.display import excerpt
 
 WINDOW = 20  # steps of the moving average R in the definition of a reward crash
 CRASH_SHARE = 0.25  # of the reward gained, max R - R_20: smaller falls are oscillation
@@ -193,7 +195,7 @@ def write_report(run_dir: str | Path) -> Path:
     head = headline(run)
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "assets")
     environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["shown"], environment.filters["shown_whole"] = _shown, telemetry.visible
+    environment.filters["shown"] = _shown
     environment.filters["number"] = lambda value, form=".3f": "-" if value is None else format(float(value), form)
     page = environment.get_template("report.html.j2").render(
         run=run,
@@ -210,10 +212,9 @@ def write_report(run_dir: str | Path) -> Path:
     return aside.replace(run.path / "report.html")
 
 
-def _shown(text: Any) -> str:
+def _shown(value: Any, limit: int = TEXT_LIMIT) -> str:
     """Any value as text that only shows: escapes made visible, long texts cut. Jinja escapes the HTML in it."""
-    whole = telemetry.visible(str(text))
-    return whole if len(whole) <= TEXT_LIMIT else whole[:TEXT_LIMIT] + f"… ({len(whole) - TEXT_LIMIT} more characters)"
+    return excerpt(value if isinstance(value, str) else reprlib.repr(value), limit)  # a list in YAML can be 10^9 items
 
 
 def _read_config(path: Path, notes: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -223,7 +224,7 @@ def _read_config(path: Path, notes: list[str]) -> tuple[str | None, dict[str, An
     try:
         text = path.read_text(encoding="utf-8")
         config = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise ValueError(f"{path}:{mark.line + 1 if mark else 1}: not YAML ({error})") from error
     if not isinstance(config, dict):
@@ -242,7 +243,7 @@ def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
         telemetry.evaluation_rows(evaluation)
         if not all(isinstance(sample, dict) for sample in evaluation.get("samples", [])):
             raise TypeError("`samples` must be a list of objects")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: {error}") from error
     if not evaluation.get("after"):
         notes.append("evaluation.json has no `after`: the run stopped before its last evaluation.")

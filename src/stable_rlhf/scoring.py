@@ -89,14 +89,14 @@ class Scorer:
             raise RewardError(f"reward.weights must be {len(functions)} finite numbers, one a reward; got {weights}.")
         if missing_eos_penalty is not None and not 0 <= missing_eos_penalty < math.inf:
             raise RewardError(f"reward.missing_eos_penalty must be finite and at least 0, got {missing_eos_penalty}.")
-        self._functions = _with_unique_names(functions)
+        self.functions = _with_unique_names(functions)
         self._weights = weights
         self._penalty = missing_eos_penalty or 0.0
 
     @property
     def names(self) -> list[str]:
         """The names of the reward functions, unique, in the order of the weights."""
-        return [function.name for function in self._functions]
+        return [function.name for function in self.functions]
 
     def score(
         self, prompts: Sequence[Text], completions: Sequence[str], columns: dict[str, list[Any]], ended: Sequence[bool]
@@ -132,7 +132,7 @@ class Scorer:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         outputs = self._call(prompts, texts, columns)
-        named = zip(self._functions, outputs, strict=True)
+        named = zip(self.functions, outputs, strict=True)
         return {function.name: checked(function.name, output, prompts) for function, output in named}
 
     def _total(self, sample: tuple[float | None, ...], ended: bool) -> float:
@@ -156,8 +156,8 @@ class Scorer:
             return await asyncio.gather(*map(one, waiting), return_exceptions=True)
 
         outputs: dict[str, Any] = {}
-        waiting = [function for function in self._functions if _is_async(function.function)]
-        for function in self._functions:
+        waiting = [function for function in self.functions if _is_async(function.function)]
+        for function in self.functions:
             if function not in waiting:
                 with failures_named(function.name, prompts):
                     outputs[function.name] = function.function(**arguments())

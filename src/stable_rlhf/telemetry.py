@@ -12,7 +12,6 @@ import math
 import os
 import re
 import time
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stable_rlhf.display import printable, valid_unicode, visible
 from stable_rlhf.metrics import METRICS, TEXT_METRICS, TIMINGS
 
 # Figures of evaluation.json that get a row of their own: label, and the format in which people read it.
@@ -98,6 +98,7 @@ class MetricsWriter:
                     f"unknown metric {name!r}: mend it, or add it to telemetry.METRICS and docs/metrics.md"
                 )
             _check_value(name, value, text=name in TEXT_METRICS)
+        row = {name: valid_unicode(value) if isinstance(value, str) else value for name, value in row.items()}
         step = row.get("step")
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"step is {step!r}: a row needs an integer step from 0")
@@ -109,7 +110,7 @@ class MetricsWriter:
             _check_value(name, value)
         if timing.get("step", step) != step:
             raise ValueError(f"timing of step {timing['step']} given with the metrics of step {step}")
-        for path, data in zip(self._paths, (dict(row), {"step": step, **timing}), strict=True):
+        for path, data in zip(self._paths, (row, {"step": step, **timing}), strict=True):
             with path.open("a", encoding="ascii", newline="\n") as file:  # closed, hence flushed, at every row
                 file.write(json.dumps(data, allow_nan=False) + "\n")
         self._last_step = step
@@ -142,39 +143,11 @@ def write_completions(run_dir: str | Path, step: int, rows: Sequence[Mapping[str
             raise ValueError(f"completion {number}: keys {sorted(row)}, expected {sorted(_COMPLETIONS.names)}")
         for name in ("score", "length", "kl"):
             _check_value(f"{name} of completion {number}", row[name])
-        clean.append({**row, **{name: _valid_unicode(row[name]) for name in ("prompt", "completion")}})
+        clean.append({**row, **{name: valid_unicode(row[name]) for name in ("prompt", "completion")}})
     path = Path(run_dir) / "completions" / f"step-{step:06d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace_file(path, partial(pq.write_table, pa.Table.from_pylist(clean, schema=_COMPLETIONS)))
     return path
-
-
-def visible(text: str, newline: str = "\n") -> str:
-    """`text` with every character that could act instead of show written as an escape; newlines become `newline`.
-
-    Escaped are Unicode's categories C* (controls, format characters such as bidi overrides and zero-width ones,
-    surrogates, private and unassigned code points) and the line and paragraph separators.
-    """
-    return "".join(_visible_character(character, newline) for character in text)
-
-
-def printable(text: str, limit: int) -> str:
-    """`text` on one line, safe on a terminal, at most `limit` characters; a shortened text ends in an ellipsis.
-
-    Newlines show as a return mark, the rest as in `visible`; an escape is never cut in two. The result is plain text:
-    hand it to rich as `rich.text.Text`, never as markup. Raises ValueError when limit < 1.
-    """
-    if limit < 1:
-        raise ValueError(f"limit is {limit}: it must be 1 or more")
-    shown, length = [], 0
-    for position, character in enumerate(text):
-        piece = _visible_character(character, "⏎")
-        rest = position + 1 < len(text)  # then one place must stay free for the ellipsis
-        if length + len(piece) + rest > limit:
-            return "".join(shown) + "…"
-        shown.append(piece)
-        length += len(piece)
-    return "".join(shown)
 
 
 class Progress:
@@ -283,7 +256,7 @@ def print_summary(
     lines = {"Run": str(run_dir), "Report": str(Path(run_dir) / "report.html"), "Resume": resume_command}
     for label, line in lines.items():
         if line is not None:  # soft wrap: a path or command that is copied must not contain line breaks
-            console.print(Text(f"{label}: {visible(line)}"), soft_wrap=True)
+            console.print(Text(f"{label}: {visible(line, '⏎')}"), soft_wrap=True)
 
 
 def _figures(row: Mapping[str, Any]) -> str:
@@ -313,19 +286,6 @@ def finite(number: str) -> float:
     if not math.isfinite(float(number)):
         raise ValueError(f"{number} is not a finite number")
     return float(number)
-
-
-def _valid_unicode(text: str) -> str:
-    # Through UTF-16 a pair of surrogates becomes the character it stands for; a lone one becomes U+FFFD.
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _visible_character(character: str, newline: str) -> str:
-    if character == "\n":
-        return newline
-    if unicodedata.category(character)[0] == "C" or character in "\u2028\u2029":
-        return character.encode("unicode_escape").decode("ascii")
-    return character
 
 
 def _replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -9,6 +9,8 @@ import typing
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from stable_rlhf.display import valid_unicode
+
 
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, out of range, or in conflict with another."""
@@ -76,6 +78,11 @@ def check_types(section: str, config: Any) -> None:
         value, hint = getattr(config, field.name), hints[field.name]
         setting = f"{section}.{field.name}" if section else field.name
         require(_fits(value, hint), setting, value, wanted(hint))
+        for text in value if isinstance(value, list) else [value]:
+            ok = not isinstance(text, str) or ("\0" not in text and text == valid_unicode(text))
+            require(
+                ok, setting, text, "holds a NUL or a byte that is not UTF-8, which no file can hold; choose another"
+            )
 
 
 def wanted(hint: Any) -> str:

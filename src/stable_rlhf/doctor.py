@@ -1,0 +1,312 @@
+"""`stable-rlhf doctor`: what would go wrong in a run, found before hours are spent on it.
+
+Cheap checks come first, and each says its own line: ok, warning or failed, with the remedy. The last is the trainer
+itself, for two steps, in a folder that is gone afterwards: nothing is left behind, and the run's folder is not made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from stable_rlhf import memory
+from stable_rlhf.arguments import make_scorer
+from stable_rlhf.config import Config
+from stable_rlhf.display import ends, printable
+from stable_rlhf.evaluation import split_datasets
+from stable_rlhf.memory import Memory
+from stable_rlhf.models import context_length, load_tokenizer, policy_dtype, resolve_device
+from stable_rlhf.optimize import DivergenceError
+from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts
+from stable_rlhf.scoring import RewardError, Scorer
+from stable_rlhf.sections import DataConfig, GuardConfig, RewardConfig
+from stable_rlhf.trainer import SAFETrainer
+
+PLEASANT = " It was wonderful: friendly, quick, and better than I had hoped. I would go again."
+UNPLEASANT = " It was terrible: rude, slow, and worse than I had feared. I would never go again."
+SHOWN, CHARACTERS = 3, 400
+"""Prompts that are shown, and characters of each: enough to see a chat template at both ends of a short prompt."""
+LINE = 600
+"""Characters of a line at most; what a reward or an error says may be of any length."""
+CUT = 0.01
+"""Share of prompts that may be cut without a warning: a few long ones are in every data set."""
+TWICE = 0.1
+"""Share of prompts that may stand there more than once without a warning: data sets weigh prompts so."""
+TIGHT = 0.8
+"""Share of the free memory above which an estimate is a warning: it leaves out what kernels and libraries take."""
+LESS_MEMORY = (
+    "set model.lora_r, lower optim.microbatch_tokens or rollout.batch_size, or set model.gradient_checkpointing"
+)
+PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_s", "update": "update_s"}
+
+
+class Findings:
+    """The lines, printed as they come, and whether a check failed."""
+
+    def __init__(self, say: Callable[[str], object] = print) -> None:
+        self._say = say
+        self.failed = False
+
+    def ok(self, text: str) -> None:
+        self._line("ok", text)
+
+    def warning(self, text: str) -> None:
+        self._line("warning", text)
+
+    def fail(self, text: str) -> None:
+        self.failed = True
+        self._line("failed", text)
+
+    def detail(self, text: str) -> None:
+        self._line("", text)
+
+    def _line(self, verdict: str, text: str) -> None:
+        self._say(f"{verdict:<9}{ends(' '.join(text.split()), LINE)}")
+
+
+def examine(config: Config, say: Callable[[str], object] = print) -> bool:
+    """Checks a run without training it; True where nothing failed. ``say`` is given each line.
+
+    Raises ConfigError, PromptError or RewardError for what cannot be loaded at all, as the trainer does.
+    """
+    found = Findings(say)
+    device, low = resolve_device(config.model.device), policy_dtype(config.model)[1]
+    check_output(found, config)
+    policy = memory.skeleton(config)
+
+    def needed(prompt: int) -> Memory:
+        return memory.estimate(policy, config, device=device, low=low, prompt=prompt)
+
+    check_disk(found, config, disk := needed(1))
+    train, encoded, held_out = check_data(found, config, context_length(policy))
+    scorer = make_scorer(config, None, None, device)
+    rewarded = check_reward(found, scorer, train[0])
+    longest = max(map(len, encoded.input_ids))
+    fits = check_memory(found, needed(longest), device)
+    if rewarded and fits:
+        functions = [function.function for function in scorer.functions]
+        dry_steps(found, config, functions, train, encoded, held_out, disk.checkpoint)
+    else:
+        found.detail("no step was tried: mend what failed first")
+    return not found.failed
+
+
+# -- before anything is loaded --------------------------------------------------------------------------------------
+
+
+def check_output(found: Findings, config: Config) -> None:
+    """Whether the run's folder is free, and one can be made there."""
+    folder = Path(config.output_dir or "runs")
+    shown = f"output_dir={config.output_dir!r}" + ("" if config.output_dir else " (a new folder under runs)")
+    if config.output_dir is not None and (folder / "metrics.jsonl").exists():
+        found.fail(f"{shown}: holds a run already; go on with it by `stable-rlhf resume`, or choose another folder")
+        return
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            pass
+    except OSError as error:
+        found.fail(f"{shown}: {_existing(folder)} cannot be written to ({error.strerror}); choose another folder")
+        return
+    found.ok(f"{shown}: free, and {_existing(folder)} can be written to")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def check_data(found: Findings, config: Config, context: int | None) -> tuple[datasets.Dataset, EncodedPrompts, int]:
+    """(training prompts, their tokens, number of held-out prompts); shows how long they are, and three of them.
+
+    ``context``: positions that the model has.
+    """
+    train, held_out = split_datasets(config, None, None)
+    tokenizer = load_tokenizer(config.model)
+    encoded, *_ = [
+        encode_prompts(
+            prompts,
+            tokenizer,
+            max_prompt_length=config.data.max_prompt_length,
+            context_length=context,
+            max_completion_length=config.rollout.max_completion_length,
+        )
+        for prompts in (train, held_out)
+        if prompts is not None
+    ]
+    count, sizes = len(encoded), [len(ids) for ids in encoded.input_ids]
+    cut, twice = sum(encoded.truncated), count - len({tuple(ids) for ids in encoded.input_ids})
+    middle = f"{statistics.median(sizes):g}"
+    text = f"data: {count} prompts of {min(sizes)} to {max(sizes)} tokens (median {middle}), {cut} of them cut to "
+    text += f"data.max_prompt_length={config.data.max_prompt_length}, {twice} duplicates"
+    if count < config.rollout.batch_size:
+        found.warning(f"{text}; fewer than rollout.batch_size={config.rollout.batch_size}: every step sees all of them")
+    elif cut > CUT * count:
+        found.warning(f"{text}; the beginning of what is cut is lost: raise data.max_prompt_length, or shorten them")
+    elif twice > TWICE * count:
+        found.warning(f"{text}; what stands there twice is trained on twice: remove duplicates unless you mean them")
+    else:
+        found.ok(text)
+    for number, ids in enumerate(encoded.input_ids[:SHOWN], start=1):
+        found.detail(
+            f"prompt {number}: {printable(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), CHARACTERS)}"
+        )
+    return train, encoded, 0 if held_out is None else len(held_out)
+
+
+def check_disk(found: Findings, config: Config, needed: Memory) -> None:
+    """Whether the checkpoints that are kept, the one that is being written, and the final model have room."""
+    place = _existing(Path(config.output_dir or "runs"))
+    room = (config.save_total_limit + 1) * needed.checkpoint + needed.final
+    left = shutil.disk_usage(place).free
+    text = (
+        f"disk: {_size(left)} free at {place}, {_size(room)} needed for {config.save_total_limit} + 1 checkpoints of "
+    )
+    text += f"{_size(needed.checkpoint)} and the final model of {_size(needed.final)}"
+    if room > left:
+        found.fail(f"{text}; free some, lower save_total_limit={config.save_total_limit}, or choose another output_dir")
+    else:
+        found.ok(text)
+
+
+# -- what is loaded -------------------------------------------------------------------------------------------------
+
+
+def check_reward(found: Findings, scorer: Scorer, row: dict[str, Any]) -> bool:
+    """Scores a pleasant and an unpleasant answer to the first prompt; False where that failed."""
+    columns = {name: [value, value] for name, value in row.items() if name != "prompt"}
+    try:
+        scores = scorer.score([row["prompt"]] * 2, [PLEASANT, UNPLEASANT], columns, [True, True])
+    except RewardError as error:
+        found.fail(f"reward: {error}")
+        return False
+    text = "reward: " + ", ".join(
+        f"{name} gives {' and '.join('no score' if value is None else f'{value:.4g}' for value in values)}"
+        for name, values in scores.per_function.items()
+    )
+    text += f" to {PLEASANT.strip()!r} and {UNPLEASANT.strip()!r} after the first prompt"
+    if not all(scores.valid):
+        found.warning(f"{text}; a completion without a score is not learned from: see why there is none")
+    elif scores.total[0] == scores.total[1]:
+        found.warning(f"{text}; all is alike to it: check that it reads the completion, if that is no surprise")
+    else:
+        found.ok(text)
+    return True
+
+
+def check_memory(found: Findings, needed: Memory, device: torch.device) -> bool:
+    """Compares the estimate with what is free; False where even what is held throughout does not fit."""
+    left, held = memory.free(device), sum(needed.held.values())
+    text = f"memory: about {_size(needed.total)} needed, {_size(left)} free on {device}"
+    if held > left:
+        found.fail(f"{text}: {_size(held)} are held from beginning to end; {LESS_MEMORY}")
+    elif needed.total > TIGHT * left:
+        found.warning(f"{text}; {LESS_MEMORY}")
+    else:
+        found.ok(text)
+    parts = [f"{name} {_size(size)}" for name, size in (needed.held | needed.passing).items() if size]
+    found.detail(f"of these {', '.join(parts)}")
+    return held <= left
+
+
+class _DryRun(SAFETrainer):
+    """The trainer, but for what it would leave on disk."""
+
+    def save_checkpoint(self, is_snapshot: bool = False) -> Path:
+        return self.run_dir
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        return self.run_dir
+
+
+class _Order:
+    """In place of the prompts' stream: given rows first, then others again and again."""
+
+    def __init__(self, first: Sequence[int], then: Sequence[int]) -> None:
+        self._left, self._then = [first], then
+
+    def take(self, k: int) -> Sequence[int]:
+        return self._left.pop() if self._left else self._then
+
+
+def dry_steps(
+    found: Findings,
+    config: Config,
+    functions: list[Any],
+    train: datasets.Dataset,
+    encoded: EncodedPrompts,
+    held_out: int,
+    checkpoint: int,
+) -> None:
+    """Trains for a few steps, first on the longest prompts, then on the run's first batch, whose last time is taken."""
+    device, size = resolve_device(config.model.device), config.rollout.batch_size
+    by_length = sorted(range(len(encoded)), key=lambda row: -len(encoded.input_ids[row]))
+    longest = [by_length[i % len(by_length)] for i in range(size)]
+    usual = PromptStream(len(train), config.seed).take(size)
+    with tempfile.TemporaryDirectory(prefix="stable-rlhf-doctor-") as folder:
+        dry = dataclasses.replace(
+            config,
+            output_dir=str(Path(folder) / "run"),
+            max_steps=3 if device.type == "cuda" else 2,  # on CUDA the usual shapes are compiled and captured first
+            save_steps=0,
+            data=DataConfig(max_prompt_length=config.data.max_prompt_length),  # the rows are chosen already
+            critic=dataclasses.replace(config.critic, warmup_steps=0),  # longer than these steps; without, all learns
+            reward=RewardConfig(  # what is rewarded is loaded already, and given as objects
+                weights=config.reward.weights,
+                missing_eos_penalty=config.reward.missing_eos_penalty,
+                normalise=config.reward.normalise,
+            ),
+            guard=GuardConfig(enabled=False),  # a figure that is not finite is to be named, not rolled back
+            log=dataclasses.replace(config.log, report_to=[], completions_steps=0, progress=False),
+        )
+        try:
+            with memory.measured(device) as peak:
+                rows = train.select([*longest, *usual])
+                trainer = _DryRun(config.model.name, functions, args=dry, train_dataset=rows)
+                trainer.stream = _Order(range(size), range(size, 2 * size))  # type: ignore[assignment]
+                trainer.train()
+        except (RewardError, DivergenceError) as error:
+            found.fail(f"step: {error}")
+            return
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "allocate memory" not in str(error):  # CUDA's words, and the CPU's
+                raise
+            found.fail(f"step: {str(error).splitlines()[0]}; {LESS_MEMORY}")
+            return
+        lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
+    timing = json.loads(lines[-1])
+    taken = "" if peak.taken is None else f"; the steps took {_size(peak.taken)} at most"
+    parts = ", ".join(f"{name} {timing[key]:.3g} s" for name, key in PARTS.items())
+    found.ok(f"step: {timing['total_s']:.3g} s ({parts}), {timing['tokens_per_s']:.0f} tokens/s{taken}")
+    found.ok(forecast(config, timing, held_out, checkpoint))
+
+
+def forecast(config: Config, timing: dict[str, float], held_out: int, checkpoint: int) -> str:
+    """How long the run takes, and when it saves; ``timing``: a step's seconds by part, ``held_out``: prompts."""
+    evaluating = sum(timing[part] for part in ("rollout_s", "scoring_s", "logprobs_s"))
+    evaluating *= 2 * math.ceil(held_out / config.rollout.batch_size)  # before and after
+    seconds = config.max_steps * timing["total_s"] + evaluating
+    every = config.save_steps
+    when = f"every {every} steps and at the end" if 0 < every < config.max_steps else "at the end"
+    return (
+        f"forecast: {config.max_steps} steps x {timing['total_s']:.3g} s and {evaluating:.3g} s of evaluation = "
+        f"{timedelta(seconds=round(seconds))}; checkpoints of {_size(checkpoint)} {when}"
+    )
+
+
+def _size(size: float) -> str:
+    """Bytes as people read them: 1 GB is 10^9."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"

@@ -378,7 +378,7 @@ def test_the_pass_is_as_wide_as_its_longest_row_and_within_the_bound_on_a_passs_
     assert found.length == -(-max(lengths.response[row] for row in found.rows.tolist()) // 8) * 8
     few, _ = probed(tokenizer, [1 + row for row in range(64)], microbatch_tokens=2 * exact)
     assert few.rows.tolist() == found.rows.tolist()
-    one, _ = probed(tokenizer, [1 + row for row in range(64)], microbatch_tokens=1)
+    one, _ = probed(tokenizer, [1 + row for row in range(64)], microbatch_tokens=2 * exact - 1)
     assert one.rows.tolist() == found.rows[:1].tolist()
 
 

@@ -27,7 +27,8 @@ RETRIES = 4
 for steps so long that they were not, and what is still too long after four has no useful direction."""
 SHARE = 32
 """One row of the rollout in this many is looked at. With two passes of two minibatches that is an eighth of the rows
-forward, beside two forward and backward; a sixteenth cost the built-in policy 6 % of its step on the CPU."""
+forward, beside two forward and backward; a sixteenth cost the built-in policy 6 % of its step's CPU time (docs/LOG.md).
+"""
 FEWEST = 2
 """Rows that are looked at at least, where there are as many: torch.compile makes a program of its own for one row."""
 ORDER = 1_008

@@ -44,8 +44,8 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """Gradient norm at which the policy's gradient is clipped."""
     max_preview_kl: float | None = 0.05
-    """Bound on KL(before || after) of one optimiser step, nats per token, measured on a sixteenth of the rollout: above
-    it only a part of the step is taken (algorithm.md, layer 4). None takes every step whole, and measures nothing."""
+    """Bound on KL(before || after) of one optimiser step, nats per token, measured on a 32nd of the rollout: above it
+    only a part of the step is taken (algorithm.md, layer 4). None takes every step whole, and measures nothing."""
 
     def __post_init__(self) -> None:
         check_types("optim", self)

@@ -215,7 +215,7 @@ def _clipped_step(
 ) -> Tensor:
     """Clips each group's gradient to its own norm, steps, moves the target heads; [2] norms of policy and critic.
 
-    Where a norm is not finite the optimiser leaves weights and moments as they are, without the host's looking.
+    Where a norm is not finite, weights, moments and target heads stay as they are, without the host's looking.
     """
     model = passes.model
     policy, critic = model.policy_parameters(), model.critic_parameters()
@@ -228,15 +228,16 @@ def _clipped_step(
         nn.utils.clip_grad_norm_(critic, config.critic.max_grad_norm),
     ]
     norms = torch.stack([norm.to(model.device, torch.float32) for norm in found])  # of no gradient: a 0 on the CPU
-    setattr(optimizer, "found_inf", 1.0 - norms.isfinite().all().float())  # noqa: B010  the name by which AdamW reads it
+    finite = norms.isfinite().all()
+    setattr(optimizer, "found_inf", 1.0 - finite.float())  # noqa: B010  the name by which AdamW reads it
     if preview is None:
         optimizer.step()
     else:
-        preview.take(optimizer)
+        preview.take(optimizer, finite)
     for parameter, gradient in zip(policy, held, strict=True):
         parameter.grad = gradient
     passes.zero_grad()
-    model.update_targets()
+    model.update_targets(finite)
     return norms
 
 

@@ -189,7 +189,7 @@ def update(
     names: list[str] = []
     steps: list[Tensor] = []
     with passes.training():
-        for minibatch in work:
+        for number, minibatch in enumerate(work, start=1):
             tokens = sum(of_rows.response[row] for micro in minibatch for row in micro.rows[: micro.count].tolist())
             scale = Scale(kl_coef=kl_coef, tokens=torch.full((), float(tokens), device=device))
             sums: list[Tensor] = []
@@ -197,7 +197,7 @@ def update(
                 part = batch.rows(next(rows), micro.width, micro.length, micro.count)
                 names, figures = passes.learn(part, scale, learns)
                 sums.append(figures)
-            norms = _clipped_step(passes, optimizer, config, learns, preview)
+            norms = _clipped_step(passes, optimizer, config, learns, preview, last=number == len(work))
             steps.append(torch.cat([torch.stack(sums).sum(0), norms]))
     names = [*names, "grad_norm/policy", "grad_norm/critic"]
     taken = torch.stack([figures[-2:].isfinite().all() for figures in steps])
@@ -211,7 +211,12 @@ def update(
 
 
 def _clipped_step(
-    passes: Passes, optimizer: torch.optim.Optimizer, config: Config, learns: bool, preview: Preview | None
+    passes: Passes,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    learns: bool,
+    preview: Preview | None,
+    last: bool,
 ) -> Tensor:
     """Clips each group's gradient to its own norm, steps, moves the target heads; [2] norms of policy and critic.
 
@@ -233,7 +238,7 @@ def _clipped_step(
     if preview is None:
         optimizer.step()
     else:
-        preview.take(optimizer, finite)
+        preview.take(optimizer, finite, last)
     for parameter, gradient in zip(policy, held, strict=True):
         parameter.grad = gradient
     passes.zero_grad()

@@ -287,14 +287,26 @@ def test_a_reward_that_loses_half_of_what_it_had_gained_is_a_crash_and_not_one_s
 
 
 def test_a_fall_that_chance_explains_is_none() -> None:
-    """Of 20 steps new and 20 old the error of the difference is sqrt(2/20) of a step's: 1 is five times sqrt(2/20) of
-    sqrt(10)/5."""
+    """Of 20 steps new and 20 old the error of the difference is sqrt(2/20) of a step's: 1 is six times sqrt(2/20) of
+    sqrt(10)/6."""
     rewards = [0.0] * 20 + [1.0] * 20 + [0.0] * 30
-    config, bound = GuardConfig(patience=1), math.sqrt(10) / 5
+    config, bound = GuardConfig(patience=1), math.sqrt(10) / 6
     assert first_incident(config, drawn(rewards, deviation=bound * 0.999, rows=1)) == 59
     assert first_incident(config, drawn(rewards, deviation=bound * 1.001, rows=1)) is None
     assert first_incident(config, drawn(rewards, deviation=bound * 0.999 * 8, rows=64)) == 59
     assert first_incident(config, drawn(rewards, deviation=bound * 1.001 * 8, rows=64)) is None
+
+
+def test_a_reward_that_begins_to_fall_makes_a_state_suspect_for_two_windows() -> None:
+    """From 1 to 0.7: a tenth of what was gained is lost with the seventh step of 20, and never half."""
+    rewards = [0.0] * 20 + [1.0] * 20 + [0.7] * 60
+    verdicts = run(GuardConfig(), drawn(rewards, deviation=0.01))[1]
+    assert [number for number, verdict in enumerate(verdicts) if verdict.suspect] == list(range(46, 80))
+    assert {verdict.action for verdict in verdicts} == {Action.GO_ON}
+    for other in (GuardConfig(max_drawdown=None), GuardConfig(max_drawdown=1.6)):
+        assert not any(verdict.suspect for verdict in run(other, drawn(rewards, deviation=0.01))[1])
+    noisy = run(GuardConfig(), drawn(rewards, deviation=1.3))[1]
+    assert not any(verdict.suspect for verdict in noisy)
 
 
 def test_noise_about_a_level_that_does_not_move_is_no_crash() -> None:

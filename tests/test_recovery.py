@@ -342,7 +342,7 @@ def test_a_failure_in_the_first_step_goes_back_to_the_beginning(tokenizer, tmp_p
 
 @ADAPTER
 @pytest.mark.parametrize("allowed", [0, 2])
-def test_after_max_rollbacks_the_run_stops_with_the_last_good_state_and_can_go_on(
+def test_after_max_rollbacks_the_run_stops_where_it_was_good(
     tokenizer, tmp_path: Path, capsys, allowed: int, lora_r: int
 ) -> None:
     happens = Happens(lambda run: multiply(run.model.policy_parameters()), *range(5, 100))

@@ -276,7 +276,7 @@ def first_incident(config: GuardConfig, steps: list[Figures]) -> int | None:
     return None
 
 
-def test_a_reward_that_loses_half_of_what_it_had_gained_is_a_crash_and_not_one_step_before() -> None:
+def test_a_reward_that_loses_half_of_its_gain_is_a_crash() -> None:
     """R climbs from 0 to 1 and falls back to 0 with the last reward: half is lost when 10 of 20 are 0; more with 11."""
     config = GuardConfig(patience=1)
     rewards = [0.0] * 20 + [1.0] * 20 + [0.0] * 20

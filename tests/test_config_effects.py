@@ -161,7 +161,7 @@ TURNED: dict[str, Turn | str] = {
     "guard.min_explained_variance": Turn(to=0.999, of="safe/rollbacks", given=AT_ONCE),
     "guard.patience": Turn(to=2, of="safe/rollbacks", given=ROLLS_BACK),
     "guard.snapshot_steps": Turn(to=1, of="objective/kl", given=ROLLS_BACK),
-    "guard.max_rollbacks": "test_recovery.py::test_after_max_rollbacks_the_run_stops_where_it_was_good",
+    "guard.max_rollbacks": "test_recovery_ends.py::test_after_max_rollbacks_the_run_stops_where_it_was_good",
     "guard.rollback_factor": Turn(to=0.1, of="lr", given=ROLLS_BACK),
     "log.report_to": Turn(to=["tensorboard"], shows_in="files"),
     "log.completions_steps": Turn(to=1, shows_in="files"),

@@ -3,78 +3,22 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaForCausalLM
 
 from benchmarks.shapes import SHAPES
 from stable_rlhf import SAFETrainer, incidents, runstate
 from stable_rlhf.checkpoint import CheckpointError
-from stable_rlhf.optimize import DivergenceError
-from stable_rlhf.recovery import GuardStop
-from tests.runs import ENDS, letters, rows, settings, trainer
-
-STEPS = 8
-ADAPTER = pytest.mark.parametrize("lora_r", [0, 2], ids=["on disk", "in memory"])
-GUARD = {"snapshot_steps": 2, "patience": 3, "max_kl": 0.5}
-
-
-def prints(tensors: runstate.Tensors, state: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of every tensor, and every other part of a state as JSON."""
-    found = {
-        f"{group}.{name}": hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
-        for group, named in tensors.items()
-        for name, tensor in named.items()
-    }
-    return found | {name: json.dumps(part, sort_keys=True) for name, part in state.items()}
-
-
-def guarded(output_dir: Path, lora_r: int = 0, guard: dict | None = None, **overrides: Any) -> Any:
-    run = {"max_steps": STEPS, "save_steps": 0, "optim": {"learning_rate": 1e-3}, "model": {"lora_r": lora_r}}
-    return settings(output_dir, guard={**GUARD, **(guard or {})}, **{**run, **overrides})
-
-
-class Happens(TrainerCallback):
-    """Calls ``what(run)`` at the end of the steps named, before anything of them is kept; watches every step."""
-
-    def __init__(self, what: Callable[[SAFETrainer], None] = lambda run: None, *at: int) -> None:
-        self.what, self.at = what, at
-        self.run: Any = None
-        self.seen: dict[int, dict[str, str]] = {}
-        """Steps done -> prints of the state, before ``what``."""
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.seen[state.global_step] = prints(*runstate.capture(self.run))
-        if state.global_step in self.at:
-            self.what(self.run)
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        control.should_training_stop = state.global_step == self.steps
-
-
-def made(config: Any, tokenizer: PreTrainedTokenizerFast, happens: Happens, **arguments: Any) -> SAFETrainer:
-    run = trainer(config, tokenizer, callbacks=[happens], **arguments)
-    happens.run = run
-    return run
-
-
-def known(run: SAFETrainer) -> list[tuple[int, str, str]]:
-    return [(found["step"], found["action"], found["rule"]) for found in incidents.read(run.run_dir)]
-
+from tests.failing import ADAPTER, STEPS, Happens, fill, guarded, known, made, multiply, prints
+from tests.runs import ENDS, letters, rows, trainer
 
 # -- every byte -----------------------------------------------------------------------------------------------------
 
@@ -208,18 +152,6 @@ def test_a_step_that_broke_off_moves_the_schedule_on_too(tokenizer, tmp_path: Pa
 # -- failures in real runs ------------------------------------------------------------------------------------------
 
 
-def multiply(parameters: Any) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.mul_(1e3)
-
-
-def fill(parameters: Any, value: float) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.fill_(value)
-
-
 def one_policy_weight_nan(run: SAFETrainer) -> None:
     with torch.no_grad():
         run.model.policy_parameters()[0].flatten()[0] = math.nan
@@ -335,149 +267,6 @@ def test_a_failure_in_the_first_step_goes_back_to_the_beginning(tokenizer, tmp_p
     back = happens.seen[2]
     assert {name for name in start if name.startswith("model.")} <= {n for n in back if back[n] == start.get(n)}
     assert not [name for name in back if name.startswith("optimizer.")]  # AdamW has not begun
-
-
-# -- the end of what can be rolled back -----------------------------------------------------------------------------
-
-
-@ADAPTER
-@pytest.mark.parametrize("allowed", [0, 2])
-def test_after_max_rollbacks_the_run_stops_where_it_was_good(
-    tokenizer, tmp_path: Path, capsys, allowed: int, lora_r: int
-) -> None:
-    happens = Happens(lambda run: multiply(run.model.policy_parameters()), *range(5, 100))
-    config = guarded(tmp_path, lora_r, guard={"max_rollbacks": allowed, "snapshot_steps": 4}, max_steps=12)
-    run = made(config, tokenizer, happens)
-    with pytest.raises(GuardStop) as stop:
-        run.train()
-    assert [(action, rule) for _, action, rule in known(run)] == [("roll back", "max_kl")] * allowed + [
-        ("stop", "max_kl")
-    ]
-    sentence = str(stop.value)
-    assert f"and stopped there, after guard.max_rollbacks={allowed} roll-backs. If it goes on: lower optim." in sentence
-    assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "final").exists()
-    (path,) = (tmp_path / "checkpoints").iterdir()
-    saved = prints(*runstate.checkpoint.load(path))
-    good = happens.seen[4]
-    weights = [name for name in good if name.startswith(("model.", "optimizer.")) or name == "normaliser"]
-    assert [saved[name] for name in weights] == [good[name] for name in weights]
-    assert json.loads(saved["guard"])["rollbacks"] == allowed
-
-    again = made(config, tokenizer, Happens())
-    again.train(resume_from_checkpoint=True)
-    last = rows(tmp_path)[-1]
-    assert (last["step"], last["safe/rollbacks"]) == (11, allowed)
-    assert last["lr"] == 1e-3 * 0.5**allowed
-    assert len(known(again)) == allowed + 1
-
-
-# -- resume ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("at", "stop", "lora_r"), [(4, 3, 0), (4, 4, 0), (4, 4, 2), (4, 5, 2), (5, 4, 2), (5, 5, 0), (5, 6, 0), (5, 7, 2)]
-)
-def test_a_run_that_is_resumed_about_a_failure_is_the_one_that_never_stopped(
-    tokenizer, tmp_path: Path, at: int, stop: int, lora_r: int
-) -> None:
-    """Before the failure with a candidate, between snapshot and failure, right after the roll-back, later."""
-    for name, stops in (("whole", [0]), ("parts", [stop, 0])):
-        config = guarded(tmp_path / name, lora_r, optim={"learning_rate": 1e-3, "lr_scheduler_type": "cosine"})
-        for number, after in enumerate(stops):
-            run = made(config, tokenizer, Happens(lambda run: multiply(run.model.policy_parameters()), at))
-            run.add_callback(StopAfter(after))
-            run.train(resume_from_checkpoint=number > 0)
-    assert_same(tmp_path / "whole", tmp_path / "parts")
-    assert [(step, action) for step, action, _ in known(run)] == [(at, "roll back")]
-
-
-@pytest.mark.parametrize("stop", [3, 4, 5, 6])
-def test_a_run_that_is_resumed_while_a_rule_is_broken_counts_on(tokenizer, tmp_path: Path, stop: int) -> None:
-    def hooked(folder: Path, *callbacks: TrainerCallback) -> SAFETrainer:
-        run = made(guarded(folder), tokenizer, Happens())
-        run.model.policy_parameters()[0].register_hook(lambda g: g * math.nan if run.step in (3, 4, 5) else g)
-        for callback in callbacks:
-            run.add_callback(callback)
-        return run
-
-    hooked(tmp_path / "whole").train()
-    hooked(tmp_path / "parts", StopAfter(stop)).train()
-    run = hooked(tmp_path / "parts")
-    run.train(resume_from_checkpoint=True)
-    assert [(step, action) for step, action, _ in known(run)] == [(3, "skip"), (4, "skip"), (5, "roll back")]
-    assert_same(tmp_path / "whole", tmp_path / "parts")
-
-
-def assert_same(one: Path, other: Path) -> None:
-    for name in ("metrics.jsonl", "incidents.jsonl"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    for file in (one / "final").glob("*.safetensors"):
-        assert file.read_bytes() == (other / "final" / file.name).read_bytes(), file.name
-
-
-def test_what_a_killed_process_left_of_its_snapshots_is_not_used(tokenizer, tmp_path: Path) -> None:
-    config = guarded(tmp_path / "run", save_steps=2, max_steps=3)
-    made(config, tokenizer, Happens()).train()
-    left = tmp_path / "run" / "snapshot" / "step-000002"
-    left.mkdir(parents=True)
-    (left / "state.json").write_text("torn")
-    longer = guarded(tmp_path / "run", save_steps=2, max_steps=6)
-    run = made(longer, tokenizer, Happens(lambda run: multiply(run.model.policy_parameters()), 4))
-    run.train(resume_from_checkpoint=True)
-    assert [(step, action) for step, action, _ in known(run)] == [(4, "roll back")]
-    assert not left.parent.exists()
-
-
-def test_a_run_that_cannot_begin_leaves_the_snapshots_of_the_one_that_is_alive(tokenizer, tmp_path: Path) -> None:
-    inside: list[bool] = []
-
-    class Intrudes(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            if state.global_step == 2:
-                with pytest.raises(ValueError, match=r"is in use by|holds a run already"):
-                    trainer(guarded(tmp_path), tokenizer).train()
-                inside.append((tmp_path / "snapshot" / "step-000000" / "state.json").exists())
-
-    run = trainer(guarded(tmp_path, max_steps=3), tokenizer, callbacks=[Intrudes()])
-    run.train()
-    assert inside == [True]
-
-
-# -- off ------------------------------------------------------------------------------------------------------------
-
-
-def test_without_the_guard_a_figure_that_is_not_finite_ends_the_run_and_nothing_is_kept(tokenizer, tmp_path) -> None:
-    happens = Happens(lambda run: fill(run.model.policy_parameters(), math.nan), 3)
-    config = settings(tmp_path, max_steps=STEPS, save_steps=2, guard={"enabled": False})
-    run = made(config, tokenizer, happens)
-    with pytest.raises(DivergenceError, match=r"^step 3: objective/kl is nan, so the policy has diverged"):
-        run.train()
-    assert run.recovery.snapshots.good is None
-    assert not (tmp_path / "snapshot").exists()
-    assert incidents.read(tmp_path) == []
-    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
-    assert "safe/rollbacks" not in rows(tmp_path)[0]
-    state = json.loads((tmp_path / "checkpoints" / "step-000002" / "state.json").read_text())
-    assert "snapshot" not in state
-    assert sorted(path.name for path in (tmp_path / "checkpoints" / "step-000002").glob("*.safetensors")) == [
-        "model.safetensors", "optimizer.safetensors", "random.safetensors",
-    ]  # fmt: skip
-
-
-def test_without_the_guard_a_gradient_that_is_not_finite_ends_the_run(tokenizer, tmp_path: Path) -> None:
-    run = made(settings(tmp_path, guard={"enabled": False}), tokenizer, Happens())
-    run.model.policy_parameters()[0].register_hook(lambda g: g * math.nan if run.step == 2 else g)
-    with pytest.raises(DivergenceError, match=r"^step 2: .* is nan"):
-        run.train()
-
-
-def test_a_guard_that_sees_nothing_changes_nothing(tokenizer, tmp_path: Path) -> None:
-    for name, guard in (("on", {}), ("off", {"enabled": False})):
-        trainer(settings(tmp_path / name, guard=guard), tokenizer).train()
-    on, off = (rows(tmp_path / name) for name in ("on", "off"))
-    assert [{name: value for name, value in row.items() if name != "safe/rollbacks"} for row in on] == off
-    assert not (tmp_path / "on" / "incidents.jsonl").exists()
 
 
 # -- time -----------------------------------------------------------------------------------------------------------

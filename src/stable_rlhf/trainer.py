@@ -324,8 +324,7 @@ class SAFETrainer:
         return complete
 
     def save_checkpoint(self) -> Path:
-        """Everything that affects the future, the guard's last good state included, in
-        run_dir/checkpoints/step-<steps done>."""
+        """All that affects the future, the last good state included, in run_dir/checkpoints/step-<steps done>."""
         tensors, state = runstate.capture(self)
         self.recovery.snapshots.into(tensors, state)
         return checkpoint.save(self.run_dir / "checkpoints", self.step, tensors, state, self.args.save_total_limit)

@@ -11,12 +11,22 @@ import pytest
 import yaml
 
 from stable_rlhf import cli
-from stable_rlhf.config import PRESETS, SECTIONS, Config, ConfigError, CriticConfig, KLConfig, ModelConfig, OptimConfig
+from stable_rlhf.config import (
+    PRESETS,
+    SECTIONS,
+    Config,
+    ConfigError,
+    CriticConfig,
+    GuardConfig,
+    KLConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from stable_rlhf.control import CONTROLLERS, controller_settings
 
 # What each preset resolves to where it differs from `safe`, written out from algorithm.md's presets and layers.
 PPO = {"critic.heads": 1, "critic.loss": "mse", "critic.clip_reduction": "max", "reward.normalise": "none"}
-PPO |= {"optim.whiten_floor": 1e-4, "optim.max_preview_kl": None}
+PPO |= {"optim.whiten_floor": 1e-4, "optim.max_preview_kl": None, "guard.enabled": False}
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
@@ -27,6 +37,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "kl.controller": "paper",
         "optim.entropy_coef": 0.01,
         "optim.max_preview_kl": None,
+        "guard.enabled": False,
         **IN_LOSS,
     },
     "ppo": {**PPO, "kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False},
@@ -38,6 +49,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe-no-gate": {"kl.settings": {"gate_on": False}},
     "safe-no-threshold": {"kl.settings": {"threshold_on": False}},
     "safe-no-preview": {"optim.max_preview_kl": None},
+    "safe-no-guard": {"guard.enabled": False},
 }
 # The figures of algorithm.md: layer 1 and "Notation" for the update, layers 2 and 3 for the controller.
 PAPER_UPDATE = {
@@ -106,6 +118,8 @@ def test_safe_has_every_layer_on_and_no_bias_between_the_sides_of_the_td_error()
     assert (config.critic.bootstrap, config.critic.regress, config.reward.normalise) == ("online", "each", "running")
     settings = controller_settings("safe", config.kl.settings)
     assert settings["gate_on"] is settings["threshold_on"] is True
+    assert config.guard.enabled
+    assert None not in config.to_dict()["guard"].values()  # every rule is on
 
 
 def test_ppo_has_one_head_squared_error_and_a_fixed_kl_in_the_reward() -> None:
@@ -177,12 +191,14 @@ POSITIVE = {
     **dict.fromkeys(["rollout.temperature", "optim.learning_rate", "optim.epsilon", "optim.whiten_floor"], float),
     **dict.fromkeys(["optim.max_grad_norm", "critic.temperature", "critic.huber_delta", "critic.vf_coef"], float),
     **dict.fromkeys(["critic.max_grad_norm", "critic.learning_rate", "critic.cliprange_value"], float),
+    **dict.fromkeys(["guard.max_kl", "guard.max_drawdown"], float),
+    **dict.fromkeys(["guard.patience", "guard.snapshot_steps"], int),
     "model.lora_alpha": float,
     "optim.max_preview_kl": float,
 }
 NOT_NEGATIVE = {
     **dict.fromkeys(["save_steps", "model.lora_r", "data.eval_size", "optim.warmup_steps", "critic.warmup_steps"], int),
-    **dict.fromkeys(["log.completions_steps", "reward.retries"], int),
+    **dict.fromkeys(["log.completions_steps", "reward.retries", "guard.max_rollbacks"], int),
     **dict.fromkeys(["optim.weight_decay", "optim.entropy_coef", "reward.missing_eos_penalty"], float),
 }
 BETWEEN = {  # (outside, sentence)
@@ -191,6 +207,11 @@ BETWEEN = {  # (outside, sentence)
     "optim.lam": ([-0.01, 1.01], "must be in [0, 1]"),
     "critic.lam": ([-0.01, 1.01], "must be in [0, 1]"),
     "critic.target_tau": ([0.0, 1.01], "must be in (0, 1]"),
+    "guard.min_entropy": ([1.0, 7.5], "must be below 1, the start itself"),
+    "guard.min_distinct": ([1.0, 7.5], "must be below 1, the start itself"),
+    "guard.min_length": ([1.0, 7.5], "must be below 1, the start itself"),
+    "guard.max_entropy": ([1.0, 0.5], "must be above 1, the start itself"),
+    "guard.rollback_factor": ([0.0, -0.5, 1.01], "must be in (0, 1]"),
 }
 NEEDED = {"model.lora_alpha": {"model": {"lora_r": 4}}}  # what must be set for the field to have a range at all
 
@@ -229,12 +250,35 @@ def test_what_has_two_bounds_keeps_them(setting: str, outside: list[float], sent
         assert refused(setting, value) == f"{setting}={value!r}: {sentence}"
 
 
+@pytest.mark.parametrize("name", ["min_entropy", "max_entropy", "min_distinct", "min_length"])
+def test_a_level_of_the_guard_is_above_0(name: str) -> None:
+    for value in (0.0, -0.1):
+        assert refused(f"guard.{name}", value) == f"guard.{name}={value!r}: must be greater than 0"
+
+
+@pytest.mark.parametrize("value", [-1e9, 0.0, 1.0])
+def test_the_least_explained_variance_may_be_any_number(value: float) -> None:
+    assert made("guard.min_explained_variance", value).guard.min_explained_variance == value
+
+
+@pytest.mark.parametrize("field", [field for field in dataclasses.fields(GuardConfig) if field.name != "enabled"])
+def test_a_guard_that_is_off_has_no_settings(field: Any) -> None:
+    value = field.default // 2 + 1 if isinstance(field.default, int) else field.default * 0.9 + 0.11
+    assert Config.from_preset(guard={field.name: value}).guard != GuardConfig()
+    sentence = f"guard.{field.name}={value!r}: has no effect unless guard.enabled=true; leave it out"
+    assert refused(f"guard.{field.name}", value, guard={"enabled": False}) == sentence
+    assert refused(f"guard.{field.name}", value, preset="ppo") == sentence
+
+
+ANY_NUMBER = ["guard.min_explained_variance"]
+
+
 def test_every_number_has_a_range() -> None:
     for name, section in {"": Config, **SECTIONS}.items():
         for field, hint in typing.get_type_hints(section).items():
             if {int, float} & {hint, *typing.get_args(hint)}:
                 setting = f"{name}.{field}".lstrip(".")
-                assert (setting in POSITIVE) + (setting in NOT_NEGATIVE) + (setting in BETWEEN) == 1, setting
+                assert [*POSITIVE, *NOT_NEGATIVE, *BETWEEN, *ANY_NUMBER].count(setting) == 1, setting
 
 
 @pytest.mark.parametrize("section", ["", *SECTIONS])
@@ -243,7 +287,7 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
     for field in dataclasses.fields(SECTIONS[section] if section else Config):
         setting = f"{section}.{field.name}".lstrip(".")
         assert refused(setting, object()).startswith(f"{setting}=<object object at ")
-    numbers = [name for name in [*POSITIVE, *NOT_NEGATIVE, *BETWEEN] if name.rpartition(".")[0] == section]
+    numbers = [name for name in [*POSITIVE, *NOT_NEGATIVE, *BETWEEN, *ANY_NUMBER] if name.rpartition(".")[0] == section]
     for setting in numbers:
         assert refused(setting, True).startswith(f"{setting}=True: give a ")
         assert refused(setting, math.nan).startswith(f"{setting}=nan: give a ")

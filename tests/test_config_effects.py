@@ -71,6 +71,8 @@ LORA = {"model": {"lora_r": 2}}
 HELD_OUT = {"data": {"train": "{prompts}", "eval_size": 2}}
 BUILTIN = {"data": {"train": "builtin", "max_prompt_length": 16}}
 BOTH_WAYS = {"kl": {"in_reward": False, "in_loss": "k2"}}
+AT_ONCE = {"max_steps": 10, "guard": {"patience": 1}}  # levels are known after the fifth step
+ROLLS_BACK = {"max_steps": 7, "guard": {"patience": 1, "min_explained_variance": 0.999}}  # which no critic reaches
 REWARD_MODEL = {"reward": {"functions": ["builtin"]}}
 
 TURNED: dict[str, Turn | str] = {
@@ -150,6 +152,18 @@ TURNED: dict[str, Turn | str] = {
     "kl.length_neutral": Turn(to=False),
     "kl.in_loss": Turn(to="exact", of="loss/kl_avg", given=BOTH_WAYS),
     "kl.allow_both": Turn(to=True, shows_in="error", given={"kl": {"in_reward": True, "in_loss": "k2"}}),
+    "guard.enabled": Turn(to=False, of="safe/rollbacks"),
+    "guard.max_kl": Turn(to=1e-6, of="safe/rollbacks", given={"max_steps": 5}),
+    "guard.min_entropy": Turn(to=0.9999, of="safe/rollbacks", given=AT_ONCE),
+    "guard.max_entropy": Turn(to=1.0001, of="safe/rollbacks", given={**AT_ONCE, "optim": {"entropy_coef": 1.0}}),
+    "guard.min_distinct": "control/test_guard.py::test_a_rules_setting_moves_its_bound_and_none_turns_it_off",
+    "guard.min_length": "control/test_guard.py::test_a_rules_setting_moves_its_bound_and_none_turns_it_off",
+    "guard.max_drawdown": "control/test_guard.py::test_a_reward_that_loses_half_of_its_gain_is_a_crash",
+    "guard.min_explained_variance": Turn(to=0.999, of="safe/rollbacks", given=AT_ONCE),
+    "guard.patience": Turn(to=2, of="safe/rollbacks", given=ROLLS_BACK),
+    "guard.snapshot_steps": Turn(to=1, of="objective/kl", given=ROLLS_BACK),
+    "guard.max_rollbacks": "test_recovery_ends.py::test_after_max_rollbacks_the_run_stops_where_it_was_good",
+    "guard.rollback_factor": Turn(to=0.1, of="lr", given=ROLLS_BACK),
     "log.report_to": Turn(to=["tensorboard"], shows_in="files"),
     "log.completions_steps": Turn(to=1, shows_in="files"),
     "log.progress": Turn(to=True, shows_in="printed"),

@@ -13,7 +13,7 @@ import pytest
 
 from stable_rlhf.cli import load_config
 from stable_rlhf.config import PRESETS, SECTIONS, Config
-from stable_rlhf.control import CONTROLLERS, controller_settings, paper, safe
+from stable_rlhf.control import CONTROLLERS, controller_settings, guard, paper, safe
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "stable_rlhf"
@@ -119,11 +119,33 @@ def test_the_table_of_presets_says_what_they_set(preset: str) -> None:
         shown.append(f"`optim.entropy_coef` = {config.optim.entropy_coef}")
     if config.optim.max_preview_kl is None:
         shown.append("no preview")
+    if preset.startswith("safe-") and not config.guard.enabled:  # of the others the text above says so
+        shown.append("no guard")
     assert other == "; ".join(shown)
 
 
 def defaults(config: Config) -> dict[str, Any]:
     return controller_settings(config.kl.controller, {})
+
+
+def test_the_presets_that_are_said_to_have_no_guard_have_none() -> None:
+    assert "`paper`, `ppo`, `ppo-*` and `asymmetric` have no guard either." in section("Presets", "##")
+    without = {preset for preset in PRESETS if not Config(preset=preset).guard.enabled}
+    others = {preset for preset in PRESETS if preset.startswith("ppo")}
+    assert without == {"paper", "asymmetric", "safe-no-guard", *others}
+
+
+def test_the_guards_rules_are_those_of_the_table_in_their_order_with_their_bounds() -> None:
+    table = rows(section("Guard", "##"))
+    assert [cells[0].strip("`") for cells in table] == [rule.__name__ for rule in guard.RULES]
+    bounds = {cells[0].strip("`"): re.search(r"(?:[<>] |< )(-?[\d.]+)", cells[1]) for cells in table}
+    settings = dataclasses.asdict(Config().guard)
+    shown = {name: float(found[1]) for name, found in bounds.items() if found is not None}
+    assert shown == {name: value for name, value in settings.items() if name in bounds}
+    assert f"D > {guard.ERRORS:g} standard errors" in section("Guard", "##")
+    assert [cells[2] for cells in table if cells[0].strip("`") in {rule.__name__ for rule in guard.AT_ONCE}] == [
+        "at once"
+    ] * 2
 
 
 def test_the_factors_of_the_phases_are_those_of_the_controllers() -> None:

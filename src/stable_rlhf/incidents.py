@@ -7,20 +7,23 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.telemetry import finite, visible
+from stable_rlhf.telemetry import finite, replace_file, visible
 
 FILE = "incidents.jsonl"
 FIELDS = ("step", "action", "rule", "seen", "done", "advice", "figures")
 """What every line holds: the step's number; the verdict's action and rule; three clauses; the step's row."""
+NOT_FINITE = ("nan", "inf", "-inf")
+"""How a figure that is not finite is written: JSON has no such numbers."""
 
 
 def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
     """Appends an incident (FIELDS), on the disk before this returns, and says it on stderr, whatever log.progress is.
 
-    A figure that is not finite is written as the text "nan", "inf" or "-inf": JSON has no such numbers.
+    A figure that is not finite is written as one of the texts NOT_FINITE.
     """
     known = {name: _plain(value) for name, value in incident["figures"].items()}
     line = json.dumps({**{name: incident[name] for name in FIELDS}, "figures": known}, allow_nan=False)
@@ -49,12 +52,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             incident = json.loads(line, parse_float=finite, parse_constant=finite)
-            if (
-                set(incident) != set(FIELDS)
-                or type(incident["step"]) is not int
-                or type(incident["figures"]) is not dict
-            ):
-                raise ValueError(f"expected an object with {', '.join(FIELDS)}")
+            _check(incident)
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not an incident ({error}); repair or remove this line") from error
         found.append(incident)
@@ -67,9 +65,24 @@ def truncate(run_dir: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [incident for incident in read(run_dir) if incident["step"] < step]
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(json.dumps(incident) + "\n" for incident in kept), encoding="ascii", newline="\n")
-    os.replace(aside, path)
+    text = "".join(json.dumps(incident, allow_nan=False) + "\n" for incident in kept)
+    replace_file(path, partial(Path.write_text, data=text, encoding="ascii", newline="\n"))
+
+
+def _check(incident: Any) -> None:
+    if not isinstance(incident, dict) or set(incident) != set(FIELDS):
+        raise ValueError(f"expected an object with {', '.join(FIELDS)}")
+    if type(incident["step"]) is not int or incident["step"] < 0:
+        raise ValueError(f"its step is {incident['step']!r}, expected a whole number from 0 up")
+    for name in ("action", "rule", "seen", "done", "advice"):
+        if not isinstance(incident[name], str):
+            raise ValueError(f"its {name} is {incident[name]!r}, expected a text")
+    figures = incident["figures"]
+    if not isinstance(figures, dict) or any(
+        isinstance(value, bool) or not (value is None or isinstance(value, int | float) or value in NOT_FINITE)
+        for value in figures.values()
+    ):
+        raise ValueError(f"its figures are {figures!r}, expected numbers by their names")
 
 
 def _plain(value: Any) -> Any:

@@ -169,8 +169,8 @@ class GuardConfig:
     min_length: float | None = 0.2
     """Share of its start below which the mean length has collapsed. None sets none."""
     max_drawdown: float | None = 0.5
-    """Share of the reward gained (moving average over 20 steps) that may be lost again; reports call a crash what loses
-    a quarter. None sets none."""
+    """Share of the reward gained since the start (moving average over 20 steps) that may be lost again; reports call a
+    crash what loses a quarter of what was gained since step 20. None sets none."""
     min_explained_variance: float | None = -2.0
     """The critic's explained variance below which its values mislead: at -2 their errors vary three times as much as
     the returns. None sets none."""

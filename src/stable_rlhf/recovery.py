@@ -31,18 +31,24 @@ class Recovery:
 
     @property
     def snapshot_due(self) -> bool:
+        """Whether the state after the step just done is to be kept."""
         return self.config.enabled and not self.suspect and self.trainer.step % self.config.snapshot_steps == 0
 
     def begin(self) -> None:
         """Keeps the state before the first step."""
         if self.config.enabled:
             self.snapshots.keep(*runstate.capture(self.trainer))
+            self.snapshots.confirm()  # there is no other to go back to
 
     def resume(self, tensors: runstate.Tensors, state: dict[str, Any]) -> None:
-        """Keeps the snapshot that belongs to a checkpoint, and tightens as far as its roll-backs had."""
+        """Keeps the snapshots that belong to a checkpoint."""
         if self.config.enabled:
             self.snapshots.out_of(tensors, state)
-        self._tighten()
+
+    def end(self) -> None:
+        """Keeps nothing any more: a run that ends, however it does, goes on from a checkpoint."""
+        if self.snapshots.good is not None:  # or it never began, and the folder may be another process's
+            self.snapshots.forget()
 
     def judge(self, figures: Mapping[str, Any]) -> None:
         """Judges the step just done by its figures, and does what follows. Raises GuardStop."""
@@ -50,6 +56,10 @@ class Recovery:
             return
         self.guard, verdict = judge(self.config, self.guard, figures)
         self.suspect = verdict.suspect
+        if self.suspect:
+            self.snapshots.drop()
+        else:
+            self.snapshots.confirm()  # the figures are of the policy that was kept as the candidate
         if verdict.action is not Action.GO_ON:
             self._act(verdict, figures)
 
@@ -58,8 +68,7 @@ class Recovery:
         if verdict.action is Action.SKIP:
             done = "the rest of the step was learned from"
         else:
-            self._roll_back()
-            done = f"went back to the state after {self.snapshots.step} steps"
+            done = f"went back to the state after {self._roll_back()} steps"
             if verdict.action is Action.ROLL_BACK:
                 done += (
                     f" (roll-back {self.guard.rollbacks} of {self.config.max_rollbacks}) and on with other prompts, "
@@ -73,8 +82,9 @@ class Recovery:
             self.trainer.save_checkpoint()
             raise GuardStop(incidents.sentence(incident))
 
-    def _roll_back(self) -> None:
-        """Back to the snapshot, every byte of it; but steps, prompts, random draws and schedule go on from here.
+    def _roll_back(self) -> int:
+        """Back to the last good state, every byte of it; but steps, prompts, random draws and schedule go on from here.
+        Returns the steps done in that state.
 
         The counter of steps and the figures on disk keep what has happened; other prompts and draws, or the same might
         happen again.
@@ -82,16 +92,19 @@ class Recovery:
         trainer, made = self.trainer, self.guard.rollbacks
         step, episode, prompts = trainer.step, trainer.episode, trainer.stream.state_dict()
         schedule, draws = trainer.scheduler.state_dict(), checkpoint.random_state()
-        runstate.restore(trainer, *self.snapshots.load(), callbacks=False)
+        tensors, state = self.snapshots.load()
+        runstate.restore(trainer, tensors, state, callbacks=False)
         self.guard = dataclasses.replace(self.guard, rollbacks=made)
         trainer.step, trainer.episode = step, episode
         trainer.stream.load_state_dict(prompts)
-        trainer.scheduler.load_state_dict(schedule)
+        trainer.scheduler.load_state_dict({**schedule, "last_epoch": step})  # a step that broke off did not move it
         checkpoint.load_random_state(*draws)
         trainer.controller.next_step = step
         self.suspect = False
-        self._tighten()
+        self.tighten()
+        return state["step"]
 
-    def _tighten(self) -> None:
+    def tighten(self) -> None:
+        """Makes of learning rates and KL threshold what the roll-backs so far ask for."""
         self.trainer.controller.tighten(self.factor)
         self.trainer.set_learning_rates()

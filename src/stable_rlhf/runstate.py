@@ -2,17 +2,16 @@
 hold.
 
 A snapshot is the last good state, for a roll-back: kept in memory where the policy has an adapter, whose state is
-small, and in the run's folder otherwise. A checkpoint of another step than the snapshot's holds the snapshot too, so
-that a resumed run rolls back to where the uninterrupted one would.
+small, and in the run's folder otherwise. Every checkpoint holds it too, so that a resumed run rolls back to where the
+uninterrupted one would.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +83,7 @@ def restore(trainer: Any, tensors: Tensors, state: Mapping[str, Any], callbacks:
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.controller.load_state_dict(state["controller"])
     trainer.normaliser.load_state_dict(state["normaliser"])
-    guard = from_dict(GuardState, state["guard"], "guard state")
-    trainer.recovery.guard = replace(guard, streaks=tuple(int(count) for count in guard.streaks))
+    trainer.recovery.guard = from_dict(GuardState, state["guard"], "guard state")
     trainer.stream.load_state_dict(state["prompts"])
     for callback in trainer.handler.callbacks if callbacks else []:
         for name, value in state["callbacks"].get(type(callback).__name__, {}).get("attributes", {}).items():
@@ -114,80 +112,109 @@ def _refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> No
         )
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A state that is kept; on disk only its ``step``, the number of steps done in it, is here."""
+
+    step: int
+    tensors: Tensors
+    state: dict[str, Any]
+
+
 class Snapshots:
-    """The last good state of a run. ``folder``: where it is kept on disk; None keeps it in memory."""
+    """The last good state of a run, and the candidate to be the next. ``folder``: where they are kept on disk; None
+    keeps them in memory.
+
+    What a step's figures call good is the policy that sampled it, which is the one before that step's update. So the
+    state after an update is a candidate until the next step's figures are known.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.step: int | None = None
-        """Steps done in the state that is kept; None while there is none."""
-        self._tensors: Tensors = {}
-        self._state: dict[str, Any] = {}
+        self.good: _Kept | None = None
+        self.candidate: _Kept | None = None
+        self._spare: Tensors = {}
+        """Memory of a state that is kept no more, for the next one: a GPU writes to it directly."""
 
-    def keep(self, tensors: Tensors, state: dict[str, Any], saved: Path | None = None) -> None:
-        """Keeps this state instead of the last. ``saved``: a checkpoint that holds the same, whose files are shared."""
-        state = {name: value for name, value in state.items() if name != "snapshot"}
+    def keep(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Keeps this state as the candidate. Raises SaveError where it goes to a disk that does not take it."""
+        self.drop()
+        state = {name: value for name, value in state.items() if name not in ("snapshot", "candidate")}
         if self.folder is None:
-            self._tensors, self._state = self._copied(tensors), state
-        elif saved is None:
-            checkpoint.save(self.folder, state["step"], tensors, state, keep=1)
+            self.candidate = _Kept(state["step"], _copied(tensors, self._spare), state)
+            self._spare = {}
         else:
-            self._share(saved)
-        self.step = state["step"]
+            checkpoint.save(self.folder, state["step"], tensors, state, keep=2)  # the good one and this
+            self.candidate = _Kept(state["step"], {}, {})
+
+    def confirm(self) -> None:
+        """The candidate, if there is one, is the last good state from now on."""
+        if self.candidate is not None:
+            self._release(self.good)
+            self.good, self.candidate = self.candidate, None
+
+    def drop(self) -> None:
+        """There is no candidate any more."""
+        self._release(self.candidate)
+        self.candidate = None
 
     def load(self) -> tuple[Tensors, dict[str, Any]]:
-        """What is kept. Raises CheckpointError where it can no longer be read, or there is none."""
-        if self.step is None:
+        """The last good state. Raises CheckpointError where it can no longer be read, or there is none."""
+        if self.good is None:
             raise checkpoint.CheckpointError("there is no snapshot to go back to")
         if self.folder is None:
-            return self._tensors, self._state
-        return checkpoint.load(checkpoint.newest(self.folder)[0])
+            return self.good.tensors, self.good.state
+        return checkpoint.load(self._path(self.good))
 
     def into(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Adds what is kept to a checkpoint's content, if it is of another step."""
-        if self.step is not None and self.step != state["step"]:
+        """Adds the last good state to a checkpoint's content, and whether that is the candidate, unless it is the last
+        good state itself."""
+        if self.good is not None and self.good.step != state["step"]:
             own, state["snapshot"] = self.load()
+            state["candidate"] = self.candidate is not None and self.candidate.step == state["step"]
             tensors |= {PREFIX + group: named for group, named in own.items()}
 
     def out_of(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Keeps what a checkpoint brought: its snapshot, or else its own state."""
-        own = {group.removeprefix(PREFIX): named for group, named in tensors.items() if group.startswith(PREFIX)}
+        """Keeps what a checkpoint brought: the last good state and the candidate; where it has neither, its own state
+        is the good one."""
+        own = {group: named for group, named in tensors.items() if not group.startswith(PREFIX)}
+        good = {group.removeprefix(PREFIX): named for group, named in tensors.items() if group.startswith(PREFIX)}
         self.forget()
         if "snapshot" in state:
-            self.keep(own, state["snapshot"])
-        else:
-            self.keep(tensors, state)
+            self.keep(good, state["snapshot"])
+            self.confirm()
+        if "snapshot" not in state or state["candidate"]:
+            self.keep(own, state)
+        if "snapshot" not in state:
+            self.confirm()
 
     def forget(self) -> None:
-        self.step, self._tensors, self._state = None, {}, {}
+        self.good, self.candidate, self._spare = None, None, {}
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)  # what is left there is never read again
 
-    def _copied(self, tensors: Tensors) -> Tensors:
-        """On the host; in the memory of the last one, which a GPU writes to directly, where that has the same form."""
-        copies: Tensors = {}
-        for group, named in tensors.items():
-            copies[group] = {}
-            for name, tensor in named.items():
-                last = self._tensors.get(group, {}).get(name)
-                if last is None or last.shape != tensor.shape or last.dtype != tensor.dtype:
-                    last = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-                copies[group][name] = last.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return copies
+    def _path(self, kept: _Kept) -> Path:
+        return (self.folder or Path()) / f"step-{kept.step:06d}"
 
-    def _share(self, saved: Path) -> None:
-        """Another name for a checkpoint's files, or copies where the disk has no such names."""
+    def _release(self, kept: _Kept | None) -> None:
+        if kept is None:
+            return
+        if self.folder is None:
+            self._spare = kept.tensors
+        else:
+            shutil.rmtree(self._path(kept), ignore_errors=True)  # as above; the next save of a third one removes it
 
-        def link(source: str, target: str) -> None:
-            try:
-                os.link(source, target)
-            except OSError:
-                shutil.copy2(source, target)
 
-        folder = self.folder or saved.parent
-        aside = folder / f".sharing-{saved.name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(saved, aside, copy_function=link)
-        aside.rename(folder / saved.name)
+def _copied(tensors: Tensors, spare: Tensors) -> Tensors:
+    """On the host, in the memory of ``spare`` where that has the same form."""
+    copies: Tensors = {}
+    for group, named in tensors.items():
+        copies[group] = {}
+        for name, tensor in named.items():
+            memory = spare.get(group, {}).get(name)
+            if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
+                memory = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            copies[group][name] = memory.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copies

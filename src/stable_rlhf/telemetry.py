@@ -123,7 +123,7 @@ class MetricsWriter:
         kept = {path: [r for r in read_rows(path)[0] if r["step"] < step] for path in self._paths if path.exists()}
         for path, rows in kept.items():
             text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            _replace_file(path, partial(Path.write_text, data=text, encoding="ascii", newline="\n"))
+            replace_file(path, partial(Path.write_text, data=text, encoding="ascii", newline="\n"))
         for path in (self.run_dir / "completions").glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) >= step:
                 path.unlink()
@@ -146,7 +146,7 @@ def write_completions(run_dir: str | Path, step: int, rows: Sequence[Mapping[str
         clean.append({**row, **{name: valid_unicode(row[name]) for name in ("prompt", "completion")}})
     path = Path(run_dir) / "completions" / f"step-{step:06d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_file(path, partial(pq.write_table, pa.Table.from_pylist(clean, schema=_COMPLETIONS)))
+    replace_file(path, partial(pq.write_table, pa.Table.from_pylist(clean, schema=_COMPLETIONS)))
     return path
 
 
@@ -288,7 +288,7 @@ def finite(number: str) -> float:
     return float(number)
 
 
-def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside `path`, force to disk, then rename: a reader or a kill sees the old file or the new one."""
     aside = path.with_name(path.name + ".tmp")
     write(aside)

@@ -151,6 +151,7 @@ class SAFETrainer:
             self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
             return result
         finally:
+            self.recovery.end()
             self._lock.release()
 
     def _train_step(self) -> dict[str, Any] | None:
@@ -229,20 +230,20 @@ class SAFETrainer:
         return row, sum(rollout.valid)
 
     def _after_step(self, row: dict[str, Any] | None, stopping: bool = False) -> None:
-        """Callbacks, then checkpoint and snapshot: always at a rollout's end, so that there is no buffer to save."""
+        """Callbacks, then snapshot and checkpoint: always at a rollout's end, so that there is no buffer to save."""
         self.state.global_step = self.step
         self.state.epoch = self.episode / len(self.train_dataset)
         self.control = self.handler.on_step_end(self._arguments, self.state, self.control)
         if row is not None:
             known = {name: value for name, value in row.items() if value is not None}  # trackers warn of each None
             self.control = self.handler.on_log(self._arguments, self.state, self.control, known)
-        every, good, saved = self.args.save_steps, self.recovery.snapshot_due, None
+        if self.recovery.snapshot_due:
+            self.recovery.snapshots.keep(*runstate.capture(self))
+        every = self.args.save_steps
         due = self.step == self.args.max_steps or (every > 0 and self.step % every == 0)
         if due or stopping or self.control.should_save or self.control.should_training_stop:
-            saved = self.save_checkpoint(is_snapshot=good)
+            self.save_checkpoint()
             self.control = self.handler.on_save(self._arguments, self.state, self.control)
-        if good:
-            self.recovery.snapshots.keep(*runstate.capture(self), saved)
         self.control.should_save = False
 
     def set_learning_rates(self) -> None:
@@ -286,7 +287,7 @@ class SAFETrainer:
             for fault in damaged:
                 _tell(f"{fault}: passed over, the run goes on from step {checkpoint.steps_of(path)}")
             with checkpoint.restoring(path):
-                self.load_checkpoint(path)
+                tensors, state = self.load_checkpoint(path)
             if path.resolve().parent != (self.run_dir / "checkpoints").resolve():
                 raise ConfigError(f"resume_from_checkpoint={str(path)!r}: set output_dir to the run that it belongs to")
             if self.step > self.args.max_steps:
@@ -298,6 +299,7 @@ class SAFETrainer:
                 _tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it once nobody needs it")
             self.writer.truncate(self.step)
             incidents.truncate(self.run_dir, self.step)
+            self.recovery.resume(tensors, state)
             if self.step < self.args.max_steps:  # what was final is so no more
                 shutil.rmtree(self.run_dir / "final", ignore_errors=True)
                 evaluation.forget_after(self.run_dir)
@@ -321,18 +323,18 @@ class SAFETrainer:
         complete["kl"]["settings"] = controller_settings(self.args.kl.controller, self.args.kl.settings)
         return complete
 
-    def save_checkpoint(self, is_snapshot: bool = False) -> Path:
-        """Everything that affects the future, in run_dir/checkpoints/step-<steps done>; the last good state too, unless
-        it is this one (``is_snapshot``)."""
+    def save_checkpoint(self) -> Path:
+        """All that affects the future, the last good state included, in run_dir/checkpoints/step-<steps done>."""
         tensors, state = runstate.capture(self)
-        if not is_snapshot:
-            self.recovery.snapshots.into(tensors, state)
+        self.recovery.snapshots.into(tensors, state)
         return checkpoint.save(self.run_dir / "checkpoints", self.step, tensors, state, self.args.save_total_limit)
 
-    def load_checkpoint(self, path: Path) -> None:
+    def load_checkpoint(self, path: Path) -> tuple[runstate.Tensors, dict[str, Any]]:
+        """Puts the run back to a checkpoint; returns what that holds."""
         tensors, state = checkpoint.load(path)
         runstate.restore(self, tensors, state)
-        self.recovery.resume(tensors, state)
+        self.recovery.tighten()
+        return tensors, state
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """A plain Transformers or PEFT folder with its tokenizer; value_heads.safetensors lies beside the weights."""

@@ -248,3 +248,63 @@ def test_control_imports_the_standard_library_and_itself_only() -> None:
             for module in names:
                 own = module.startswith("stable_rlhf.control")
                 assert own or module.split(".")[0] in sys.stdlib_module_names, (path.name, module)
+
+
+# -- tighten --------------------------------------------------------------------------------------------------------
+
+TIGHTER: dict[str, dict[str, float]] = {  # at a factor of 1/4, of the defaults
+    "none": {},
+    "fixed": {"beta": 0.2},
+    "adaptive": {"target": 0.075},
+    "asymmetric": {"threshold": 0.075},
+    "safe": {"budget": 0.075},
+    "paper": {"base_threshold": 0.075, "threshold_min": 0.025, "threshold_max": 0.15},
+}
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_tightening_changes_what_holds_the_policy_near_and_nothing_else(name: str) -> None:
+    controller = make_controller(name)
+    for row in noisy_run(40):
+        controller.observe(row)
+    before = json.dumps(controller.state_dict())
+    defaults = controller_settings(name, {})
+    for factor, expected in ((0.25, TIGHTER[name]), (1.0, {})):
+        controller.tighten(factor)
+        assert dataclasses.asdict(controller.settings) == pytest.approx(defaults | expected, rel=1e-15)
+        assert json.dumps(controller.state_dict()) == before
+    assert dataclasses.asdict(controller.settings) == defaults
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_tightening_twice_is_of_the_settings_given_and_not_of_those_in_force(name: str) -> None:
+    once, twice = make_controller(name), make_controller(name)
+    once.tighten(0.25)
+    twice.tighten(0.5)
+    twice.tighten(0.25)
+    assert twice.settings == once.settings
+
+
+@pytest.mark.parametrize("name", [name for name in CONTROLLERS if name != "none"])
+def test_a_tightened_controller_never_pulls_less_and_in_the_end_more(name: str) -> None:
+    """At a KL of 0.2, which is below the threshold given and above a quarter of it."""
+    given, tightened = make_controller(name), make_controller(name)
+    tightened.tighten(0.25)
+    steady = [Observation(step, 0.5, 0.2, 3.0) for step in range(120)]
+    pairs = [(given.observe(row).kl_coef, tightened.observe(row).kl_coef) for row in steady]
+    assert all(harder >= softer for softer, harder in pairs)
+    assert pairs[-1][1] > 1.5 * pairs[-1][0]
+
+
+def test_nothing_tightens_what_has_no_penalty() -> None:
+    controller = make_controller("none")
+    controller.tighten(0.1)
+    assert controller.observe(Observation(0, 0.0, 1.0, 1.0)).kl_coef == 0.0
+
+
+@pytest.mark.parametrize("factor", [0.0, -0.5, 1.1, math.nan, math.inf])
+def test_a_factor_that_does_not_tighten_is_refused(factor: float) -> None:
+    controller = make_controller("safe")
+    with pytest.raises(ValueError, match=rf"^factor is {factor!r}: give a number in \(0, 1\]\.$"):
+        controller.tighten(factor)
+    assert controller.settings == make_controller("safe").settings

@@ -143,10 +143,10 @@ def from_dict(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
 def _restore(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, where)
-    if typing.get_origin(hint) is tuple:  # always tuple[float, ...]: JSON brings it back as a list
+    if typing.get_origin(hint) is tuple:  # always of one type, tuple[float, ...]: JSON brings it back as a list
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} is {value!r}: expected a list of numbers.")
-        return tuple(_restore(float, item, where) for item in value)
+        return tuple(_restore(typing.get_args(hint)[0], item, where) for item in value)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -1,0 +1,352 @@
+"""The guard's rules: each fires on what it is for and on nothing a hair better; what follows; the state kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stable_rlhf.control.base import from_dict
+from stable_rlhf.control.guard import (
+    AT_ONCE,
+    RULES,
+    START,
+    WINDOW,
+    Action,
+    Figures,
+    GuardState,
+    Level,
+    Rewards,
+    Verdict,
+    judge,
+    max_drawdown,
+)
+from stable_rlhf.learning import GuardConfig
+
+HEALTHY: dict[str, float | None] = {
+    "objective/kl": 0.25,
+    "objective/entropy": 4.0,
+    "completions/distinct_2": 0.5,
+    "completions/mean_length": 10.0,
+    "objective/scores": 1.0,
+    "objective/scores_std": 0.5,
+    "rows": 64,
+    "val/explained_variance": 0.5,
+    "policy/skipped_steps": 0,
+}
+NAMES = [rule.__name__ for rule in RULES]
+
+
+def run(config: GuardConfig, steps: list[Figures], state: GuardState | None = None) -> tuple[GuardState, list[Verdict]]:
+    state = state or GuardState()
+    verdicts = []
+    for figures in steps:
+        state, verdict = judge(config, state, figures)
+        verdicts.append(verdict)
+    return state, verdicts
+
+
+def started(config: GuardConfig) -> GuardState:
+    """After as many healthy steps as the start has."""
+    return run(config, [HEALTHY] * START)[0]
+
+
+# -- each rule at its bound -----------------------------------------------------------------------------------------
+
+AT_THE_BOUND = [  # rule, figure, its value at the bound (allowed), the next number beyond (not allowed)
+    ("max_kl", "objective/kl", 2.0, math.nextafter(2.0, 3)),
+    ("min_entropy", "objective/entropy", 0.8, math.nextafter(0.8, 0)),  # 0.2 x 4
+    ("max_entropy", "objective/entropy", 8.0, math.nextafter(8.0, 9)),  # 2 x 4
+    ("min_distinct", "completions/distinct_2", 0.125, math.nextafter(0.125, 0)),  # 0.25 x 0.5
+    ("min_length", "completions/mean_length", 2.0, math.nextafter(2.0, 0)),  # 0.2 x 10
+    ("min_explained_variance", "val/explained_variance", -2.0, math.nextafter(-2.0, -3)),
+    ("skipped_steps", "policy/skipped_steps", 0, 1),
+]
+
+
+@pytest.mark.parametrize(("rule", "figure", "allowed", "beyond"), AT_THE_BOUND)
+def test_a_rule_fires_beyond_its_bound_and_not_at_it(rule: str, figure: str, allowed: float, beyond: float) -> None:
+    config = GuardConfig(patience=1)
+    _, (good,) = run(config, [{**HEALTHY, figure: allowed}], started(config))
+    assert good == Verdict(action=Action.GO_ON)
+    _, (bad,) = run(config, [{**HEALTHY, figure: beyond}], started(config))
+    assert (bad.action, bad.rule, bad.suspect) == (Action.ROLL_BACK, rule, True)
+    assert bad.advice == dict(zip(NAMES, RULES.values(), strict=True))[rule]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("figure", [*HEALTHY, "loss/value_avg"])
+def test_a_figure_that_is_not_finite_rolls_back_at_once_whatever_it_is(figure: str, value: float) -> None:
+    state, (verdict,) = run(GuardConfig(), [{**HEALTHY, figure: value}])
+    assert (verdict.action, verdict.rule) == (Action.ROLL_BACK, "non_finite")
+    assert verdict.seen == f"{figure} is {value}"
+    json.dumps(dataclasses.asdict(state), allow_nan=False)  # none of it stays
+    assert math.isfinite(sum(state.rewards.errors))
+
+
+def test_what_was_seen_is_said_with_its_figures() -> None:
+    config = GuardConfig(patience=2)
+    said = {}
+    for rule, figure, _, beyond in AT_THE_BOUND:
+        far = {"min_explained_variance": -7.5, "skipped_steps": 3}.get(rule, beyond * (3 if "max" in rule else 0.5))
+        said[rule] = run(config, [{**HEALTHY, figure: far}] * 2, started(config))[1][0 if rule == "max_kl" else 1].seen
+    assert said == {
+        "max_kl": "the KL is 6 nats per token, above its ceiling of 2",
+        "min_entropy": "the entropy is 0.4 nats per token, below 0.2 x its 4 at the start, for 2 steps",
+        "max_entropy": "the entropy is 24 nats per token, above 2 x its 4 at the start, for 2 steps",
+        "min_distinct": "the share of distinct word pairs is 0.0625, below 0.25 x its 0.5 at the start, for 2 steps",
+        "min_length": "the mean length is 1 tokens, below 0.2 x its 10 at the start, for 2 steps",
+        "min_explained_variance": "the critic's explained variance is -7.5, below -2, for 2 steps",
+        "skipped_steps": "3 optimiser steps had a gradient that is not finite and were not taken, for 2 steps",
+    }
+
+
+@pytest.mark.parametrize(
+    ("setting", "figure", "value", "other"),
+    [
+        ("max_kl", "objective/kl", 3.0, 4.0),
+        ("min_entropy", "objective/entropy", 0.6, 0.1),
+        ("max_entropy", "objective/entropy", 9.0, 3.0),
+        ("min_distinct", "completions/distinct_2", 0.1, 0.1),
+        ("min_length", "completions/mean_length", 1.5, 0.1),
+        ("min_explained_variance", "val/explained_variance", -3.0, -4.0),
+    ],
+)
+def test_a_rules_setting_moves_its_bound_and_none_turns_it_off(
+    setting: str, figure: str, value: float, other: float
+) -> None:
+    """``value`` breaks the default, and not ``other``, nor no bound at all."""
+    bad = {**HEALTHY, figure: value}
+    default = GuardConfig(patience=1)
+    assert run(default, [bad], started(default))[1][0].rule == setting
+    for bound in (other, None):
+        config = dataclasses.replace(default, **{setting: bound})
+        assert run(config, [bad], started(config))[1][0] == Verdict(action=Action.GO_ON)
+
+
+def test_figures_that_are_none_or_missing_break_no_rule() -> None:
+    config = GuardConfig(patience=1)
+    nothing: Figures = dict.fromkeys(HEALTHY)
+    for figures in (nothing, {}):
+        state, (verdict,) = run(config, [figures], started(config))
+        assert verdict == Verdict(action=Action.GO_ON)
+        assert state == dataclasses.replace(started(config), streaks=(0,) * len(RULES))
+
+
+# -- the start ------------------------------------------------------------------------------------------------------
+
+
+def test_levels_are_measured_against_the_mean_of_the_first_five() -> None:
+    entropies = [3.0, 5.0, 4.0, 2.0, 6.0, 100.0]
+    steps: list[Figures] = [
+        {"objective/entropy": h, "completions/distinct_2": h / 8, "completions/mean_length": 2 * h} for h in entropies
+    ]
+    state, _ = run(GuardConfig(), steps)
+    assert (state.entropy.mean, state.distinct.mean, state.length.mean) == pytest.approx((4.0, 0.5, 8.0), rel=1e-15)
+    assert [level.count for level in (state.entropy, state.distinct, state.length)] == [START] * 3
+
+
+def test_before_the_start_is_known_only_the_kl_and_what_is_not_finite_are_judged() -> None:
+    config = GuardConfig(patience=1)
+    wild: Figures = {**HEALTHY, "objective/entropy": 4.0, "val/explained_variance": -100.0}
+    collapsed: Figures = {**wild, "objective/entropy": 0.0, "completions/distinct_2": 0.0}
+    _, verdicts = run(config, [wild, wild, wild, collapsed, wild])
+    assert [verdict.action for verdict in verdicts] == [Action.GO_ON] * 4 + [Action.ROLL_BACK]
+    assert verdicts[4].rule == "min_explained_variance"
+    assert run(config, [{**HEALTHY, "objective/kl": 2.1}])[1][0].rule == "max_kl"
+
+
+def test_a_level_that_is_never_there_does_not_hold_up_the_others() -> None:
+    """Completions of one token have no word pairs; their entropy collapses as any other."""
+    config = GuardConfig(patience=1)
+    short: Figures = {**HEALTHY, "completions/distinct_2": None}
+    _, verdicts = run(config, [short] * START + [{**short, "objective/entropy": 0.1}])
+    assert [verdict.rule for verdict in verdicts] == [""] * START + ["min_entropy"]
+
+
+def test_an_entropy_that_begins_at_nothing_is_above_any_multiple_of_it() -> None:
+    config = GuardConfig(patience=1)
+    sure: Figures = {**HEALTHY, "objective/entropy": 0.0}
+    assert {verdict.action for verdict in run(config, [sure] * 20)[1]} == {Action.GO_ON}
+
+
+# -- patience, order, what follows ----------------------------------------------------------------------------------
+
+LOW: Figures = {**HEALTHY, "objective/entropy": 0.1}
+SKIPPED: Figures = {**HEALTHY, "policy/skipped_steps": 2}
+
+
+def test_patience_counts_steps_in_a_row_and_a_good_one_begins_anew() -> None:
+    config = GuardConfig(patience=3)
+    state, verdicts = run(config, [LOW, LOW, HEALTHY, LOW, LOW, LOW], started(config))
+    assert [verdict.action for verdict in verdicts] == [Action.GO_ON] * 5 + [Action.ROLL_BACK]
+    assert [verdict.suspect for verdict in verdicts] == [True, True, False, True, True, True]
+    assert state.streaks[NAMES.index("min_entropy")] == 3
+
+
+def test_a_step_that_is_skipped_is_an_incident_each_time_and_a_roll_back_after_patience() -> None:
+    config = GuardConfig(patience=3)
+    _, verdicts = run(config, [SKIPPED, HEALTHY, SKIPPED, SKIPPED, SKIPPED], started(config))
+    actions = [verdict.action for verdict in verdicts]
+    assert actions == [Action.SKIP, Action.GO_ON, Action.SKIP, Action.SKIP, Action.ROLL_BACK]
+    assert {verdict.rule for verdict in verdicts} == {"skipped_steps", ""}
+    assert verdicts[0].seen == "2 optimiser steps had a gradient that is not finite and were not taken"
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 3])
+def test_after_as_many_roll_backs_as_are_allowed_the_next_stops(allowed: int) -> None:
+    config = GuardConfig(max_rollbacks=allowed)
+    state, verdicts = run(config, [{**HEALTHY, "objective/kl": 9.0}] * (allowed + 2))
+    assert [v.action for v in verdicts] == [Action.ROLL_BACK] * allowed + [Action.STOP] * 2
+    assert state.rollbacks == allowed
+
+
+def test_of_two_rules_the_one_that_is_heard_first_is_named() -> None:
+    config = GuardConfig(patience=1)
+    beyond = {figure: value for _, figure, _, value in AT_THE_BOUND if figure != "objective/entropy"}
+    order = []
+    everything: dict[str, float | None] = {**HEALTHY, **beyond, "objective/entropy": 0.1, "loss/value_avg": math.nan}
+    for _ in range(7):
+        rule = run(config, [everything], started(config))[1][0].rule
+        order.append(rule)
+        figure = {"non_finite": "loss/value_avg"} | {name: figure for name, figure, _, _ in AT_THE_BOUND}
+        everything[figure[rule]] = HEALTHY.get(figure[rule])
+    assert order == [name for name in NAMES if name not in ("max_entropy", "max_drawdown")]
+    assert [rule.__name__ for rule in AT_ONCE] == ["non_finite", "max_kl"]
+
+
+def test_a_rule_that_is_due_is_heard_before_one_that_only_begins() -> None:
+    config = GuardConfig(patience=2)
+    both = {**LOW, "policy/skipped_steps": 1}
+    _, verdicts = run(config, [LOW, both], started(config))
+    assert (verdicts[1].action, verdicts[1].rule) == (Action.ROLL_BACK, "min_entropy")
+
+
+# -- the drawdown ---------------------------------------------------------------------------------------------------
+
+
+def naive_fall(rewards: list[float], errors: list[float]) -> tuple[float, float, float]:
+    """Of whole lists: best average - last average, best - mean of the first five, and the error of the first of
+    them, by the weight that each step's reward has in the difference."""
+    if len(rewards) < 20:
+        return 0.0, 0.0, 0.0
+    averages = [sum(rewards[i - 20 : i]) / 20 for i in range(20, len(rewards) + 1)]
+    best = max(i for i, average in enumerate(averages) if average >= max(averages))
+    last = len(averages) - 1
+    weights = [(best <= i < best + 20) / 20 - (last <= i < last + 20) / 20 for i in range(len(rewards))]
+    error = math.sqrt(sum((weight * e) ** 2 for weight, e in zip(weights, errors, strict=True)))
+    return averages[best] - averages[-1], averages[best] - sum(rewards[:5]) / 5, error
+
+
+@given(
+    st.lists(st.integers(-8, 8), max_size=70),
+    st.lists(st.integers(0, 6), min_size=70, max_size=70),
+)
+def test_the_fall_and_its_error_are_those_of_the_whole_history(steps: list[int], errors: list[int]) -> None:
+    """Random walks in eighths, whose sums are exact: the first of two equal bests is not taken for the last."""
+    walk = [sum(steps[: i + 1]) / 8 for i in range(len(steps))]
+    kept = Rewards()
+    for i, reward in enumerate(walk):
+        kept = kept.after(reward, float(errors[i]))
+        expected = naive_fall(walk[: i + 1], [float(e) for e in errors[: i + 1]])
+        assert kept.fall == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        assert len(kept.recent) <= WINDOW
+        assert len(kept.best_errors) in (0, WINDOW)
+
+
+def drawn(rewards: list[float], deviation: float, rows: int = 64) -> list[Figures]:
+    return [
+        {**HEALTHY, "objective/scores": reward, "objective/scores_std": deviation, "rows": rows} for reward in rewards
+    ]
+
+
+def first_incident(config: GuardConfig, steps: list[Figures]) -> int | None:
+    state = GuardState()
+    for number, figures in enumerate(steps):
+        state, verdict = judge(config, state, figures)
+        if verdict.action is not Action.GO_ON:
+            assert verdict.rule == "max_drawdown"
+            return number
+    return None
+
+
+def test_a_reward_that_loses_half_of_its_gain_is_a_crash() -> None:
+    """R climbs from 0 to 1 and falls back to 0 with the last reward: half is lost when 10 of 20 are 0; more with 11."""
+    config = GuardConfig(patience=1)
+    rewards = [0.0] * 20 + [1.0] * 20 + [0.0] * 20
+    assert first_incident(config, drawn(rewards, deviation=0.01)) == 40 + 11 - 1
+    assert first_incident(dataclasses.replace(config, max_drawdown=0.25), drawn(rewards, 0.01)) == 40 + 6 - 1
+    assert first_incident(dataclasses.replace(config, max_drawdown=None), drawn(rewards, 0.01)) is None
+    assert first_incident(GuardConfig(patience=5), drawn(rewards, 0.01)) == 40 + 11 - 1 + 4
+
+
+def test_what_was_gained_before_the_first_average_is_gained_too() -> None:
+    """A run that climbs from 0 to 1 in its first ten steps: its first average is 0.5, and a fall to 0.6 loses 0.4."""
+    rewards = [0.0] * 5 + [0.2, 0.4, 0.6, 0.8, 1.0] + [1.0] * 30 + [0.6] * 40
+    assert first_incident(GuardConfig(patience=1), drawn(rewards, deviation=0.01)) is None
+    deeper = [reward if step < 40 else 0.4 for step, reward in enumerate(rewards)]
+    assert first_incident(GuardConfig(patience=1), drawn(deeper, deviation=0.01)) == 40 + 17 - 1
+
+
+def test_a_fall_that_chance_explains_is_none() -> None:
+    """Of 20 steps new and 20 old the error of the difference is sqrt(2/20) of a step's: 1 is six times sqrt(2/20) of
+    sqrt(10)/6."""
+    rewards = [0.0] * 20 + [1.0] * 20 + [0.0] * 30
+    config, bound = GuardConfig(patience=1), math.sqrt(10) / 6
+    assert first_incident(config, drawn(rewards, deviation=bound * 0.999, rows=1)) == 59
+    assert first_incident(config, drawn(rewards, deviation=bound * 1.001, rows=1)) is None
+    assert first_incident(config, drawn(rewards, deviation=bound * 0.999 * 8, rows=64)) == 59
+    assert first_incident(config, drawn(rewards, deviation=bound * 1.001 * 8, rows=64)) is None
+
+
+def test_a_reward_that_begins_to_fall_makes_a_state_suspect_for_two_windows() -> None:
+    """From 1 to 0.7: a tenth of what was gained is lost with the seventh step of 20, and never half."""
+    rewards = [0.0] * 20 + [1.0] * 20 + [0.7] * 60
+    verdicts = run(GuardConfig(), drawn(rewards, deviation=0.01))[1]
+    assert [number for number, verdict in enumerate(verdicts) if verdict.suspect] == list(range(46, 80))
+    assert {verdict.action for verdict in verdicts} == {Action.GO_ON}
+    for other in (GuardConfig(max_drawdown=None), GuardConfig(max_drawdown=1.6)):
+        assert not any(verdict.suspect for verdict in run(other, drawn(rewards, deviation=0.01))[1])
+    noisy = run(GuardConfig(), drawn(rewards, deviation=1.3))[1]
+    assert not any(verdict.suspect for verdict in noisy)
+
+
+def test_noise_about_a_level_that_does_not_move_is_no_crash() -> None:
+    """300 runs of 500 steps, by seeds: not one step beyond the bound, let alone five in a row."""
+    config, beyond = GuardConfig(), 0
+    for seed in range(300):
+        noise, rewards = random.Random(seed), Rewards()
+        for _ in range(500):
+            rewards = rewards.after(noise.gauss(0.0, 1 / 8), 1 / 8)
+            beyond += max_drawdown(config, GuardState(rewards=rewards), {}) is not None
+    assert beyond == 0
+
+
+# -- the state ------------------------------------------------------------------------------------------------------
+
+FIGURE = st.none() | st.floats(-10, 10) | st.sampled_from([math.nan, math.inf])
+
+
+@settings(max_examples=40)
+@given(st.lists(st.fixed_dictionaries(dict.fromkeys(HEALTHY, FIGURE)), max_size=12), st.integers(0, 12))
+def test_a_state_that_went_through_json_judges_the_same(steps: list[Figures], cut: int) -> None:
+    config = GuardConfig(patience=2, max_rollbacks=100)
+    whole, verdicts = run(config, steps)
+    half, first = run(config, steps[:cut])
+    back: Any = from_dict(GuardState, json.loads(json.dumps(dataclasses.asdict(half), allow_nan=False)), "guard state")
+    assert back == half
+    other, second = run(config, steps[cut:], back)
+    assert (other, first + second) == (whole, verdicts)
+
+
+def test_a_level_takes_the_first_five_finite_values() -> None:
+    level = Level()
+    for value in (None, 1.0, math.nan, 2.0, None, 3.0, 4.0, 5.0, 99.0):
+        level = level.after(value)
+    assert level == Level(count=5, mean=3.0)

@@ -63,6 +63,7 @@ def test_what_is_kept_comes_back_byte_for_byte_and_is_not_changed_by_what_follow
         assert {name for name in before if before[name] == after[name]} <= untouched
         runstate.restore(run, *snapshots.load())
         assert prints(*runstate.capture(run)) == before
+    run.step += 1
     kept = runstate.capture(run)[0]["model"]
     snapshots.keep(*runstate.capture(run))  # a candidate, in other memory than the good one's
     with torch.no_grad():
@@ -96,6 +97,9 @@ def test_a_candidate_is_good_once_it_is_confirmed_and_only_then(tokenizer, tmp_p
     assert good() == states[1]
     states |= {3: keep(3), 4: keep(4)}  # the second in the place of the first
     snapshots.confirm()
+    assert good() == states[4]
+    keep(4)  # the good one again: no candidate, which would have its place
+    snapshots.drop()
     assert good() == states[4]
     if not lora_r:
         assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step-000004"]

@@ -6,10 +6,13 @@ import copy
 import itertools
 import json
 import math
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -60,6 +63,7 @@ def test_what_is_kept_comes_back_byte_for_byte_and_is_not_changed_by_what_follow
         assert {name for name in before if before[name] == after[name]} <= untouched
         runstate.restore(run, *snapshots.load())
         assert prints(*runstate.capture(run)) == before
+    run.step += 1
     kept = runstate.capture(run)[0]["model"]
     snapshots.keep(*runstate.capture(run))  # a candidate, in other memory than the good one's
     with torch.no_grad():
@@ -94,10 +98,19 @@ def test_a_candidate_is_good_once_it_is_confirmed_and_only_then(tokenizer, tmp_p
     states |= {3: keep(3), 4: keep(4)}  # the second in the place of the first
     snapshots.confirm()
     assert good() == states[4]
+    keep(4)  # the good one again: no candidate, which would have its place
+    snapshots.drop()
+    assert good() == states[4]
     if not lora_r:
         assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step-000004"]
     snapshots.forget()
     assert not (tmp_path / "kept").exists()
+
+
+def by_chance(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """A reward that draws from every global generator there is."""
+    noise = [random.random() + float(np.random.rand()) + torch.rand(()).item() for _ in completions]
+    return [score + draw for score, draw in zip(letters(prompts, completions), noise, strict=True)]
 
 
 @ADAPTER
@@ -111,13 +124,12 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     happens = Happens(wreck, 5)
     optim = {"learning_rate": 1e-3, "lr_scheduler_type": "linear"}
     config = guarded(tmp_path / "run", lora_r, optim=optim, guard={"rollback_factor": 0.25})
-    run = made(config, tokenizer, happens)
+    run = made(config, tokenizer, happens, reward=by_chance)
     run.train()
     good, back = happens.seen[4], happens.seen[6]
     moved = {name for name in good if good[name] != back[name]}
-    assert moved == {"step", "episode", "prompts", "scheduler", "optimizer", "controller", "guard", "random.cpu"} - (
-        {"random.cpu"} if good["random.cpu"] == back["random.cpu"] else set()
-    )
+    drawn = {"random.cpu", "random"}
+    assert moved == {"step", "episode", "prompts", "scheduler", "optimizer", "controller", "guard", *drawn}
     was, now = ({name: json.loads(found[name]) for name in moved if "." not in name} for found in (good, back))
     assert (now["step"], now["episode"], now["prompts"]["epoch"], now["prompts"]["position"]) == (6, 48, 5, 8)
     assert now["controller"] == {**was["controller"], "next_step": 6}

@@ -139,6 +139,8 @@ class Snapshots:
     def keep(self, tensors: Tensors, state: dict[str, Any]) -> None:
         """Keeps this state as the candidate. Raises SaveError where it goes to a disk that does not take it."""
         self.drop()
+        if self.good is not None and self.good.step == state["step"]:
+            return  # it is the good one, in whose place on disk it would go
         state = {name: value for name, value in state.items() if name not in ("snapshot", "candidate")}
         if self.folder is None:
             self.candidate = _Kept(state["step"], _copied(tensors, self._spare), state)

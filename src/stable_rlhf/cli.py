@@ -104,7 +104,7 @@ def _resume(arguments: list[str]) -> int:
             "--output_dir NEW_FOLDER`"
         )
     if given.checkpoint is None and config.max_steps == done and _is_whole(given.run):
-        further = f"{_command()} resume {shlex.quote(str(given.run))} --max_steps {2 * done}"
+        further = f"{_command()} resume {shlex.quote(str(given.run))} --max_steps {2 * config.max_steps}"
         done_all = (
             f"{given.run} is finished: {done} of {config.max_steps} steps are done. To train it further: {further}"
         )

@@ -80,7 +80,7 @@ FAILURES: dict[str, servers.Act] = {
     "answers 500": answer(b"", 500),
     "hangs": servers.hang,
     "answers garbage": answer(b"<html>\x00\xff"),
-    "gives too few": answer({"rewards": [1.0]}),
+    "gives too few": answer({"rewards": []}),
     "closes the connection": servers.close,
     "ends inside its answer": servers.cut,
     "sends a byte at a time": servers.drip,

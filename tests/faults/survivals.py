@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import tempfile
@@ -26,11 +25,10 @@ WHEN = ((0,), (2,), (3,), (STEPS - 1,), (1, 2), tuple(range(2, 50)))
 
 
 def inject_nan(count: int, seed: int) -> Counts:
-    """NaN in each of WHERE at each of WHEN, or in as many as `count` says."""
-    cases = list(itertools.product(WHERE, WHEN))
-    random.Random(seed).shuffle(cases)
-    if count < len(cases):  # one of each place first
-        cases.sort(key=lambda case: [other for other in cases if other[0] == case[0]].index(case))
+    """NaN in each of WHERE at each of WHEN: of each place one, then another of each, until there are `count`."""
+    chance = random.Random(seed)
+    orders = [chance.sample(WHEN, len(WHEN)) for _ in WHERE]
+    cases = [(where, steps) for turn in zip(*orders, strict=True) for where, steps in zip(WHERE, turn, strict=True)]
     survived, lost, ends = 0, [], dict.fromkeys(("went on", "stopped and resumed"), 0)
     with tempfile.TemporaryDirectory(dir=MEMORY) as made:
         tiny = Tiny.make(Path(made))

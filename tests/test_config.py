@@ -16,7 +16,7 @@ from stable_rlhf.control import CONTROLLERS, controller_settings
 
 # What each preset resolves to where it differs from `safe`, written out from algorithm.md's presets and layers.
 PPO = {"critic.heads": 1, "critic.loss": "mse", "critic.clip_reduction": "max", "reward.normalise": "none"}
-PPO |= {"optim.whiten_floor": 1e-4}
+PPO |= {"optim.whiten_floor": 1e-4, "optim.max_preview_kl": None}
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
@@ -26,6 +26,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "reward.normalise": "paper",
         "kl.controller": "paper",
         "optim.entropy_coef": 0.01,
+        "optim.max_preview_kl": None,
         **IN_LOSS,
     },
     "ppo": {**PPO, "kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False},
@@ -36,6 +37,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe-no-regulation": {"kl.controller": "none", "kl.in_reward": False},
     "safe-no-gate": {"kl.settings": {"gate_on": False}},
     "safe-no-threshold": {"kl.settings": {"threshold_on": False}},
+    "safe-no-preview": {"optim.max_preview_kl": None},
 }
 # The figures of algorithm.md: layer 1 and "Notation" for the update, layers 2 and 3 for the controller.
 PAPER_UPDATE = {
@@ -176,6 +178,7 @@ POSITIVE = {
     **dict.fromkeys(["optim.max_grad_norm", "critic.temperature", "critic.huber_delta", "critic.vf_coef"], float),
     **dict.fromkeys(["critic.max_grad_norm", "critic.learning_rate", "critic.cliprange_value"], float),
     "model.lora_alpha": float,
+    "optim.max_preview_kl": float,
 }
 NOT_NEGATIVE = {
     **dict.fromkeys(["save_steps", "model.lora_r", "data.eval_size", "optim.warmup_steps", "critic.warmup_steps"], int),

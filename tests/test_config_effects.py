@@ -128,6 +128,7 @@ TURNED: dict[str, Turn | str] = {
     "optim.whiten_floor": Turn(to=10.0, of="loss/policy_avg"),
     "optim.entropy_coef": Turn(to=0.1, of="grad_norm/policy"),
     "optim.max_grad_norm": Turn(to=1e-4, shows_in="weights"),
+    "optim.max_preview_kl": Turn(to=1e-6, shows_in="weights", of="safe/step_scale"),
     "critic.heads": Turn(to=1, of="val/mean"),
     "critic.temperature": Turn(to=0.01, of="val/mean"),
     "critic.regress": Turn(to="soft_min", of="loss/value_avg"),
@@ -190,7 +191,7 @@ def places(
 
 @pytest.fixture(scope="module")
 def base(places: dict[str, str]) -> dict[str, Any]:
-    """Two steps of two minibatches that all learn something."""
+    """Two steps of two minibatches that all learn something, so much that the preview would hold most of it back."""
     return {
         "max_steps": 2,
         "save_steps": 0,
@@ -198,7 +199,7 @@ def base(places: dict[str, str]) -> dict[str, Any]:
         "data": {"train": places["prompts"], "eval_size": 0},
         "reward": {"functions": ["tests.test_config_effects:letters"]},
         "rollout": {"batch_size": 4, "max_completion_length": 6},
-        "optim": {"learning_rate": 1e-2},
+        "optim": {"learning_rate": 1e-2, "max_preview_kl": None},
         "log": {"progress": False, "completions_steps": 0},
     }
 

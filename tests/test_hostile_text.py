@@ -173,7 +173,7 @@ def test_a_reward_that_fails_with_payloads_is_shown_and_does_not_act(
         *("--reward.functions", '["tests.test_hostile_text:raising"]', "--rollout.batch_size", "2", "--model.device"),
         *("cpu", "--output_dir", str(tmp_path / "run"), "--data.max_prompt_length", "20"),
     ]
-    assert cli.main(["train", *arguments]) == 1
+    assert cli.main(["train", *arguments]) == cli.Exit.REWARD
     out, error = capsys.readouterr()
     assert error.startswith("stable-rlhf: reward function 'raising' raised ValueError: ")
     assert acting(out + error) == []
@@ -277,7 +277,8 @@ def test_the_files_of_a_run_of_payloads_hold_them_whole_as_data(hostile_run: tup
     for name in ("metrics.jsonl", "timings.jsonl", "evaluation.json", "config.yaml"):
         text = (folder / name).read_bytes().decode("ascii")
         assert acting(text) == []
-    completions = pq.read_table(folder / "completions" / "step-000001.parquet").to_pylist()
+    files = sorted((folder / "completions").iterdir())
+    completions = [row for file in files for row in pq.read_table(file).to_pylist()]
     assert any("\x1b]52;c;cm0gLXJmIH4=\x07" in row["prompt"] for row in completions)
     for payload in PAYLOADS:
         assert any(payload in row["completion"] for row in completions), payload

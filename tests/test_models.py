@@ -100,7 +100,7 @@ def test_target_heads_follow_as_a_polyak_average(llama: LlamaForCausalLM) -> Non
     before = model.target_heads[1].out.weight.clone()
     with torch.no_grad():
         model.heads[1].out.weight.add_(1.0)
-    model.update_targets()
+    model.update_targets(torch.tensor(True))
     torch.testing.assert_close(model.target_heads[1].out.weight, before + 0.25, atol=1e-6, rtol=0)
     assert not model.target_heads[1].out.weight.requires_grad
 

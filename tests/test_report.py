@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
 import json
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_rlhf import report, telemetry
+from stable_rlhf import plots, report, telemetry
 
 HOSTILE = (
     "<script>alert(1)</script></style></pre><img src=x onerror=alert(1)> \" ' & {{ 7*7 }} {% raw %} "
@@ -323,8 +324,8 @@ def test_interrupted_run_says_how_far_it_came(tmp_path: Path):
 def test_long_runs_stay_small_and_keep_their_spikes():
     values = [0.0] * 50_000
     values[31_337] = 9.0
-    steps, kept = report._thin(list(range(50_000)), values)
-    assert len(steps) <= report.POINTS
+    steps, kept = plots._thin(list(range(50_000)), values)
+    assert len(steps) <= plots.POINTS
     assert kept[steps.index(31_337)] == 9.0
     assert steps == sorted(set(steps))
 
@@ -332,3 +333,41 @@ def test_long_runs_stay_small_and_keep_their_spikes():
 def test_report_imports_no_torch():
     code = "import sys; import stable_rlhf.report, stable_rlhf.telemetry; sys.exit(int('torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- incidents ------------------------------------------------------------------------------------------------------
+
+
+def incident(step: int, action: str, seen: str = "the KL is 3") -> dict:
+    return {
+        "step": step, "action": action, "rule": "max_kl", "seen": seen, "done": "went back", "advice": "be slower",
+        "figures": {"objective/kl": 3.0},
+    }  # fmt: skip
+
+
+def test_incidents_are_told_and_marked_on_every_plot(tmp_path: Path) -> None:
+    rows = [{"step": step, "objective/scores": 0.1 * step, "objective/kl": 0.1} for step in range(30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = [incident(7, "skip"), incident(12, "roll back", "<script>alert(1)</script>"), incident(29, "stop")]
+    (tmp_path / "incidents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    page = report.write_report(tmp_path).read_text()
+    assert "<h2>Incidents</h2>" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script" not in page
+    images = [base64.b64decode(image).decode() for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+    assert len(images) == 2
+    for image in images:
+        assert [f'id="incident-{step}"' in image for step in (7, 12, 29, 8)] == [True, True, True, False]
+
+
+def test_a_run_without_incidents_says_nothing_of_them(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "objective/scores": 0.1}) + "\n")
+    page = report.write_report(tmp_path).read_text()
+    assert "Incidents" not in page
+
+
+def test_a_damaged_incident_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "objective/scores": 0.1}) + "\n")
+    (tmp_path / "incidents.jsonl").write_text(json.dumps(incident(0, "skip")) + "\n{}\n")
+    with pytest.raises(ValueError, match=r"incidents\.jsonl:2: not an incident"):
+        report.write_report(tmp_path)

@@ -37,7 +37,8 @@ class Config:
 
     preset: str = "safe"
     """Where the settings that are not given come from: safe, paper, ppo, ppo-adaptive, ppo-nokl, asymmetric, or safe
-    without one layer: safe-single-critic, safe-no-regulation, safe-no-gate, safe-no-threshold, safe-no-guard."""
+    without one layer: safe-single-critic, safe-no-regulation, safe-no-gate, safe-no-threshold, safe-no-preview,
+    safe-no-guard."""
     output_dir: str | None = None
     """Run folder; None makes one under runs/, named after the preset and the time."""
     max_steps: int = 60

@@ -238,6 +238,13 @@ class _Order:
     def take(self, k: int) -> Sequence[int]:
         return self._left.pop() if self._left else self._then
 
+    def state_dict(self) -> dict[str, int]:
+        """What the trainer goes back to when a reward fails, which ends the dry steps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
 
 def dry_steps(
     found: Findings,

@@ -182,10 +182,12 @@ class ActorCritic(nn.Module):
         return list(self.heads.parameters())
 
     @torch.no_grad()
-    def update_targets(self) -> None:
-        """target <- (1 - tau) target + tau online, tau = critic.target_tau (Polyak average)."""
+    def update_targets(self, stepped: Tensor) -> None:
+        """target <- (1 - tau) target + tau online, tau = critic.target_tau (Polyak average); nothing where ``stepped``
+        (scalar, bool, on the device) is False."""
+        share = self.critic.target_tau * stepped.float()
         for target, online in zip(self.target_heads.parameters(), self.heads.parameters(), strict=True):
-            target.lerp_(online, self.critic.target_tau)
+            target.lerp_(online, share)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name: trained policy weights, heads, target heads."""

@@ -189,7 +189,7 @@ def update(
     names: list[str] = []
     steps: list[Tensor] = []
     with passes.training():
-        for minibatch in work:
+        for number, minibatch in enumerate(work, start=1):
             tokens = sum(of_rows.response[row] for micro in minibatch for row in micro.rows[: micro.count].tolist())
             scale = Scale(kl_coef=kl_coef, tokens=torch.full((), float(tokens), device=device))
             sums: list[Tensor] = []
@@ -197,7 +197,7 @@ def update(
                 part = batch.rows(next(rows), micro.width, micro.length, micro.count)
                 names, figures = passes.learn(part, scale, learns)
                 sums.append(figures)
-            norms = _clipped_step(passes, optimizer, config, learns, preview)
+            norms = _clipped_step(passes, optimizer, config, learns, preview, last=number == len(work))
             steps.append(torch.cat([torch.stack(sums).sum(0), norms]))
     names = [*names, "grad_norm/policy", "grad_norm/critic"]
     taken = torch.stack([figures[-2:].isfinite().all() for figures in steps])
@@ -211,11 +211,16 @@ def update(
 
 
 def _clipped_step(
-    passes: Passes, optimizer: torch.optim.Optimizer, config: Config, learns: bool, preview: Preview | None
+    passes: Passes,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    learns: bool,
+    preview: Preview | None,
+    last: bool,
 ) -> Tensor:
     """Clips each group's gradient to its own norm, steps, moves the target heads; [2] norms of policy and critic.
 
-    Where a norm is not finite the optimiser leaves weights and moments as they are, without the host's looking.
+    Where a norm is not finite, weights, moments and target heads stay as they are, without the host's looking.
     """
     model = passes.model
     policy, critic = model.policy_parameters(), model.critic_parameters()
@@ -228,15 +233,16 @@ def _clipped_step(
         nn.utils.clip_grad_norm_(critic, config.critic.max_grad_norm),
     ]
     norms = torch.stack([norm.to(model.device, torch.float32) for norm in found])  # of no gradient: a 0 on the CPU
-    setattr(optimizer, "found_inf", 1.0 - norms.isfinite().all().float())  # noqa: B010  the name by which AdamW reads it
+    finite = norms.isfinite().all()
+    setattr(optimizer, "found_inf", 1.0 - finite.float())  # noqa: B010  the name by which AdamW reads it
     if preview is None:
         optimizer.step()
     else:
-        preview.take(optimizer)
+        preview.take(optimizer, finite, last)
     for parameter, gradient in zip(policy, held, strict=True):
         parameter.grad = gradient
     passes.zero_grad()
-    model.update_targets()
+    model.update_targets(finite)
     return norms
 
 

@@ -8,11 +8,11 @@ from typing import Any
 _PPO: dict[str, Any] = {
     "critic": {"heads": 1, "loss": "mse", "clip_reduction": "max", "bootstrap": "online"},
     "reward": {"normalise": "none"},
-    "optim": {"whiten_floor": 1e-4},
+    "optim": {"whiten_floor": 1e-4, "max_preview_kl": None},
     "guard": {"enabled": False},
 }
 """PPO as Ouyang et al. (2022) and TRL had it: one value head, squared error, clipped by the maximum, rewards as they
-come, advantages whitened whatever their size (1e-4 is TRL's 1e-8 under the root)."""
+come, advantages whitened whatever their size (1e-4 is TRL's 1e-8 under the root), every optimiser step taken whole."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "safe": {},
@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic": {"bootstrap": "mixed", "regress": "soft_min"},
         "reward": {"normalise": "paper"},
         "kl": {"controller": "paper", "in_reward": False, "in_loss": "k2"},
-        "optim": {"entropy_coef": 0.01},
+        "optim": {"entropy_coef": 0.01, "max_preview_kl": None},  # the published code never calls its preview
         "guard": {"enabled": False},
     },
     # Ziegler et al. (2019) subtract the sum of the log-ratios, so length pays.
@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "safe-no-regulation": {"kl": {"controller": "none", "in_reward": False}},
     "safe-no-gate": {"kl": {"settings": {"gate_on": False}}},
     "safe-no-threshold": {"kl": {"settings": {"threshold_on": False}}},
+    "safe-no-preview": {"optim": {"max_preview_kl": None}},
     "safe-no-guard": {"guard": {"enabled": False}},
 }
 """Section -> field -> value, by the preset's name; ``kl.settings`` holds what changes in the controller's defaults."""

@@ -2,8 +2,14 @@
 
 Of a proposed step theta_before -> theta_after the KL(pi_before || pi_after) is measured on a few rows of the rollout.
 Above ``optim.max_preview_kl`` the step is taken in part, theta_before + s (theta_after - theta_before) with
-s = max_preview_kl / KL, and measured again, until it is within the bound; a step that is not after RETRIES attempts is
-not taken at all. Source: SAFE (arXiv 2602.04651), predictive step scaling; its published code never calls it.
+s = max_preview_kl / KL, and measured again, until it is within the bound; a step that is not after RETRIES scalings, or
+whose log-probs are not finite, is not taken at all. The optimiser's moments are those of the whole step, and the
+critic's part of it is taken whole. Source: SAFE (arXiv 2602.04651), predictive step scaling; its published code never
+calls it.
+
+The first and the last step of an update are always looked at. After a look that found less than a QUIET-th of the bound
+the next steps are looked at together, at the last: the bound then holds for all of them at once. So a healthy update
+pays for two looks, and one that moves fast for one a step.
 """
 
 from __future__ import annotations
@@ -23,9 +29,13 @@ from stable_rlhf.records import Batch
 RETRIES = 4
 """Scalings of one step. The KL is about quadratic in the step, so one by max / KL overshoots downwards: the second is
 for steps so long that they were not, and what is still too long after four has no useful direction."""
-SHARE = 16
-"""One row of the rollout in this many is looked at. A forward of a sixteenth of the rows costs a few percent of an
-optimiser step, whose share of the forwards and backwards is two or three of all rows."""
+SHARE = 32
+"""One row of the rollout in this many is looked at. With two passes of two minibatches four looks are an eighth
+of the rows forward, beside two forward and backward; of a sixteenth they cost the built-in policy 6 % of its step's CPU
+time (docs/LOG.md)."""
+QUIET = 4
+"""A look that finds less than this share of the bound lets the steps up to the last be looked at together. In one
+direction three steps have nine times the KL of one; minibatches differ, and where they do not the sum is scaled."""
 FEWEST = 2
 """Rows that are looked at at least, where there are as many: torch.compile makes a program of its own for one row."""
 ORDER = 1_008
@@ -41,6 +51,8 @@ def probe(lengths: Lengths, config: Config, step: int, passes: Passes) -> Microb
         return None
     grain = passes.grain
     exact = max(lengths.prompt[row] + lengths.response[row] - 1 for row in rows)
+    # The bound on a pass's memory holds here too; of the exact width, so that the rows are the same with graphs.
+    rows = rows[: max(1, config.optim.microbatch_tokens // exact)]
     return Microbatch(
         rows=torch.tensor(rows),
         count=len(rows),
@@ -59,46 +71,69 @@ class Preview:
         # 1e-4 nats, far below any bound of use.
         self.sampled = batch.logp[rows.rows.to(batch.logp.device), : rows.length]
         self.before = self.sampled
+        self.count = self.tokens.mask.sum()
         self.proposed: list[float] = []
-        """KL of each optimiser step as proposed, nats per token; not finite where its logits were not."""
+        """KL of what each look found, as proposed, nats per token; not finite where its logits were not."""
         self.scales: list[float] = []
-        """Share of each that was taken."""
+        """Share of each optimiser step that was taken, but for those whose gradient was not finite."""
+        self._parameters: list[Any] = []
+        self._start: list[Tensor] = []  # the weights at the last look; empty where nothing has been proposed since
+        self._stepped: list[Tensor] = []  # whether the optimiser took each step since
+        self._quiet = False
 
     @torch.no_grad()
-    def take(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer.step()``, of which the policy's part is scaled until its KL is within the bound."""
-        parameters: list[Any] = [p for p in self.passes.model.policy_parameters() if p.grad is not None]
-        before: list[Tensor] = [parameter.clone() for parameter in parameters]
+    def take(self, optimizer: torch.optim.Optimizer, finite: Tensor, last: bool) -> None:
+        """``optimizer.step()``, of which the policy's part is scaled until its KL is within the bound.
+
+        ``finite`` (scalar, bool): False where the optimiser steps over its gradient; there is then nothing to measure.
+        ``last``: no other step of this update follows.
+        """
+        if not self._start:
+            self._parameters = [p for p in self.passes.model.policy_parameters() if p.grad is not None]
+            self._start = [parameter.clone() for parameter in self._parameters]
         optimizer.step()
-        kl, after = self._look()
-        self.proposed.append(kl)
+        self._stepped.append(finite)
+        if last or not self._quiet:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Looks at the steps since the last look, and takes of them what is within the bound."""
+        parameters, start = self._parameters, self._start
+        after, kl = self._look()
+        size, *stepped = torch.stack(
+            [kl, *(step.double() for step in self._stepped)]
+        ).tolist()  # one wait for the device
+        self._start, self._stepped = [], []
+        if not any(stepped):
+            return
+        self.proposed.append(size)
+        self._quiet = size < self.limit / QUIET
         scale = 1.0
         for _ in range(RETRIES):
-            if kl <= self.limit:
+            if size <= self.limit or not math.isfinite(size):
                 break
-            share = self.limit / kl if math.isfinite(kl) else 0.0
+            share = self.limit / size
             scale *= share
-            torch._foreach_lerp_(parameters, before, 1.0 - share)  # pyright: ignore[reportPrivateImportUsage]
-            if share == 0.0:  # between a weight and one that is not finite lies none
-                torch._foreach_copy_(parameters, before)  # pyright: ignore[reportPrivateImportUsage]
-            kl, after = self._look()
-        if not kl <= self.limit:
+            torch._foreach_lerp_(parameters, start, 1.0 - share)  # pyright: ignore[reportPrivateImportUsage]
+            after, kl = self._look()
+            size = kl.item()
+        if not size <= self.limit:
             scale, after = 0.0, self.before
-            torch._foreach_copy_(parameters, before)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(parameters, start)  # pyright: ignore[reportPrivateImportUsage]
         self.before = after
-        self.scales.append(scale)
+        self.scales += [scale] * round(sum(stepped))
 
     def metrics(self) -> dict[str, float | None]:
-        """Over the optimiser steps so far: the largest KL that one proposed (None where it was not finite), the mean
-        share taken, and how many were not taken whole."""
-        largest = max(self.proposed, key=lambda kl: kl if math.isfinite(kl) else math.inf)
+        """Over the optimiser steps so far, without those whose gradient was not finite: the largest KL that a look
+        found proposed (None where it was not finite), the mean share taken, and how many were not taken whole."""
+        largest = max(self.proposed, key=lambda kl: kl if math.isfinite(kl) else math.inf, default=math.inf)
         return {
             "safe/preview_kl": largest if math.isfinite(largest) else None,
-            "safe/step_scale": math.fsum(self.scales) / len(self.scales),
+            "safe/step_scale": math.fsum(self.scales) / len(self.scales) if self.scales else None,
             "safe/scaled_steps": sum(scale < 1.0 for scale in self.scales),
         }
 
-    def _look(self) -> tuple[float, Tensor]:
-        """(KL of the step so far, the probe's log-probs). Waits for the device."""
+    def _look(self) -> tuple[Tensor, Tensor]:
+        """(the probe's log-probs, KL of the step so far)."""
         after = self.passes.logp(self.tokens).clone()
-        return float(step_kl(self.before, after, self.sampled, self.tokens.mask)), after
+        return after, step_kl(self.before, after, self.sampled, self.tokens.mask, self.count)

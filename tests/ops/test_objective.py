@@ -257,3 +257,91 @@ def test_settings_that_have_no_meaning_are_refused():
         objective.value_loss(x, x, x, mask, cliprange=-0.2)
     with pytest.raises(ValueError, match="huber_delta is 0"):
         objective.value_loss(x, x, x, mask, huber_delta=0)
+
+
+# KL of an optimiser step --------------------------------------------------------------------------------------------
+
+logps = st.floats(-40, 0)
+
+
+def log_distribution(*logits) -> torch.Tensor:
+    return f64(*logits).log_softmax(0)
+
+
+@given(st.lists(st.tuples(logps, logps, logps, st.booleans()), min_size=4, max_size=4))
+def test_the_kl_of_a_step_is_the_loop_over_its_tokens(tokens):
+    before, after, sampled = (f64(*column).view(2, 2) for column in list(zip(*tokens, strict=True))[:3])
+    mask = torch.tensor([keep for *_, keep in tokens]).view(2, 2)
+    terms = [oracle.step_kl_token(b, a, s) for b, a, s, keep in tokens if keep]
+    if not terms:
+        with pytest.raises(ValueError, match="no True entry"):
+            objective.step_kl(before, after, sampled, mask)
+        return
+    value = objective.step_kl(before, after, sampled, mask).item()
+    assert value == pytest.approx(math.fsum(terms) / len(terms), rel=1e-12, abs=1e-12)
+    assert value >= 0
+    assert objective.step_kl(before, after, sampled, mask, 8.0).item() == pytest.approx(math.fsum(terms) / 8, rel=1e-12)
+
+
+def test_the_kl_of_a_step_in_expectation_over_the_sampling_policy_is_the_exact_kl():
+    """Every token of a vocabulary of five, weighed by how often it is drawn: the sum is KL(before || after) itself."""
+    sampled = log_distribution(0.0, 1.0, -1.0, 0.5, -2.0)
+    before = log_distribution(0.3, 0.4, -0.5, 1.5, -2.5)
+    after = log_distribution(1.0, -0.6, 0.2, 1.0, -1.0)
+    everything = torch.ones(1, 1, dtype=torch.bool)
+    expected = sum(
+        sampled[v].exp() * objective.step_kl(*(x[v].view(1, 1) for x in (before, after, sampled)), everything)
+        for v in range(5)
+    )
+    kl = (before.exp() * (before - after)).sum()
+    other_way = (after.exp() * (after - before)).sum()
+    assert float(expected) == pytest.approx(kl.item(), rel=1e-12)
+    assert abs(kl - other_way) > 0.01  # so that the direction shows
+    without_weights = sum(
+        sampled[v].exp() * objective.step_kl(*(x[v].view(1, 1) for x in (before, after, before)), everything)
+        for v in range(5)
+    )
+    assert abs(float(without_weights) - kl) > 0.01
+
+
+def test_the_log_ratio_of_a_step_is_clamped_on_both_sides():
+    one = torch.ones(1, 1, dtype=torch.bool)
+    zero = torch.zeros(1, 1)
+    ruled_out = objective.step_kl(zero, zero - 1e4, zero, one).item()
+    assert ruled_out == pytest.approx(math.exp(-20) - 1 + 20, rel=1e-12)
+    from_nothing = objective.step_kl(zero - 1e4, zero, zero - 1e4, one).item()
+    assert from_nothing == pytest.approx(math.exp(20) - 21, rel=1e-12)
+
+
+def test_a_step_that_changes_nothing_has_a_kl_of_exactly_0():
+    before, sampled = torch.tensor([[-1.5, -0.25]]), torch.tensor([[-9.0, -0.5]])
+    assert objective.step_kl(before, before, sampled, torch.ones(1, 2, dtype=torch.bool)).item() == 0.0
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_the_kl_of_a_step_is_nan_where_a_token_after_it_is_not_finite_and_blind_to_what_the_mask_hides(odd):
+    before, after = torch.full((1, 3), -1.0), torch.tensor([[-1.2, odd, -0.9]])
+    assert math.isnan(objective.step_kl(before, after, before, torch.tensor([[True, True, True]])).item())
+    hidden = objective.step_kl(before, after, before, torch.tensor([[True, False, True]])).item()
+    kept = objective.step_kl(before[:, ::2], after[:, ::2], before[:, ::2], torch.ones(1, 2, dtype=torch.bool)).item()
+    assert hidden == kept > 0
+
+
+def test_the_kl_of_a_step_is_added_up_in_float64():
+    """Steps of 1e-4 nats: in float32, e^x - 1 - x of such a step has no digit left."""
+    before = torch.tensor([[-0.5, -0.75]], dtype=torch.float32)
+    after = before + torch.tensor([[2.0**-13, -(2.0**-13)]])
+    expected = math.fsum(math.expm1(x) - x for x in (2.0**-13, -(2.0**-13))) / 2
+    value = objective.step_kl(before, after, before, torch.ones(1, 2, dtype=torch.bool))
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("odd", ["before", "after", "sampled"])
+def test_the_kl_of_a_step_refuses_shapes_that_differ(odd):
+    shapes = dict.fromkeys(("before", "after", "sampled"), (2, 3)) | {odd: (3,)}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=rf"{odd} has shape \(3,\)"):
+        objective.step_kl(**tensors, mask=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(TypeError, match="boolean mask"):
+        objective.step_kl(**{name: torch.zeros(2, 3) for name in shapes}, mask=torch.ones(2, 3))

@@ -241,29 +241,33 @@ def approx_kl(logp: Tensor, old_logp: Tensor, mask: Tensor, denominator: float |
 
 
 @torch.no_grad()
-def step_kl(before: Tensor, after: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
+def step_kl(
+    before: Tensor, after: Tensor, sampled: Tensor, mask: Tensor, denominator: float | Tensor | None = None
+) -> Tensor:
     """KL(pi_before || pi_after) of one optimiser step, nats per token, from tokens that an earlier policy sampled.
 
-    mean_tok(w (r - 1 - log r)), log r = after - before, w = e^{before - sampled}: what the step does to tokens of
-    pi_before, each weighed by how much likelier it has become since it was sampled. Unbiased, never negative; log r is
-    clamped to +-20 first. Source: SAFE (arXiv 2602.04651), the preview; Schulman 2020 for the estimator (k3).
+    sum m_t w_t (r_t - 1 - log r_t) / denominator, log r = after - before clamped to +-20, w = e^{before - sampled}:
+    what the step does to tokens of pi_before, each weighed by how much likelier it is than when it was sampled. Never
+    negative; unbiased, but for the clamp, at the states that the earlier policy reached. Source: SAFE
+    (arXiv 2602.04651), the preview; Schulman 2020, "Approximating KL Divergence", for the estimator (k3).
 
     Args:
         before, after: [B, T] log-probs of the response tokens on the two sides of the step, nats.
         sampled: [B, T] their log-probs under the policy that sampled them; the same as ``before`` at the first step.
-        mask: [B, T] bool, True for a response token; the denominator is their number.
+        mask: bool [B, T], True on response tokens.
+        denominator: see the module; None is the number of True entries.
 
     Returns:
-        A scalar, float64; not finite where ``after`` is not.
+        A scalar, float64; NaN where an ``after`` under the mask is not finite.
 
     Raises:
-        ValueError: for shapes that differ, or a mask without a True entry.
+        TypeError, ValueError: see `masked.check_mask` and `masked.masked_mean`.
     """
-    _check_same_shape(before=before, after=after)
-    _check_same_shape(before=before, sampled=sampled)
-    log_ratio = (after.double() - before.double()).clamp(-K3_CLAMP, K3_CLAMP)
+    check_mask(mask, before=before, after=after, sampled=sampled)
+    after = torch.where(after.isfinite(), after.double(), torch.nan)  # the clamp would make 20 of an infinity
+    log_ratio = (after - before.double()).clamp(-K3_CLAMP, K3_CLAMP)
     weight = (before.double() - sampled.double()).exp()
-    return masked_mean(weight * (torch.expm1(log_ratio) - log_ratio), mask)
+    return masked_mean(weight * (torch.expm1(log_ratio) - log_ratio), mask, denominator)
 
 
 def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:

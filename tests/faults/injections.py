@@ -56,36 +56,36 @@ def nan(where: str, steps: Collection[int]) -> None:
     }[where]
     real = getattr(module, name)
 
-    def injected(*arguments: Any) -> Any:
-        return act(real, *arguments) if _present in steps else real(*arguments)
+    def injected(*arguments: Any, **named: Any) -> Any:
+        return act(real, *arguments, **named) if _present in steps else real(*arguments, **named)
 
     setattr(module, name, injected)
 
 
-def _spoil_loss(real: Callable[..., Any], *arguments: Any) -> Any:
-    loss, metrics = real(*arguments)
+def _spoil_loss(real: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    loss, metrics = real(*arguments, **named)
     return loss * torch.nan, metrics
 
 
-def _spoil_gradient(real: Callable[..., Any], passes: Any, *arguments: Any) -> Any:
+def _spoil_gradient(real: Callable[..., Any], passes: Any, *arguments: Any, **named: Any) -> Any:
     next(p for p in passes.model.policy_parameters() if p.grad is not None).grad.view(-1)[0] = torch.nan
-    return real(passes, *arguments)
+    return real(passes, *arguments, **named)
 
 
-def _spoil_head(real: Callable[..., Any], passes: Any, *arguments: Any) -> Any:
+def _spoil_head(real: Callable[..., Any], passes: Any, *arguments: Any, **named: Any) -> Any:
     with torch.no_grad():
         passes.model.critic_parameters()[0].view(-1)[0] = torch.nan
-    return real(passes, *arguments)
+    return real(passes, *arguments, **named)
 
 
-def _spoil_logp(real: Callable[..., Any], *arguments: Any) -> Any:
-    measured = real(*arguments)
+def _spoil_logp(real: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    measured = real(*arguments, **named)
     measured.logp[0, 0] = torch.nan
     return measured
 
 
-def _spoil_weight(real: Callable[..., Any], passes: Any, *arguments: Any) -> Any:
-    stats = real(passes, *arguments)
+def _spoil_weight(real: Callable[..., Any], passes: Any, *arguments: Any, **named: Any) -> Any:
+    stats = real(passes, *arguments, **named)
     with torch.no_grad():
         passes.model.policy_parameters()[-1].view(-1)[-1] = torch.nan
     return stats

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart check test clean
+.PHONY: install quickstart check test faults clean
 
 # The virtual environment with pinned versions; made again when a pin or a dependency changes.
 install: .venv/installed
@@ -22,6 +22,11 @@ check: install
 
 test: install
 	$(BIN)/pytest
+
+# Every fault in its long form, counted: ten minutes. `make faults SEED=5` has others; tests/test_faults.py a few of each.
+SEED ?= 4
+faults: install
+	$(BIN)/python -m tests.faults --seed $(SEED)
 
 clean:
 	rm -rf .venv

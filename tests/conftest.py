@@ -30,6 +30,10 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens, plus a BOS (not added by itself), an EOS and a pad token of their own."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}

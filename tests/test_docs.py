@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stable_rlhf.cli import load_config
+from stable_rlhf.cli import Exit, load_config
 from stable_rlhf.config import PRESETS, SECTIONS, Config
 from stable_rlhf.control import CONTROLLERS, controller_settings, guard, paper, safe
 
@@ -155,6 +155,16 @@ def test_the_factors_of_the_phases_are_those_of_the_controllers() -> None:
     assert {name: float(factor) for name, factor in published.items()} == {
         phase.value: factor for phase, factor in paper.MULTIPLIER.items()
     }
+
+
+# --- exit codes ------------------------------------------------------------------------------------
+
+
+def test_the_table_of_exit_codes_is_that_of_the_command() -> None:
+    operations = text(ROOT / "docs" / "operations.md").split("## Exit codes\n")[1].split("\n## ")[0]
+    shown = rows(operations)
+    assert [(int(cells[0]), cells[1].strip("`")) for cells in shown] == [(code.value, code.name) for code in Exit]
+    assert all(len(cells) == 4 and all(cells) for cells in shown)
 
 
 # --- files -----------------------------------------------------------------------------------------

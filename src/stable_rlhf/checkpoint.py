@@ -39,7 +39,7 @@ Of a longer one manifest, names and lengths are compared, as hashing it would ta
 written has been read back, so a whole one stays whatever became of the others."""
 _NAME = re.compile(r"(?:\.replaced-)?step-([0-9]{6,})")
 _LEFTOVER = re.compile(r"\.(writing|replaced|removed)-(step-[0-9]{6,})")
-_NO_ROOM = {
+NO_ROOM = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "free some of your quota there",
     errno.EFBIG: "raise the limit on the length of a file (ulimit -f)",
@@ -78,7 +78,7 @@ def save(
         _put(aside, final)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)  # what resists is cleared by the next save
-        if (number := _error_number(error)) is None:
+        if (number := error_number(error)) is None:
             raise
         length = len(encoded) + sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         raise _not_written(final, length, number, error) from error
@@ -299,7 +299,7 @@ def _encoded(state: dict[str, Any]) -> bytes:
     return json.dumps(state, indent=1).encode()
 
 
-def _error_number(error: BaseException) -> int | None:
+def error_number(error: BaseException) -> int | None:
     """The system's number for an error of the disk; None for any other error."""
     if isinstance(error, OSError):
         return error.errno or 0
@@ -311,14 +311,14 @@ def _error_number(error: BaseException) -> int | None:
 def _not_written(final: Path, length: int, number: int, error: BaseException) -> SaveError:
     what = f"{final} could not be written: {os.strerror(number) if number else error}"
     kept = "the older checkpoints are as they were"
-    if number not in _NO_ROOM:
+    if number not in NO_ROOM:
         return SaveError(f"{what}; {kept}; mend that, then resume the run")
     near = next(path for path in final.parents if path.is_dir())
     free = shutil.disk_usage(near).free
     odd = ", so it is a quota, the number of files or the length of one that is at its limit" if free > length else ""
     return NoRoomError(
         f"{what}; it needs {length:,} bytes in {final.parent}, where {free:,} are free{odd}; {kept}; "
-        f"{_NO_ROOM[number]}, then resume the run"
+        f"{NO_ROOM[number]}, then resume the run"
     )
 
 

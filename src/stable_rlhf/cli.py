@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import errno
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from stable_rlhf.commandline import Parser, load_config, parser, taken_out
 from stable_rlhf.config import PRESETS, Config, ConfigError, ModelConfig
 from stable_rlhf.display import ends, protect_terminal, visible
+from stable_rlhf.stopping import RunLock
 
 USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
@@ -45,7 +46,7 @@ class Exit(enum.IntEnum):
     REWARD = 4
     """No reward could be had. The run is in its last checkpoint."""
     DISK = 5
-    """A checkpoint could not be written. The one before is intact."""
+    """A checkpoint, or another file of the run, could not be written. The checkpoint before is intact."""
     INTERRUPTED = 130
     """SIGINT (Ctrl-C): 128 + 2, as shells have it."""
     TERMINATED = 143
@@ -94,15 +95,16 @@ def _resume(arguments: list[str]) -> int:
         raise ConfigError(f"{given.run} is not a run folder: it has no config.yaml; check the path")
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])
+    RunLock(given.run).check()  # before its checkpoints are looked at, which change under a run that is alive
     done, damaged = _last_step(given.run)
-    if done == 0 and given.checkpoint is None:
+    if done is None and given.checkpoint is None:
         raise ConfigError(
             f"{given.run} has no checkpoint to go on from; {''.join(f'{fault}; ' for fault in damaged)}"
             f"start again with `stable-rlhf train --config {file} "
             "--output_dir NEW_FOLDER`"
         )
     if given.checkpoint is None and config.max_steps == done and _is_whole(given.run):
-        further = f"{_command()} resume {shlex.quote(str(given.run))} --max_steps {2 * done}"
+        further = f"{_command()} resume {shlex.quote(str(given.run))} --max_steps {2 * config.max_steps}"
         done_all = (
             f"{given.run} is finished: {done} of {config.max_steps} steps are done. To train it further: {further}"
         )
@@ -152,6 +154,7 @@ def _doctor(arguments: list[str]) -> int:
 def _run(config: Config, resume: bool | Path | None) -> int:
     """Trains, writes the report whatever happens, and prints the closing tables."""
     _check_output(config)
+    from safetensors import SafetensorError
     from transformers.utils import logging  # torch and transformers load only when the settings are good
 
     from stable_rlhf.checkpoint import CheckpointError, SaveError
@@ -187,10 +190,10 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         return _say(f"{error} {_how_to_go_on(run)}", Exit.REWARD)
     except GuardStop as error:
         return _say(f"{error} {_how_to_go_on(run)}", Exit.GUARD)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:  # not of a checkpoint, which says so itself
+        if (sentence := _no_room(run, error)) is None:
             raise
-        return _say(f"{run}: {error.strerror}; make room there. {_how_to_go_on(run)}", Exit.DISK)
+        return _say(f"{sentence}. {_how_to_go_on(run)}", Exit.DISK)
     except KeyboardInterrupt as error:
         code = Exit.INTERRUPTED if not isinstance(error, Interrupted) else Exit(128 + error.signum)
         return _say(f"interrupted after {trainer.step} steps. {_how_to_go_on(run)}", code)
@@ -280,17 +283,30 @@ def _not_a_model(model: ModelConfig, error: Exception) -> ConfigError:
 
 def _how_to_go_on(run: Path) -> str:
     saved, _ = _last_step(run)
-    if not saved:
+    if saved is None:
         return "There is no checkpoint to resume from yet."
     return f"`{_command()} resume {shlex.quote(str(run))}` goes on from step {saved}."
 
 
-def _last_step(run: Path) -> tuple[int, list[str]]:
-    """(steps done at the newest whole checkpoint of a run, 0 without one; what is wrong with each newer one)."""
+def _no_room(run: Path, error: Exception) -> str | None:
+    """What is wrong and what to do where an error says that there is no room, else None."""
+    from stable_rlhf.checkpoint import NO_ROOM, error_number, found
+
+    if (number := error_number(error)) not in NO_ROOM:
+        return None
+    saved = found(run / "checkpoints")
+    need = sum(file.stat().st_size for file in saved[-1].iterdir()) if saved else 0
+    needs = f", and its next checkpoint needs {need:,}" if need else ""
+    free = shutil.disk_usage(run).free
+    return f"{run} could not be written to: {os.strerror(number)}; {free:,} bytes are free{needs}; {NO_ROOM[number]}"
+
+
+def _last_step(run: Path) -> tuple[int | None, list[str]]:
+    """(steps done at the newest whole checkpoint of a run, None without one; what is wrong with each newer one)."""
     from stable_rlhf.checkpoint import inspect, steps_of
 
     saved, damaged = inspect(run / "checkpoints")
-    return (steps_of(saved) if saved else 0), damaged
+    return (steps_of(saved) if saved else None), damaged
 
 
 def _is_whole(run: Path) -> bool:

@@ -21,6 +21,7 @@ from stable_rlhf.passes import Passes
 from stable_rlhf.prompts import EncodedPrompts, load_prompts, prompt_text
 from stable_rlhf.records import Rollout
 from stable_rlhf.rollout import Sampler
+from stable_rlhf.telemetry import replace_text
 
 SEED = 12_345
 """Seed of the sampling in every evaluation, so that before and after differ by the policy alone."""
@@ -113,7 +114,7 @@ def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: 
     for sample, new in zip(kept, samples, strict=True):
         sample |= {side: clipped(new["completion"], TEXT_LIMIT), f"reward_{side}": new["reward"]}
     known["samples"] = kept
-    (run_dir / "evaluation.json").write_text(json.dumps(known, indent=1))
+    replace_text(run_dir / "evaluation.json", json.dumps(known, indent=1))
     return known
 
 
@@ -123,7 +124,7 @@ def forget_after(run_dir: Path) -> None:
     if known.pop("after", None) is not None:
         for sample in known["samples"]:
             del sample["after"], sample["reward_after"]
-        (run_dir / "evaluation.json").write_text(json.dumps(known, indent=1))
+        replace_text(run_dir / "evaluation.json", json.dumps(known, indent=1))
 
 
 def read(run_dir: Path) -> dict[str, Any]:

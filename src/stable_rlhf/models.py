@@ -198,6 +198,12 @@ class ActorCritic(nn.Module):
         }
 
     @torch.no_grad()
+    def norm(self) -> float:
+        """Of all of ``trained_state``; NaN or infinite where any number is. It waits for the device."""
+        norms = torch._foreach_norm(list(self.trained_state().values()))  # pyright: ignore[reportPrivateImportUsage]
+        return float(torch.stack([norm.to(self.device, torch.float32) for norm in norms]).square().sum().sqrt())
+
+    @torch.no_grad()
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Copies ``trained_state`` back. Raises ValueError when names or shapes are another model's."""
         own = self.trained_state()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run between two steps. ``signum``: which; what was done is in its last checkpoint."""
+    """A signal ended the run. ``signum``: which; what was done is in its last checkpoint."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -28,13 +30,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class GracefulStop:
-    """Inside, SIGINT and SIGTERM only set ``signum``; a second SIGINT raises KeyboardInterrupt at once.
+    """Inside, SIGINT and SIGTERM raise Interrupted; inside ``waiting`` they wait for the end of the step in hand, and
+    only a second one that is SIGINT raises KeyboardInterrupt at once.
 
     A thread other than the main one cannot have signals' handlers: there it does nothing.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        """The signal that came."""
+        self._waits = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> GracefulStop:
@@ -46,10 +51,24 @@ class GracefulStop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Where a step must not be cut in two: inside, look at ``signum`` after each. On leaving, Interrupted is raised
+        for a signal that nobody has looked at."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
+        if not self._waits:
+            raise Interrupted(signum)
 
 
 class RunLock:
@@ -73,6 +92,12 @@ class RunLock:
             ) from error
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}))
+
+    def check(self) -> None:
+        """Raises ConfigError, with the owner, while another process has it; nothing is left of the asking."""
+        if self._owner.exists():  # or nobody trains here, and there may be no folder yet
+            self.take()
+            self.release()
 
     def release(self) -> None:
         if self._lock.is_locked:

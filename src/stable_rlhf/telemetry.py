@@ -7,6 +7,7 @@ shown: on a terminal it goes through `printable`, and never through rich's marku
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stable_rlhf.control import Decision
 from stable_rlhf.display import printable, valid_unicode, visible
 from stable_rlhf.metrics import METRICS, TEXT_METRICS, TIMINGS
 
@@ -286,6 +288,17 @@ def finite(number: str) -> float:
     if not math.isfinite(float(number)):
         raise ValueError(f"{number} is not a finite number")
     return float(number)
+
+
+def decision_metrics(decision: Decision) -> dict[str, Any]:
+    """What a controller decided, as the metrics ``safe/...`` that it has among METRICS."""
+    fields = dataclasses.asdict(decision)
+    return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in METRICS}
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all: a kill or a full disk leaves what it was before."""
+    replace_file(path, partial(Path.write_text, data=text, encoding="utf-8", newline="\n"))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

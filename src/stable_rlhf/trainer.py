@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import shutil
 import sys
@@ -25,7 +24,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from stable_rlhf import checkpoint, evaluation, incidents, optimize, runstate, telemetry
 from stable_rlhf.arguments import as_given, make_scorer
 from stable_rlhf.config import Config, ConfigError
-from stable_rlhf.control import Decision, controller_settings, make_controller
+from stable_rlhf.control import controller_settings, make_controller
 from stable_rlhf.control.normaliser import RewardNormaliser
 from stable_rlhf.decoding import Decoder
 from stable_rlhf.models import (
@@ -130,26 +129,30 @@ class SAFETrainer:
         ``resume_from_checkpoint``: a checkpoint's folder, or True for the newest whole one of the run; the run then
         goes on as if it had never stopped.
 
-        SIGINT and SIGTERM end the run after the step in hand, with a checkpoint: Interrupted is raised. Raises
-        GuardStop where the guard gives the run up, RewardError where no reward can be had; both with a checkpoint.
+        SIGINT and SIGTERM end the run after the step in hand, with a checkpoint, and at once where there is none in
+        hand: Interrupted is raised. Raises GuardStop where the guard gives the run up, RewardError where no reward can
+        be had; both with a checkpoint.
         """
         try:
-            self._open_run(resume_from_checkpoint)
-            self.state.max_steps, self.state.global_step = self.args.max_steps, self.step
-            self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
-            progress = telemetry.Progress(self.args.max_steps, first_step=self.step, console=self._console)
-            with progress, GracefulStop() as stop:
-                while self.step < self.args.max_steps and not self.control.should_training_stop:
-                    row = self._train_step()
-                    if row is not None:
-                        progress.update(row)
-                    self._after_step(row, stopping=stop.signum is not None)
-                    if stop.signum is not None:
-                        raise Interrupted(stop.signum)
-            self.save_model(self.run_dir / "final")
-            result = self._evaluate_into("after")
-            self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
-            return result
+            with GracefulStop() as stop:
+                self._open_run(resume_from_checkpoint)
+                self.state.max_steps, self.state.global_step = self.args.max_steps, self.step
+                self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
+                progress = telemetry.Progress(self.args.max_steps, first_step=self.step, console=self._console)
+                with progress, stop.waiting():
+                    while self.step < self.args.max_steps and not self.control.should_training_stop:
+                        row = self._train_step()
+                        if row is not None:
+                            progress.update(row)
+                        saved = self._after_step(row)
+                        if stop.signum is not None:
+                            if saved is None:
+                                self.save_checkpoint()
+                            raise Interrupted(stop.signum)
+                self.save_model(self.run_dir / "final")
+                result = self._evaluate_into("after")
+                self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
+                return result
         finally:
             self.recovery.end()
             self._lock.release()
@@ -194,7 +197,7 @@ class SAFETrainer:
         decided = time.perf_counter()
         stats = optimize.update(self.passes, self.optimizer, batch, decision, config, step)
         learned = time.perf_counter()
-        optimize.check_finite(step, stats.metrics)
+        optimize.check_finite(step, stats.metrics | {"the norm of the weights": self.model.norm()})
         if stats.metrics["policy/skipped_steps"] and not config.guard.enabled:
             optimize.check_finite(step, {"the gradient's norm": float("nan")})
         self.scheduler.step()
@@ -205,7 +208,7 @@ class SAFETrainer:
             **optimize.rollout_metrics(rollout, measured),
             **batch_metrics,
             **stats.metrics,
-            **_decision_metrics(decision),
+            **telemetry.decision_metrics(decision),
             "safe/reward_mean": self.normaliser.moments.mean,
             "safe/reward_std": self.normaliser.moments.deviation,
             "lr": learning_rates[0],
@@ -229,8 +232,9 @@ class SAFETrainer:
             telemetry.write_completions(self.run_dir, step, optimize.completion_rows(rollout, measured))
         return row, sum(rollout.valid)
 
-    def _after_step(self, row: dict[str, Any] | None, stopping: bool = False) -> None:
-        """Callbacks, then snapshot and checkpoint: always at a rollout's end, so that there is no buffer to save."""
+    def _after_step(self, row: dict[str, Any] | None) -> Path | None:
+        """Callbacks, then snapshot, then checkpoint, which is returned: always at a rollout's end, so that there is no
+        buffer to save."""
         self.state.global_step = self.step
         self.state.epoch = self.episode / len(self.train_dataset)
         self.control = self.handler.on_step_end(self._arguments, self.state, self.control)
@@ -241,10 +245,12 @@ class SAFETrainer:
             self.recovery.snapshots.keep(*runstate.capture(self))
         every = self.args.save_steps
         due = self.step == self.args.max_steps or (every > 0 and self.step % every == 0)
-        if due or stopping or self.control.should_save or self.control.should_training_stop:
-            self.save_checkpoint()
+        saved = None
+        if due or self.control.should_save or self.control.should_training_stop:
+            saved = self.save_checkpoint()
             self.control = self.handler.on_save(self._arguments, self.state, self.control)
         self.control.should_save = False
+        return saved
 
     def set_learning_rates(self) -> None:
         """base x schedule x what roll-backs have made of it; the schedule is that of the present max_steps."""
@@ -310,7 +316,8 @@ class SAFETrainer:
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
         # Again by a resume, which may train longer.
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
+        settings = yaml.safe_dump(self.settings, sort_keys=False)
+        telemetry.replace_text(self.run_dir / "config.yaml", settings)
         if not resume:
             checkpoint.load_random_state(*self._random)
             self.recovery.begin()
@@ -393,8 +400,3 @@ class SAFETrainer:
 def _tell(sentence: str) -> None:
     """On stderr whatever ``log.progress`` is: what a person must know of."""
     print(telemetry.visible(sentence), file=sys.stderr)
-
-
-def _decision_metrics(decision: Decision) -> dict[str, Any]:
-    fields = dataclasses.asdict(decision)
-    return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in telemetry.METRICS}

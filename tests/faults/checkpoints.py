@@ -7,7 +7,6 @@ from anything that was not saved.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import resource
@@ -27,12 +26,9 @@ from torch import Tensor
 
 from stable_rlhf import checkpoint
 from stable_rlhf.checkpoint import CheckpointError, NoRoomError
+from tests.faults.children import CHILDREN
 from tests.faults.counts import Counts
 
-# A server with torch loaded, from which a child that can be killed starts in milliseconds. pytest: what the main module
-# imports is imported again in each child unless the server has it.
-_CHILDREN = multiprocessing.get_context("forkserver")
-_CHILDREN.set_forkserver_preload(["tests.faults.checkpoints", "pytest"])
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """Where a disk's flushes would take most of the time and change nothing: a kill loses nothing that the system has."""
 WORDS = 2048
@@ -125,8 +121,8 @@ def kill_saves(count: int, seed: int) -> Counts:
         folder = Path(made) / "checkpoints"
         last = (0, 0)
         for _ in range(count):
-            receive, send = _CHILDREN.Pipe(duplex=False)
-            child = _CHILDREN.Process(target=_save_for_ever, args=(folder, last[0] + 1, send))
+            receive, send = CHILDREN.Pipe(duplex=False)
+            child = CHILDREN.Process(target=_save_for_ever, args=(folder, last[0] + 1, send))
             child.start()
             send.close()
             receive.poll(60)  # its first checkpoint is there
@@ -177,7 +173,7 @@ def kill_at_every_operation() -> Counts:
             with tempfile.TemporaryDirectory(dir=MEMORY) as made:
                 folder = Path(made) / "checkpoints"
                 save(folder, 2), save(folder, 4)
-                child = _CHILDREN.Process(target=_save_and_die, args=(folder, step, attempt, operation))
+                child = CHILDREN.Process(target=_save_and_die, args=(folder, step, attempt, operation))
                 child.start()
                 child.join()
                 if child.exitcode == 0:  # it has fewer operations than that
@@ -252,7 +248,7 @@ def full_disk(count: int) -> Counts:
         finally:
             ballast.unlink()
 
-    with _small_disk(64 * need) as disk:
+    with small_disk(64 * need) as disk:
         return _without_room(disk, [i * (need - page) // max(1, count - 1) for i in range(count)], filled)
 
 
@@ -284,7 +280,7 @@ def _without_room(
 
 
 @contextlib.contextmanager
-def _small_disk(length: int) -> Iterator[Path]:
+def small_disk(length: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as made:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={length}", "none", made]
         if shutil.which("mount") is None:

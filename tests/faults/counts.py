@@ -13,6 +13,8 @@ class Counts:
     """Faults after which all was as it should be."""
     lost: tuple[str, ...] = ()
     """A sentence on each fault after which it was not."""
+    how: str = ""
+    """What else there is to say of them."""
 
     def __str__(self) -> str:
         line = f"{self.tried} tried, {self.survived} survived, {len(self.lost)} lost"

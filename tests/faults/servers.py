@@ -53,8 +53,8 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, *acts: Act) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, *acts: Act, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.acts = acts
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -71,8 +71,9 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def misbehaving(*acts: Act) -> Iterator[Server]:
-    server = Server(*acts)
+def misbehaving(*acts: Act, port: int = 0) -> Iterator[Server]:
+    """``port`` 0 is any that is free."""
+    server = Server(*acts, port=port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -104,6 +105,13 @@ def hang(handler: Handler) -> None:
 def close(handler: Handler) -> None:
     """The connection ends without an answer."""
     handler.close_connection = True
+
+
+def die(handler: Handler) -> None:
+    """The server ends, with the connection: nobody listens any more."""
+    handler.close_connection = True
+    handler.server.shutdown()
+    handler.server.server_close()
 
 
 def cut(handler: Handler) -> None:

@@ -164,9 +164,17 @@ def make_batch(
 
 
 def update(
-    passes: Passes, optimizer: torch.optim.Optimizer, batch: Batch, decision: Decision, config: Config, step: int
+    passes: Passes,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    decision: Decision,
+    config: Config,
+    step: int,
+    quiet: bool = False,
 ) -> StepStats:
     """num_iterations passes x num_mini_batches optimiser steps on the batch; means over them as metrics.
+
+    ``quiet``: the last update's ``StepStats.quiet``.
 
     A minibatch in which no row has a reward takes no step and is in no mean, and so it is with one whose gradient is
     not finite, which is counted. Nothing here waits for the device but the preview and the end, where the metrics are
@@ -182,7 +190,7 @@ def update(
     ]
     seen = probe(of_rows, config, step, passes) if learns and config.optim.max_preview_kl is not None else None
     batch = on(batch, device)
-    preview = None if seen is None else Preview(passes, batch, seen, config)
+    preview = None if seen is None else Preview(passes, batch, seen, config, quiet)
     sizes = [len(micro.rows) for minibatch in work for micro in minibatch]
     rows = iter(torch.cat([micro.rows for minibatch in work for micro in minibatch]).to(device).split(sizes))
     kl_coef = torch.full((), decision.kl_coef, device=device)
@@ -207,7 +215,9 @@ def update(
     figures["val/ratio_var"] = max(0.0, figures["val/ratio_var"] - (figures["val/ratio"] - 1) ** 2)
     known: dict[str, float | None] = {**figures} if count else dict.fromkeys(names)
     known["policy/skipped_steps"] = len(work) - round(count)
-    return StepStats(metrics=known | ({} if preview is None else preview.metrics()))
+    if preview is None:
+        return StepStats(metrics=known, quiet=False)
+    return StepStats(metrics=known | preview.metrics(), quiet=preview.quiet)
 
 
 def _clipped_step(

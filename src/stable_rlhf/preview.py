@@ -7,9 +7,9 @@ whose log-probs are not finite, is not taken at all. The optimiser's moments are
 critic's part of it is taken whole. Source: SAFE (arXiv 2602.04651), predictive step scaling; its published code never
 calls it.
 
-The first and the last step of an update are always looked at. After a look that found less than a QUIET-th of the bound
-the next steps are looked at together, at the last: the bound then holds for all of them at once. So a healthy update
-pays for two looks, and one that moves fast for one a step.
+The last step of an update is always looked at. After a look that found less than a QUIET-th of the bound, in this
+update or at the end of the one before, the next steps are looked at together, at the last: n of them are bounded by n
+times the bound. So a policy that moves slowly pays for one look an update, and one that moves fast for one a step.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ SHARE = 32
 of the rows forward, beside two forward and backward; of a sixteenth they cost the built-in policy 6 % of its step's CPU
 time (docs/LOG.md)."""
 QUIET = 4
-"""A look that finds less than this share of the bound lets the steps up to the last be looked at together. In one
-direction three steps have nine times the KL of one; minibatches differ, and where they do not the sum is scaled."""
+"""A look that finds less than the bound divided by this lets the steps up to the last be looked at together."""
 FEWEST = 2
 """Rows that are looked at at least, where there are as many: torch.compile makes a program of its own for one row."""
 ORDER = 1_008
@@ -64,7 +63,7 @@ def probe(lengths: Lengths, config: Config, step: int, passes: Passes) -> Microb
 class Preview:
     """The preview of one update's optimiser steps."""
 
-    def __init__(self, passes: Passes, batch: Batch, rows: Microbatch, config: Config) -> None:
+    def __init__(self, passes: Passes, batch: Batch, rows: Microbatch, config: Config, quiet: bool) -> None:
         self.passes, self.limit = passes, config.optim.max_preview_kl or math.inf
         self.tokens = batch.tokens.rows(rows.rows.to(batch.logp.device), rows.width, rows.length)
         # What `measure` found, not another forward: in bfloat16 the two differ by the rounding of another shape, about
@@ -79,7 +78,8 @@ class Preview:
         self._parameters: list[Any] = []
         self._start: list[Tensor] = []  # the weights at the last look; empty where nothing has been proposed since
         self._stepped: list[Tensor] = []  # whether the optimiser took each step since
-        self._quiet = False
+        self.quiet = quiet
+        """Whether the last look found little: then the next waits for the update's last step."""
 
     @torch.no_grad()
     def take(self, optimizer: torch.optim.Optimizer, finite: Tensor, last: bool) -> None:
@@ -90,10 +90,11 @@ class Preview:
         """
         if not self._start:
             self._parameters = [p for p in self.passes.model.policy_parameters() if p.grad is not None]
-            self._start = [parameter.clone() for parameter in self._parameters]
+            # Copies, by a launch for many tensors where `clone` takes one each.
+            self._start = list(torch._foreach_mul(self._parameters, 1.0))  # pyright: ignore[reportPrivateImportUsage]
         optimizer.step()
         self._stepped.append(finite)
-        if last or not self._quiet:
+        if last or not self.quiet:
             self._judge()
 
     def _judge(self) -> None:
@@ -107,21 +108,22 @@ class Preview:
         if not any(stepped):
             return
         self.proposed.append(size)
-        self._quiet = size < self.limit / QUIET
-        scale = 1.0
+        count = round(sum(stepped))
+        limit, scale = self.limit * count, 1.0
+        self.quiet = size < limit / QUIET
         for _ in range(RETRIES):
-            if size <= self.limit or not math.isfinite(size):
+            if size <= limit or not math.isfinite(size):
                 break
-            share = self.limit / size
+            share = limit / size
             scale *= share
             torch._foreach_lerp_(parameters, start, 1.0 - share)  # pyright: ignore[reportPrivateImportUsage]
             after, kl = self._look()
             size = kl.item()
-        if not size <= self.limit:
+        if not size <= limit:
             scale, after = 0.0, self.before
             torch._foreach_copy_(parameters, start)  # pyright: ignore[reportPrivateImportUsage]
         self.before = after
-        self.scales += [scale] * round(sum(stepped))
+        self.scales += [scale] * count
 
     def metrics(self) -> dict[str, float | None]:
         """Over the optimiser steps so far, without those whose gradient was not finite: the largest KL that a look

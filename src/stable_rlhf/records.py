@@ -114,6 +114,8 @@ class StepStats:
     """Means over one step's updates, by metric name (docs/metrics.md)."""
 
     metrics: dict[str, float | None]
+    quiet: bool
+    """Whether the preview found little at the end: the next update's first look may wait."""
 
 
 def on(record: Any, device: torch.device) -> Any:

@@ -50,6 +50,7 @@ def capture(trainer: Any) -> tuple[Tensors, dict[str, Any]]:
     state = {
         "step": trainer.step,
         "episode": trainer.episode,
+        "quiet": trainer.quiet,
         "optimizer": groups,
         "scheduler": trainer.scheduler.state_dict(),
         "controller": trainer.controller.state_dict(),
@@ -88,7 +89,7 @@ def restore(trainer: Any, tensors: Tensors, state: Mapping[str, Any], callbacks:
     for callback in trainer.handler.callbacks if callbacks else []:
         for name, value in state["callbacks"].get(type(callback).__name__, {}).get("attributes", {}).items():
             setattr(callback, name, value)
-    trainer.step, trainer.episode = state["step"], state["episode"]
+    trainer.step, trainer.episode, trainer.quiet = state["step"], state["episode"], state["quiet"]
     checkpoint.load_random_state(tensors["random"], state["random"])
 
 

@@ -112,10 +112,8 @@ class SAFETrainer:
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
         self.scheduler: Any = make_scheduler(course, self.optimizer, config.optim.warmup_steps, config.max_steps)
         self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        self.step = 0
-        self.episode = 0
-        self.recovery = Recovery(self)
-        self.fingerprint = self.model.reference_fingerprint()
+        self.step, self.episode, self.quiet = 0, 0, False
+        self.recovery, self.fingerprint = Recovery(self), self.model.reference_fingerprint()
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
         self._set_up_callbacks(callbacks)
@@ -195,8 +193,8 @@ class SAFETrainer:
         optimize.check_finite(step, batch_metrics)
         learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         decided = time.perf_counter()
-        stats = optimize.update(self.passes, self.optimizer, batch, decision, config, step)
-        learned = time.perf_counter()
+        stats = optimize.update(self.passes, self.optimizer, batch, decision, config, step, self.quiet)
+        self.quiet, learned = stats.quiet, time.perf_counter()
         optimize.check_finite(step, stats.metrics | {"the norm of the weights": self.model.norm()})
         if stats.metrics["policy/skipped_steps"] and not config.guard.enabled:
             optimize.check_finite(step, {"the gradient's norm": float("nan")})

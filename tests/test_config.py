@@ -45,7 +45,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "ppo-nokl": {**PPO, "kl.controller": "none", "kl.in_reward": False},
     "asymmetric": {**PPO, "kl.controller": "asymmetric", **IN_LOSS},
     "safe-single-critic": {"critic.heads": 1},
-    "safe-no-regulation": {"kl.controller": "none", "kl.in_reward": False},
+    "safe-no-regulation": {"kl.controller": "none", "kl.in_reward": False, "guard.max_kl": None},
     "safe-no-gate": {"kl.settings": {"gate_on": False}},
     "safe-no-threshold": {"kl.settings": {"threshold_on": False}},
     "safe-no-preview": {"optim.max_preview_kl": None},

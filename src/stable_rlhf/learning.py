@@ -171,9 +171,9 @@ class GuardConfig:
     max_drawdown: float | None = 0.5
     """Share of the reward gained since the start (moving average over 20 steps) that may be lost again; reports call a
     crash what loses a quarter of what was gained since step 20. None sets none."""
-    min_explained_variance: float | None = -2.0
-    """The critic's explained variance below which its values mislead: at -2 their errors vary three times as much as
-    the returns. None sets none."""
+    min_explained_variance: float | None = None
+    """The critic's explained variance below which its values mislead. None, the default, sets none: once a reward is
+    saturated its returns hardly vary, and a critic that is good enough lies below any bound (docs/LOG.md)."""
     patience: int = 5
     """Steps in a row that a rule must be broken, but for max_kl and figures that are not finite, which act at once."""
     snapshot_steps: int = 20

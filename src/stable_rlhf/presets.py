@@ -30,7 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "asymmetric": {**_PPO, "kl": {"controller": "asymmetric", "in_reward": False, "in_loss": "k2"}},
     # Ablations: each takes one layer out of `safe`.
     "safe-single-critic": {"critic": {"heads": 1}},
-    "safe-no-regulation": {"kl": {"controller": "none", "in_reward": False}},
+    # Nothing holds the KL here: a ceiling would take the layer's place.
+    "safe-no-regulation": {"kl": {"controller": "none", "in_reward": False}, "guard": {"max_kl": None}},
     "safe-no-gate": {"kl": {"settings": {"gate_on": False}}},
     "safe-no-threshold": {"kl": {"settings": {"threshold_on": False}}},
     "safe-no-preview": {"optim": {"max_preview_kl": None}},

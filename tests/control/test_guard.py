@@ -72,7 +72,7 @@ AT_THE_BOUND = [  # rule, figure, its value at the bound (allowed), the next num
 
 @pytest.mark.parametrize(("rule", "figure", "allowed", "beyond"), AT_THE_BOUND)
 def test_a_rule_fires_beyond_its_bound_and_not_at_it(rule: str, figure: str, allowed: float, beyond: float) -> None:
-    config = GuardConfig(patience=1)
+    config = GuardConfig(patience=1, min_explained_variance=-2.0)
     _, (good,) = run(config, [{**HEALTHY, figure: allowed}], started(config))
     assert good == Verdict(action=Action.GO_ON)
     _, (bad,) = run(config, [{**HEALTHY, figure: beyond}], started(config))
@@ -91,7 +91,7 @@ def test_a_figure_that_is_not_finite_rolls_back_at_once_whatever_it_is(figure: s
 
 
 def test_what_was_seen_is_said_with_its_figures() -> None:
-    config = GuardConfig(patience=2)
+    config = GuardConfig(patience=2, min_explained_variance=-2.0)
     said = {}
     for rule, figure, _, beyond in AT_THE_BOUND:
         far = {"min_explained_variance": -7.5, "skipped_steps": 3}.get(rule, beyond * (3 if "max" in rule else 0.5))
@@ -121,9 +121,9 @@ def test_what_was_seen_is_said_with_its_figures() -> None:
 def test_a_rules_setting_moves_its_bound_and_none_turns_it_off(
     setting: str, figure: str, value: float, other: float
 ) -> None:
-    """``value`` breaks the default, and not ``other``, nor no bound at all."""
+    """``value`` breaks the default (or -2), and not ``other``, nor no bound at all."""
     bad = {**HEALTHY, figure: value}
-    default = GuardConfig(patience=1)
+    default = GuardConfig(patience=1, min_explained_variance=-2.0)
     assert run(default, [bad], started(default))[1][0].rule == setting
     for bound in (other, None):
         config = dataclasses.replace(default, **{setting: bound})
@@ -153,7 +153,7 @@ def test_levels_are_measured_against_the_mean_of_the_first_five() -> None:
 
 
 def test_before_the_start_is_known_only_the_kl_and_what_is_not_finite_are_judged() -> None:
-    config = GuardConfig(patience=1)
+    config = GuardConfig(patience=1, min_explained_variance=-2.0)
     wild: Figures = {**HEALTHY, "objective/entropy": 4.0, "val/explained_variance": -100.0}
     collapsed: Figures = {**wild, "objective/entropy": 0.0, "completions/distinct_2": 0.0}
     _, verdicts = run(config, [wild, wild, wild, collapsed, wild])
@@ -208,7 +208,7 @@ def test_after_as_many_roll_backs_as_are_allowed_the_next_stops(allowed: int) ->
 
 
 def test_of_two_rules_the_one_that_is_heard_first_is_named() -> None:
-    config = GuardConfig(patience=1)
+    config = GuardConfig(patience=1, min_explained_variance=-2.0)
     beyond = {figure: value for _, figure, _, value in AT_THE_BOUND if figure != "objective/entropy"}
     order = []
     everything: dict[str, float | None] = {**HEALTHY, **beyond, "objective/entropy": 0.1, "loss/value_avg": math.nan}

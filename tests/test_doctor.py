@@ -93,7 +93,7 @@ def test_a_good_run_is_described_line_by_line_and_leaves_nothing_behind(
     assert texts[3].startswith("prompt 1: row ")
     assert texts[6].startswith("reward: pleasant gives 1 and 0 to 'It was wonderful: ")
     # 8,832 weights and two heads of 105: 3 x 4 bytes of the weights, 4 x 4 of the heads; final/ has 4 and 2 x 4.
-    assert "needed for 2 + 1 checkpoints of 109 kB and the final model of 37 kB" in texts[1]
+    assert "needed for 2 + 1 checkpoints of 219 kB, 328 kB of snapshots and the final model of 37 kB" in texts[1]
     assert "gradients 36.2 kB, AdamW's two moments 72.3 kB, KV cache of the rollout 5.12 kB" in texts[8]
     assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[9])
     assert texts[10].startswith("forecast: 50 steps x ")
@@ -173,12 +173,12 @@ def test_a_disk_that_is_too_small_fails_with_what_it_lacks(
     settings: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    needed = 3 * 109_344 + 37_008
+    needed = (3 * 2 + 3) * 109_344 + 37_008  # checkpoints hold two states, and three lie or are written as snapshots
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, needed - 1))
     assert cli.main(["doctor", *settings]) == 1
     found = lines(capsys)
     assert verdicts(found) == GOOD | {"disk": "failed"}
-    assert found[1][1].startswith("disk: 365 kB free at ")
+    assert found[1][1].startswith("disk: 1.02 MB free at ")
     assert found[1][1].endswith("; free some, lower save_total_limit=2, or choose another output_dir")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, needed))
     assert cli.main(["doctor", *settings]) == 0

@@ -165,14 +165,22 @@ def check_data(found: Findings, config: Config, context: int | None) -> tuple[da
 
 
 def check_disk(found: Findings, config: Config, needed: Memory) -> None:
-    """Whether the checkpoints that are kept, the one that is being written, and the final model have room."""
+    """Whether the checkpoints that are kept, the one that is being written, and the final model have room.
+
+    With the guard a checkpoint holds the last good state too; without an adapter, that and a candidate lie in the run's
+    folder besides.
+    """
     place = _existing(Path(config.output_dir or "runs"))
-    room = (config.save_total_limit + 1) * needed.checkpoint + needed.final
+    states = 2 if config.guard.enabled else 1
+    kept = (config.save_total_limit + 1) * states * needed.checkpoint
+    snapshots = 3 * needed.checkpoint if config.guard.enabled and config.model.lora_r == 0 else 0  # one being written
+    room = kept + snapshots + needed.final
     left = shutil.disk_usage(place).free
     text = (
         f"disk: {_size(left)} free at {place}, {_size(room)} needed for {config.save_total_limit} + 1 checkpoints of "
     )
-    text += f"{_size(needed.checkpoint)} and the final model of {_size(needed.final)}"
+    text += f"{_size(states * needed.checkpoint)}, {_size(snapshots)} of snapshots and the final model of "
+    text += _size(needed.final)
     if room > left:
         found.fail(f"{text}; free some, lower save_total_limit={config.save_total_limit}, or choose another output_dir")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,10 @@ Message: TypeAlias = dict[str, str]
 Text: TypeAlias = str | list[Message]
 # The speakers' names in HH-RLHF (Bai et al. 2022); other roles are written capitalised.
 _PLAIN_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+
+
+LARGEST = 1e30
+"""Size of a score: the squares of larger ones, of which deviations are made, come near the end of float64."""
 
 
 class RewardError(RuntimeError):
@@ -55,9 +58,10 @@ def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | Non
     checked: list[float | None] = []
     for number, (value, prompt) in enumerate(zip(values, prompts, strict=True), start=1):
         value = value.tolist() if hasattr(value, "tolist") else value
-        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+        if value is not None and not (isinstance(value, numbers.Real) and abs(float(value)) <= LARGEST):
             got = f"returned {shown(value)} for sample {number}, whose prompt is {shown(prompt)}"
-            raise RewardError(f"reward function {name!r} {got}. A score is a finite number, or None for no score.")
+            wanted = "A score is a finite number, at most 1e30 in size, or None for no score."
+            raise RewardError(f"reward function {name!r} {got}. {wanted}")
         checked.append(None if value is None else float(value))
     return checked
 

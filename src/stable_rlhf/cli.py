@@ -162,7 +162,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     from stable_rlhf.prompts import PromptError
     from stable_rlhf.recovery import GuardStop
     from stable_rlhf.report import write_report
-    from stable_rlhf.scoring import RewardError
+    from stable_rlhf.scoring import RewardError, RewardUnavailable
     from stable_rlhf.stopping import Interrupted
     from stable_rlhf.telemetry import print_summary
     from stable_rlhf.trainer import SAFETrainer
@@ -170,8 +170,11 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     logging.disable_progress_bar()  # the run has a bar of its own
     _check_machine(config)
     _check_model(config.model)
-    with _inputs_named(config.model):
-        trainer = SAFETrainer(config.model.name, args=config)
+    try:
+        with _inputs_named(config.model):
+            trainer = SAFETrainer(config.model.name, args=config)
+    except RewardUnavailable as error:
+        return _say(error, Exit.REWARD)
     run = trainer.run_dir
     try:
         with _report_at_the_end(trainer, write_report):
@@ -258,10 +261,12 @@ def _check_model(model: ModelConfig) -> None:
 def _inputs_named(model: ModelConfig) -> Iterator[None]:
     """Inside, whatever cannot be loaded raises a ConfigError that names it."""
     from stable_rlhf.prompts import PromptError
-    from stable_rlhf.scoring import RewardError
+    from stable_rlhf.scoring import RewardError, RewardUnavailable
 
     try:
         yield
+    except RewardUnavailable:  # tomorrow it may be there
+        raise
     except (PromptError, RewardError) as error:
         raise ConfigError(str(error)) from error
     except OSError as error:  # what Transformers raises for a tokenizer, weights or a GGUF file that is not there

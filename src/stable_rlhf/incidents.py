@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.telemetry import finite, replace_file, visible
+from stable_rlhf.telemetry import finite, replace_file, tell
 
 FILE = "incidents.jsonl"
 FIELDS = ("step", "action", "rule", "seen", "done", "advice", "figures")
@@ -31,7 +30,7 @@ def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
-    print(visible(sentence(incident), newline=" "), file=sys.stderr, flush=True)
+    tell(sentence(incident))
 
 
 def sentence(incident: Mapping[str, Any]) -> str:

@@ -306,8 +306,3 @@ def plain(metrics: Mapping[str, Tensor | float]) -> dict[str, float | None]:
     undefined = ("val/explained_variance", "completions/distinct_2", "distinct_2", "reward_se")
     plain = {name: float(value) for name, value in metrics.items()}
     return {name: None if name in undefined and value != value else value for name, value in plain.items()}
-
-
-def _add(sums: dict[str, Tensor], figures: dict[str, Tensor]) -> None:
-    for name, figure in figures.items():
-        sums[name] = sums[name] + figure if name in sums else figure

@@ -51,4 +51,6 @@ def preset_section(preset: str, name: str, given: dict[str, Any]) -> dict[str, A
         own = base.get("controller", "safe")  # the default of kl.controller
         kept = base.get("settings", {}) if merged.get("controller", own) == own else {}
         merged["settings"] = {**kept, **given.get("settings", {})}
+    if name == "guard" and given.get("enabled") is False:  # what the preset sets of it has no effect then
+        return dict(given)
     return merged

@@ -89,7 +89,7 @@ class Preview:
         ``last``: no other step of this update follows.
         """
         if not self._start:
-            self._parameters = [p for p in self.passes.model.policy_parameters() if p.grad is not None]
+            self._parameters = self.passes.model.policy_parameters()
             # Copies, by a launch for many tensors where `clone` takes one each.
             self._start = list(torch._foreach_mul(self._parameters, 1.0))  # pyright: ignore[reportPrivateImportUsage]
         optimizer.step()

@@ -26,8 +26,8 @@ class Recovery:
 
     @property
     def factor(self) -> float:
-        """What the roll-backs so far have made of learning rates and KL threshold: rollback_factor^roll-backs."""
-        return self.config.rollback_factor**self.guard.rollbacks
+        """What the roll-backs so far have made of learning rates and KL threshold."""
+        return self.guard.factor
 
     @property
     def snapshot_due(self) -> bool:
@@ -44,6 +44,8 @@ class Recovery:
         """Keeps the snapshots that belong to a checkpoint."""
         if self.config.enabled:
             self.snapshots.out_of(tensors, state)
+        else:
+            self.snapshots.forget()
 
     def end(self) -> None:
         """Keeps nothing any more: a run that ends, however it does, goes on from a checkpoint."""
@@ -72,7 +74,7 @@ class Recovery:
             if verdict.action is Action.ROLL_BACK:
                 done += (
                     f" (roll-back {self.guard.rollbacks} of {self.config.max_rollbacks}) and on with other prompts, "
-                    f"learning rate and KL threshold at {self.factor:g} x what is configured"
+                    f"the learning rate at {self.factor:g} x what is configured and the KL held as much tighter"
                 )
             else:
                 done += f" and stopped there, after guard.max_rollbacks={self.config.max_rollbacks} roll-backs"
@@ -89,12 +91,17 @@ class Recovery:
         The counter of steps and the figures on disk keep what has happened; other prompts and draws, or the same might
         happen again.
         """
-        trainer, made = self.trainer, self.guard.rollbacks
+        trainer, made = self.trainer, {"rollbacks": self.guard.rollbacks, "factor": self.guard.factor}
         step, episode, prompts = trainer.step, trainer.episode, trainer.stream.state_dict()
         schedule, draws = trainer.scheduler.state_dict(), checkpoint.random_state()
-        tensors, state = self.snapshots.load()
+        try:
+            tensors, state = self.snapshots.load()
+        except checkpoint.CheckpointError as error:  # where the run is now is no state to save
+            raise GuardStop(
+                f"step {step - 1}: the guard would go back, and the last good state cannot be read: {error}"
+            ) from error
         runstate.restore(trainer, tensors, state, callbacks=False)
-        self.guard = dataclasses.replace(self.guard, rollbacks=made)
+        self.guard = dataclasses.replace(self.guard, **made)
         trainer.step, trainer.episode = step, episode
         trainer.stream.load_state_dict(prompts)
         trainer.scheduler.load_state_dict({**schedule, "last_epoch": step})  # a step that broke off did not move it

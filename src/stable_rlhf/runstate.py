@@ -8,6 +8,7 @@ uninterrupted one would.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from stable_rlhf import checkpoint
 from stable_rlhf.config import SECTIONS
 from stable_rlhf.control.base import from_dict
 from stable_rlhf.control.guard import GuardState
+from stable_rlhf.telemetry import tell
+from stable_rlhf.validation import is_url
 
 Tensors = dict[str, dict[str, Tensor]]
 PREFIX = "snapshot-"
@@ -31,8 +34,8 @@ MAY_CHANGE = {
     "preset", "output_dir", "max_steps", "save_steps", "save_total_limit", "log", "guard",
     "model.name", "model.revision", "model.gguf_file", "model.trust_remote_code",  # its weights are compared
     "model.device", "model.gradient_checkpointing", "model.cuda_graphs", "model.torch_compile",
-    "data.eval", "data.eval_split", "data.eval_size", "optim.microbatch_tokens",
-    "reward.batch_size", "reward.trust_remote_code", "reward.url", "reward.timeout", "reward.retries",
+    "optim.microbatch_tokens",
+    "reward.batch_size", "reward.trust_remote_code", "reward.timeout", "reward.retries",
     "reward.max_wait", "reward.token_env",
 }  # fmt: skip
 """Settings that a resume may be given anew: they say where and how a run goes on, not which run it is."""
@@ -42,11 +45,6 @@ def capture(trainer: Any) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by group, the rest as JSON). The tensors are the run's own: whoever keeps them copies them."""
     moments, groups = checkpoint.optimizer_state(trainer.optimizer)
     generators, rng = checkpoint.random_state()
-    callbacks = {
-        type(callback).__name__: callback.state()
-        for callback in trainer.handler.callbacks
-        if isinstance(callback, ExportableState)
-    }
     state = {
         "step": trainer.step,
         "episode": trainer.episode,
@@ -60,7 +58,7 @@ def capture(trainer: Any) -> tuple[Tensors, dict[str, Any]]:
         "random": rng,
         "reference": trainer.fingerprint,
         "config": trainer.settings,
-        "callbacks": callbacks,
+        "callbacks": callbacks_of(trainer),
     }
     return {"model": trainer.model.trained_state(), "optimizer": moments, "random": generators}, state
 
@@ -86,11 +84,22 @@ def restore(trainer: Any, tensors: Tensors, state: Mapping[str, Any], callbacks:
     trainer.normaliser.load_state_dict(state["normaliser"])
     trainer.recovery.guard = from_dict(GuardState, state["guard"], "guard state")
     trainer.stream.load_state_dict(state["prompts"])
-    for callback in trainer.handler.callbacks if callbacks else []:
-        for name, value in state["callbacks"].get(type(callback).__name__, {}).get("attributes", {}).items():
-            setattr(callback, name, value)
+    if callbacks:
+        put_callbacks(trainer, state["callbacks"])
     trainer.step, trainer.episode, trainer.quiet = state["step"], state["episode"], state["quiet"]
     checkpoint.load_random_state(tensors["random"], state["random"])
+
+
+def callbacks_of(trainer: Any) -> dict[str, Any]:
+    """What the callbacks that have a state say of it, by the name of their class."""
+    stateful = [callback for callback in trainer.handler.callbacks if isinstance(callback, ExportableState)]
+    return {type(callback).__name__: copy.deepcopy(callback.state()) for callback in stateful}
+
+
+def put_callbacks(trainer: Any, states: Mapping[str, Any]) -> None:
+    for callback in trainer.handler.callbacks:
+        for name, value in states.get(type(callback).__name__, {}).get("attributes", {}).items():
+            setattr(callback, name, value)
 
 
 def _refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -107,10 +116,19 @@ def _refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> No
     for name in sorted(here.keys() | there.keys()):
         if name in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE or here.get(name) == there.get(name):
             continue
+        if name == "reward.functions" and _moved(here[name], there[name]):
+            continue
         raise checkpoint.CheckpointError(
             f"{name} is {here.get(name)!r} here and {there.get(name)!r} in the checkpoint: resume with the run's own, "
             "or start a new run"
         )
+
+
+def _moved(here: list[str], there: list[str]) -> bool:
+    """Whether two lists of rewards are the same but for the addresses of servers."""
+    return len(here) == len(there) and all(
+        a == b or (is_url(a) and is_url(b)) for a, b in zip(here, there, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -173,7 +191,13 @@ class Snapshots:
         """Adds the last good state to a checkpoint's content, and whether that is the candidate, unless it is the last
         good state itself."""
         if self.good is not None and self.good.step != state["step"]:
-            own, state["snapshot"] = self.load()
+            try:
+                own, state["snapshot"] = self.load()
+            except checkpoint.CheckpointError as error:  # the state that is to be saved is not to be lost with it
+                tell(f"the last good state cannot be read and is not saved: {error}")
+                self._release(self.good)
+                self.good = None
+                return
             state["candidate"] = self.candidate is not None and self.candidate.step == state["step"]
             tensors |= {PREFIX + group: named for group, named in own.items()}
 

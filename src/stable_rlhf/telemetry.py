@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -171,13 +172,15 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.started = self.clock()
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
+        # On a quiet console a bar would swallow what is written to the terminal, and show nothing itself.
+        if self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.quiet:
             self._bar = bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}", markup=False),
                 rich.progress.BarColumn(bar_width=12),  # the rest fits beside it in 80 columns
                 rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.TimeRemainingColumn(),
                 console=self.console,
+                redirect_stderr=False,  # what a person must know of stays there, and in a file that it may go to
             )
             self._task = bar.add_task("", total=self.total, completed=self.first_step)
             bar.start()
@@ -288,6 +291,11 @@ def finite(number: str) -> float:
     if not math.isfinite(float(number)):
         raise ValueError(f"{number} is not a finite number")
     return float(number)
+
+
+def tell(sentence: str) -> None:
+    """One line on stderr whatever ``log.progress`` is: what a person must know of."""
+    print(visible(sentence, newline=" "), file=sys.stderr, flush=True)
 
 
 def decision_metrics(decision: Decision) -> dict[str, Any]:

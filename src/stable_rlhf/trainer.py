@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,7 +128,7 @@ class SAFETrainer:
 
         SIGINT and SIGTERM end the run after the step in hand, with a checkpoint, and at once where there is none in
         hand: Interrupted is raised. Raises GuardStop where the guard gives the run up, RewardError where no reward can
-        be had; both with a checkpoint.
+        be had; both with a checkpoint once the first step has begun.
         """
         try:
             with GracefulStop() as stop:
@@ -147,7 +146,9 @@ class SAFETrainer:
                             if saved is None:
                                 self.save_checkpoint()
                             raise Interrupted(stop.signum)
-                self.save_model(self.run_dir / "final")
+                aside = self.save_model(self.run_dir / ".final")  # a kill leaves no final model that is not whole
+                shutil.rmtree(self.run_dir / "final", ignore_errors=True)
+                aside.rename(self.run_dir / "final")
                 result = self._evaluate_into("after")
                 self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
                 return result
@@ -158,13 +159,14 @@ class SAFETrainer:
     def _train_step(self) -> dict[str, Any] | None:
         """One rollout, what is learned from it and what the guard says of it; returns its row of metrics.jsonl, None
         where a figure is not finite (then there is none)."""
-        boundary = self.stream.state_dict(), checkpoint.random_state()
+        boundary = self.stream.state_dict(), checkpoint.random_state(), runstate.callbacks_of(self)
         self.control = self.handler.on_step_begin(self._arguments, self.state, self.control)
         try:
             row, scored = self._learn()
         except RewardError:  # nothing has been learned from this rollout: the run goes on from before it
             self.stream.load_state_dict(boundary[0])
             checkpoint.load_random_state(*boundary[1])
+            runstate.put_callbacks(self, boundary[2])
             self.save_checkpoint()
             raise
         except optimize.DivergenceError as error:
@@ -246,7 +248,6 @@ class SAFETrainer:
         saved = None
         if due or self.control.should_save or self.control.should_training_stop:
             saved = self.save_checkpoint()
-            self.control = self.handler.on_save(self._arguments, self.state, self.control)
         self.control.should_save = False
         return saved
 
@@ -289,7 +290,7 @@ class SAFETrainer:
                 checkpoint.newest(self.run_dir / "checkpoints") if resume is True else (Path(resume), list[str]())
             )
             for fault in damaged:
-                _tell(f"{fault}: passed over, the run goes on from step {checkpoint.steps_of(path)}")
+                telemetry.tell(f"{fault}: passed over, the run goes on from step {checkpoint.steps_of(path)}")
             with checkpoint.restoring(path):
                 tensors, state = self.load_checkpoint(path)
             if path.resolve().parent != (self.run_dir / "checkpoints").resolve():
@@ -300,14 +301,16 @@ class SAFETrainer:
                     "more, or resume from an older checkpoint"
                 )
             for kept in checkpoint.forget_after(self.run_dir / "checkpoints", self.step):
-                _tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it once nobody needs it")
+                telemetry.tell(
+                    f"{kept}: a damaged checkpoint of a later step has this name now; remove it once nobody needs it"
+                )
             self.writer.truncate(self.step)
             incidents.truncate(self.run_dir, self.step)
             self.recovery.resume(tensors, state)
             if self.step < self.args.max_steps:  # what was final is so no more
                 shutil.rmtree(self.run_dir / "final", ignore_errors=True)
                 evaluation.forget_after(self.run_dir)
-        elif (self.run_dir / "metrics.jsonl").exists():
+        elif (self.run_dir / "metrics.jsonl").exists() or checkpoint.found(self.run_dir / "checkpoints"):
             raise ConfigError(
                 f"output_dir={str(self.run_dir)!r}: holds a run already; go on with it by `stable-rlhf resume "
                 f"{self.run_dir}`, or choose another folder"
@@ -318,6 +321,7 @@ class SAFETrainer:
         telemetry.replace_text(self.run_dir / "config.yaml", settings)
         if not resume:
             checkpoint.load_random_state(*self._random)
+            incidents.truncate(self.run_dir, 0)  # of a run that was never saved
             self.recovery.begin()
             self._evaluate_into("before")
 
@@ -326,13 +330,17 @@ class SAFETrainer:
         """Every setting of the run, the controller's own included: what config.yaml and the checkpoints hold."""
         complete = {**self.args.to_dict(), "output_dir": str(self.run_dir)}
         complete["kl"]["settings"] = controller_settings(self.args.kl.controller, self.args.kl.settings)
+        complete["reward"]["url"] = None  # it is in functions
         return complete
 
     def save_checkpoint(self) -> Path:
         """All that affects the future, the last good state included, in run_dir/checkpoints/step-<steps done>."""
         tensors, state = runstate.capture(self)
         self.recovery.snapshots.into(tensors, state)
-        return checkpoint.save(self.run_dir / "checkpoints", self.step, tensors, state, self.args.save_total_limit)
+        kept = self.args.save_total_limit
+        path = checkpoint.save(self.run_dir / "checkpoints", self.step, tensors, state, kept)
+        self.control = self.handler.on_save(self._arguments, self.state, self.control)
+        return path
 
     def load_checkpoint(self, path: Path) -> tuple[runstate.Tensors, dict[str, Any]]:
         """Puts the run back to a checkpoint; returns what that holds."""
@@ -393,8 +401,3 @@ class SAFETrainer:
             context_length=context_length(self.model.policy),
             max_completion_length=self.args.rollout.max_completion_length,
         )
-
-
-def _tell(sentence: str) -> None:
-    """On stderr whatever ``log.progress`` is: what a person must know of."""
-    print(telemetry.visible(sentence), file=sys.stderr)

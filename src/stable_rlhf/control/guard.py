@@ -58,6 +58,8 @@ class GuardConfig(Protocol):
     def patience(self) -> int: ...
     @property
     def max_rollbacks(self) -> int: ...
+    @property
+    def rollback_factor(self) -> float: ...
 
 
 class Action(StrEnum):
@@ -156,6 +158,8 @@ class GuardState:
     """How many steps in a row each rule of RULES has been broken, in their order."""
     rollbacks: int = 0
     """Roll-backs of the run so far; a roll-back does not undo it."""
+    factor: float = 1.0
+    """Product of their rollback_factors."""
 
 
 # -- the rules: (settings, state after this step's start and rewards, figures) -> what is seen, or None -------------
@@ -257,7 +261,8 @@ AT_ONCE = (non_finite, max_kl)
 def judge(config: GuardConfig, state: GuardState, figures: Figures) -> tuple[GuardState, Verdict]:
     """(next state, what follows from this step). ``figures``: the step's row of metrics.jsonl, numbers only.
 
-    After a roll-back the caller goes on with the state of the snapshot, its ``rollbacks`` those of the state returned.
+    After a roll-back the caller goes on with the state of the snapshot, but for ``rollbacks`` and ``factor``, which are
+    those of the state returned.
     """
     state = _started(state, figures)
     found = {rule: rule(config, state, figures) for rule in RULES}
@@ -270,9 +275,10 @@ def judge(config: GuardConfig, state: GuardState, figures: Figures) -> tuple[Gua
         steps = streaks[list(RULES).index(rule)]
         seen = f"{found[rule]}" + (f", for {steps} steps" if steps > 1 else "")
         action = Action.ROLL_BACK if state.rollbacks < config.max_rollbacks else Action.STOP
-        made = state.rollbacks + (action is Action.ROLL_BACK)
+        if action is Action.ROLL_BACK:
+            state = replace(state, rollbacks=state.rollbacks + 1, factor=state.factor * config.rollback_factor)
         verdict = Verdict(action=action, rule=rule.__name__, seen=seen, advice=RULES[rule], suspect=True)
-        return replace(state, rollbacks=made), verdict
+        return state, verdict
     if said := found[skipped_steps]:
         return state, Verdict(
             action=Action.SKIP, rule=skipped_steps.__name__, seen=said, advice=RULES[skipped_steps], suspect=True

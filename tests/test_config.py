@@ -272,6 +272,11 @@ def test_a_guard_that_is_off_has_no_settings(field: Any) -> None:
     assert refused(f"guard.{field.name}", value, preset="ppo") == sentence
 
 
+def test_the_guard_can_be_turned_off_on_a_preset_that_sets_something_of_it() -> None:
+    off = Config.from_preset("safe-no-regulation", guard={"enabled": False})
+    assert off.guard == GuardConfig(enabled=False)
+
+
 ANY_NUMBER = ["guard.min_explained_variance"]
 
 

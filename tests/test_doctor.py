@@ -232,7 +232,7 @@ def test_prompts_are_shown_as_the_policy_sees_them_and_act_on_no_terminal(
     [
         ("alike", "warning", 0, "all is alike to it: check that it reads the completion, if that is no surprise"),
         ("silent", "warning", 0, "a completion without a score is not learned from: see why there is none"),
-        ("infinite", "failed", 1, "A score is a finite number, or None for no score."),
+        ("infinite", "failed", 1, "A score is a finite number, at most 1e30 in size, or None for no score."),
     ],
 )
 def test_a_reward_that_tells_nothing_apart_or_fails_is_named(

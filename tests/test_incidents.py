@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +148,23 @@ def refused(folder: Path, line: bytes, fault: str) -> None:
         assert fault in str(caught.value)
         assert str(caught.value).endswith("); repair or remove this line")
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_what_a_person_must_know_is_on_the_terminal_beside_a_bar_and_without_one(quiet: bool) -> None:
+    """In a pseudo-terminal, whose two ends are standard output and standard error as on a real one."""
+    code = (
+        "from rich.console import Console; from stable_rlhf.telemetry import Progress, tell\n"
+        f"with Progress(3, console=Console(quiet={quiet})):\n"
+        "    tell('step 1: gone back')\n"
+    )
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment):
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux ends a pseudo-terminal whose other end is closed
+            while piece := os.read(ours, 65536):
+                shown += piece
+    os.close(ours)
+    assert b"step 1: gone back" in shown

@@ -133,7 +133,7 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     was, now = ({name: json.loads(found[name]) for name in moved if "." not in name} for found in (good, back))
     assert (now["step"], now["episode"], now["prompts"]["epoch"], now["prompts"]["position"]) == (6, 48, 5, 8)
     assert now["controller"] == {**was["controller"], "next_step": 6}
-    assert now["guard"] == {**was["guard"], "rollbacks": 1}
+    assert now["guard"] == {**was["guard"], "rollbacks": 1, "factor": 0.25}
     assert now["scheduler"]["last_epoch"] == 6
     for before, after in zip(was["optimizer"], now["optimizer"], strict=True):
         assert after == {**before, "lr": 1e-3 * (1 - 6 / 8) * 0.25}
@@ -144,8 +144,8 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     assert [row["lr"] for row in figures] == expected
     (incident,) = incidents.read(run.run_dir)
     assert incident["done"] == (
-        "went back to the state after 4 steps (roll-back 1 of 3) and on with other prompts, learning rate and KL "
-        "threshold at 0.25 x what is configured"
+        "went back to the state after 4 steps (roll-back 1 of 3) and on with other prompts, the learning rate at "
+        "0.25 x what is configured and the KL held as much tighter"
     )
 
 

@@ -339,3 +339,20 @@ def test_a_callback_with_a_state_goes_on_counting(tokenizer: PreTrainedTokenizer
     counter = Counts()
     trainer(settings(tmp_path, max_steps=3), tokenizer, callbacks=[counter]).train(resume_from_checkpoint=True)
     assert counter.seen == 3
+
+
+def test_a_callback_counts_a_step_whose_reward_fails_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    class Begun(TrainerCallback, ExportableState):
+        seen = 0
+
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            self.seen += 1
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"seen": self.seen}}
+
+    with pytest.raises(RewardError):
+        trainer(settings(tmp_path, max_steps=4), tokenizer, reward=broken("raises"), callbacks=[Begun()]).train()
+    counter = Begun()
+    trainer(settings(tmp_path, max_steps=4), tokenizer, callbacks=[counter]).train(resume_from_checkpoint=True)
+    assert counter.seen == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ MAY_CHANGE = [
     "preset", "output_dir", "max_steps", "save_steps", "save_total_limit",
     "model.name", "model.revision", "model.gguf_file", "model.trust_remote_code", "model.device",
     "model.gradient_checkpointing", "model.cuda_graphs", "model.torch_compile",
-    "data.eval", "data.eval_split", "data.eval_size", "optim.microbatch_tokens",
-    "reward.batch_size", "reward.trust_remote_code", "reward.url", "reward.timeout", "reward.retries",
-    "reward.max_wait", "reward.token_env",
+    "optim.microbatch_tokens",
+    "reward.batch_size", "reward.trust_remote_code", "reward.timeout", "reward.retries", "reward.max_wait",
+    "reward.token_env",
     *(f"log.{field}" for field in SECTIONS["log"].__dataclass_fields__),
     *(f"guard.{field}" for field in SECTIONS["guard"].__dataclass_fields__),
 ]  # fmt: skip
@@ -70,3 +71,26 @@ def test_another_reference_is_refused_before_anything_is_changed(run: SAFETraine
     with pytest.raises(CheckpointError, match="its reference model is another one; give the model it began with"):
         runstate.restore(run, tensors, {**state, "reference": "0" * 64, "step": 9})
     assert run.step == 1
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "same"),
+    [
+        (["http://a:1"], ["https://b:2/score"], True),
+        (["builtin", "http://a:1"], ["builtin", "http://b:1"], True),
+        (["builtin"], ["http://b:1"], False),
+        (["http://a:1"], ["http://a:1", "http://b:1"], False),
+    ],
+)
+def test_a_server_may_have_moved_and_no_other_reward(
+    run: SAFETrainer, monkeypatch: pytest.MonkeyPatch, here: list[str], there: list[str], same: bool
+) -> None:
+    tensors, state = runstate.capture(run)
+    state["config"]["reward"]["functions"] = there
+    reward = dataclasses.replace(run.args.reward, functions=here)
+    monkeypatch.setattr(run, "args", dataclasses.replace(run.args, reward=reward))
+    if same:
+        runstate.restore(run, tensors, state)
+        return
+    with pytest.raises(CheckpointError, match=r"^reward\.functions is "):
+        runstate.restore(run, tensors, state)

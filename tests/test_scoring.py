@@ -125,6 +125,7 @@ def test_numbers_of_every_usual_kind_are_accepted(values):
         (3.0, r"'f' returned a float; it must return a list"),
         (None, r"'f' returned a NoneType"),
         ([1.0, math.nan], r"'f' returned nan for sample 2, whose prompt is 'b'"),
+        ([1.0, -1.1e30], r"'f' returned -1\.1e\+30 for sample 2, .* at most 1e30 in size"),
         ([-math.inf, 1.0], r"'f' returned -inf for sample 1, whose prompt is 'a'"),
         ([1.0, "2"], r"'f' returned '2' for sample 2"),
         ([1.0, [2.0]], r"'f' returned \[2\.0\] for sample 2"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
 from stable_rlhf.config import Config, ConfigError
+from stable_rlhf.control import controller_settings
 from stable_rlhf.remote import remote_reward
 from stable_rlhf.scoring import RewardFunction, Scorer, resolve_reward
 from stable_rlhf.validation import is_url, only_with
@@ -39,6 +41,14 @@ def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Confi
     for server in servers:
         remote_reward(server, config.reward).function.probe()
     return config
+
+
+def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Every setting of a run, the controller's own included: what config.yaml and the checkpoints hold."""
+    complete = {**config.to_dict(), "output_dir": str(run_dir)}
+    complete["kl"]["settings"] = controller_settings(config.kl.controller, config.kl.settings)
+    complete["reward"]["url"] = None  # it is in functions
+    return complete
 
 
 def _reward_name(function: Any) -> str:

@@ -21,9 +21,9 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from stable_rlhf import checkpoint, evaluation, incidents, optimize, runstate, telemetry
-from stable_rlhf.arguments import as_given, make_scorer
+from stable_rlhf.arguments import as_given, complete_settings, make_scorer
 from stable_rlhf.config import Config, ConfigError
-from stable_rlhf.control import controller_settings, make_controller
+from stable_rlhf.control import make_controller
 from stable_rlhf.control.normaliser import RewardNormaliser
 from stable_rlhf.decoding import Decoder
 from stable_rlhf.models import (
@@ -190,7 +190,8 @@ class SAFETrainer:
         known = time.perf_counter()
         self.episode += len(indices)
         decision = self.controller.observe(optimize.observe(step, rollout, measured))  # before the update
-        scores = self._normalise(rollout.scores, rollout.valid)
+        self.normaliser.update([s for s, v in zip(rollout.scores, rollout.valid, strict=True) if v])
+        scores = self.normaliser.normalise(rollout.scores)
         batch, batch_metrics = optimize.make_batch(self.model, measured, scores, decision, config)
         optimize.check_finite(step, batch_metrics)
         learning_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -256,10 +257,6 @@ class SAFETrainer:
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) * self.recovery.factor
 
-    def _normalise(self, scores: list[float], valid: list[bool]) -> list[float]:
-        self.normaliser.update([s for s, v in zip(scores, valid, strict=True) if v])
-        return self.normaliser.normalise(scores)
-
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float | None]:
@@ -301,9 +298,7 @@ class SAFETrainer:
                     "more, or resume from an older checkpoint"
                 )
             for kept in checkpoint.forget_after(self.run_dir / "checkpoints", self.step):
-                telemetry.tell(
-                    f"{kept}: a damaged checkpoint of a later step has this name now; remove it once nobody needs it"
-                )
+                telemetry.tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it if you like")
             self.writer.truncate(self.step)
             incidents.truncate(self.run_dir, self.step)
             self.recovery.resume(tensors, state)
@@ -328,10 +323,7 @@ class SAFETrainer:
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting of the run, the controller's own included: what config.yaml and the checkpoints hold."""
-        complete = {**self.args.to_dict(), "output_dir": str(self.run_dir)}
-        complete["kl"]["settings"] = controller_settings(self.args.kl.controller, self.args.kl.settings)
-        complete["reward"]["url"] = None  # it is in functions
-        return complete
+        return complete_settings(self.args, self.run_dir)
 
     def save_checkpoint(self) -> Path:
         """All that affects the future, the last good state included, in run_dir/checkpoints/step-<steps done>."""

@@ -15,7 +15,7 @@ from typing import Any
 from stable_rlhf.commandline import Parser, load_config, parser, taken_out
 from stable_rlhf.config import PRESETS, Config, ConfigError, ModelConfig
 from stable_rlhf.display import ends, protect_terminal, visible
-from stable_rlhf.stopping import RunLock
+from stable_rlhf.stopping import Interrupted, RunLock
 
 USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
@@ -72,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except ConfigError as error:
         return _say(error, Exit.BAD_INPUT)
-    except KeyboardInterrupt:
-        return _say("interrupted before training began", Exit.INTERRUPTED)
+    except KeyboardInterrupt as error:  # of `doctor`, whose steps wait for their end, an Interrupted
+        code = Exit(128 + error.signum) if isinstance(error, Interrupted) else Exit.INTERRUPTED
+        return _say("interrupted before training began", code)
 
 
 def _train(arguments: list[str]) -> int:
@@ -163,7 +164,6 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     from stable_rlhf.recovery import GuardStop
     from stable_rlhf.report import write_report
     from stable_rlhf.scoring import RewardError
-    from stable_rlhf.stopping import Interrupted
     from stable_rlhf.telemetry import print_summary
     from stable_rlhf.trainer import SAFETrainer
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers import LlamaForCausalLM
 from stable_rlhf import Config, cli, doctor, memory
 from stable_rlhf.decoding import decoding_model
 from stable_rlhf.models import ActorCritic, load_policy, lora_config
+from tests.faults.servers import answer, misbehaving
 from tests.runs import policy
 
 CPU = torch.device("cpu")
@@ -41,6 +44,14 @@ def late(prompts, completions, **columns):
     """Fails on what is sampled, not on the two known texts."""
     if not any("wonderful" in completion for completion in completions):
         raise KeyError("\x1b[31mno lexicon")
+    return pleasant(prompts, completions)
+
+
+def told_to_end(prompts, completions, **columns):
+    """Is sent SIGTERM while what is sampled is scored."""
+    if not any("wonderful" in completion for completion in completions):
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
     return pleasant(prompts, completions)
 
 
@@ -128,6 +139,7 @@ def test_settings_that_two_steps_alone_would_refuse_are_no_obstacle(
     ("arguments", "sentence"),
     [
         (["--optim.lam", "2"], "optim.lam=2.0: "),
+        (["--reward.timeout", "5"], "reward.timeout=5.0: has no effect unless one of reward.functions is the URL"),
         (["--model.name", "no/such-model"], "model.name='no/such-model': "),
         (["--data.train", "no.jsonl"], "prompt file no.jsonl does not exist."),
         (["--reward.functions", '["tests.no_such:f"]'], "reward 'tests.no_such:f': importing 'tests.no_such'"),
@@ -255,6 +267,25 @@ def test_a_step_that_fails_is_a_failure_with_its_reason(
     assert found[-1][0] == "failed"
     assert found[-1][1].startswith("step: reward function 'late' raised KeyError: ")
     assert "\x1b" not in found[-1][1]
+
+
+def test_a_reward_server_is_tried_as_train_tries_it(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the trial's few retries, and before data and models are read."""
+    for command in ("doctor", "train"):
+        with misbehaving(answer(b"", 404)) as server:
+            assert cli.main([command, *settings, "--reward.functions", f'["{server.url}"]']) == cli.Exit.BAD_INPUT
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert "(a trial before the run begins, of at most 2 retries): HTTP 404" in error
+        assert [request["query"] for request in server.requests] == [["The soup was good."]]
+
+
+def test_a_signal_in_a_step_is_told_by_the_exit_code(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["doctor", *settings, "--reward.functions", '["tests.test_doctor:told_to_end"]']
+    assert cli.main(arguments) == cli.Exit.TERMINATED
+    assert capsys.readouterr().err == "stable-rlhf: interrupted before training began\n"
 
 
 def test_a_step_that_runs_out_of_memory_says_what_takes_less_and_a_bug_keeps_its_traceback(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -22,6 +24,7 @@ from stable_rlhf import cli, serving
 from stable_rlhf.remote import RemoteReward
 from stable_rlhf.scoring import RewardFunction, RewardModel, resolve_reward
 from stable_rlhf.serving import Limits, RewardServer
+from tests.faults import children
 from tests.test_scoring import tiny_model, word_tokenizer
 
 SOON = 10.0
@@ -32,6 +35,16 @@ AWKWARD = [0.1, 1 / 3, -1e-300, 5e-324, 1.7976931348623157e308, -0.0, 123456789.
 
 def awkward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
     return [AWKWARD[len(completion) % len(AWKWARD)] for completion in completions]
+
+
+def hanging(prompts: list[str], completions: list[str]) -> list[float]:
+    print("begun", flush=True)
+    time.sleep(6 * SOON)
+    return [0.0] * len(prompts)
+
+
+def stop_soon() -> None:
+    serving.STOP_SECONDS = 0.1  # type: ignore[assignment]
 
 
 async def told(prompts: list[Any], completions: list[Any], marks: list[float]) -> list[float]:
@@ -176,7 +189,7 @@ def test_what_cannot_be_scored_is_refused_with_a_sentence() -> None:
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "BODY_SECONDS", 0.05)
     with served(awkward) as (url, _), socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
-        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         client.settimeout(SOON)
         client.sendall(head)
         assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
@@ -191,6 +204,51 @@ def test_nobody_is_served_without_the_token() -> None:
         assert httpx2.get(url + "/health", trust_env=False).status_code == 401
         assert post(url, body, "Bearer s3cret").status_code == 200
     assert not any("s3cret" in line for line in log)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:80", "127.9.8.7:80", "[::1]:80", "[::1]"])
+def test_without_a_token_this_machine_is_answered_by_its_names(host: str) -> None:
+    with served(awkward) as (url, _):
+        assert httpx2.get(url + "/health", headers={"Host": host}, trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["rebound.example:80", "192.0.2.1", "localhost.rebound.example", "[::1", "a@b", ""])
+def test_without_a_token_a_page_whose_name_resolves_to_this_machine_is_refused(host: str) -> None:
+    headers = {"Host": host, "Content-Type": "application/json"}
+    with served(awkward) as (url, _):
+        refused = post(url, {"query": ["ab"], "prompts": ["a"]}, headers=headers)
+        assert (refused.status_code, httpx2.get(url + "/health", headers=headers).status_code) == (403, 403)
+        message = "without --token-env the host of the URL must be localhost or a loopback address"
+        assert refused.json() == {"error": message}
+    with served(awkward, token="s3cret") as (url, _):  # which a page does not have
+        headers["Authorization"] = "Bearer s3cret"
+        assert post(url, {"query": ["ab"], "prompts": ["a"]}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system role') }}", "TemplateError: no system role"),
+        ("{{ messages[0]['role'] + 1 }}", "TypeError: can only concatenate str"),
+        ("{% if messages[0]['role'] != 'system' %}a{% endif %}", "sample 1 has no tokens"),
+    ],
+)
+def test_a_chat_that_the_template_refuses_is_not_to_be_sent_again(template: str, message: str) -> None:
+    tokenizer = word_tokenizer(chat=True)
+    refusing = "{% if messages[0]['role'] == 'system' %}" + template + "{% else %}a{% endif %}"
+    tokenizer.chat_template = refusing
+    chats = [CHAT, [{"role": "system", "content": "a"}, *CHAT]]
+    model = RewardModel(tiny_model(), tokenizer)
+    with served(model) as (url, _):
+        refused = post(url, {"query": ["a", "a"], "messages": chats})
+        assert (refused.status_code, refused.json()["error"][:53]) == (
+            422,
+            "'messages', row 2, cannot be written for the model: '",
+        )
+        assert message in refused.json()["error"]
+        assert post(url, {"query": ["a"], "messages": [CHAT]}).status_code == 200
+        model.model.score = None  # what fails later is the server's own fault
+        assert post(url, {"query": ["a"], "messages": [CHAT]}).status_code == 500
 
 
 def test_one_batch_is_scored_at_a_time_and_a_bounded_number_waits() -> None:
@@ -281,3 +339,30 @@ def test_the_command_serves_until_a_signal_and_leaves_signals_as_they_were(
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"stable-rlhf serve-reward: serving builtin at http://127.0.0.1:{port}; Ctrl-C stops it"
     assert second.startswith("stable-rlhf serve-reward: 2 samples scored in ")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_batch_that_does_not_end_does_not_keep_the_server(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    arguments = ["serve-reward", "tests.test_serving:hanging", "--port", "0"]
+    child = children.start(arguments, tmp_path / "said", stop_soon)
+    try:
+        url = said(child, r"http://127\.0\.0\.1:\d+")
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(post, url, {"query": ["ab"], "prompts": ["a"]})
+            said(child, "begun")
+            os.kill(child.pid, number)
+            assert child.end(SOON) == code
+            assert answer.result().status_code == 503
+    finally:
+        child.process.kill()
+    assert "the batch being scored did not end within 0.1 s, and is lost" in child.said
+    assert "Traceback" not in child.said
+
+
+def said(child: children.Child, pattern: str) -> str:
+    """What the command has said that matches, once it has."""
+    until = time.monotonic() + children.PATIENCE
+    while not (child.output.exists() and (found := re.search(pattern, child.said))):
+        assert time.monotonic() < until, pattern
+        time.sleep(0.01)
+    return found.group()

@@ -15,7 +15,7 @@ from typing import Any
 from stable_rlhf.commandline import Parser, load_config, parser, taken_out
 from stable_rlhf.config import PRESETS, Config, ConfigError, ModelConfig
 from stable_rlhf.display import ends, protect_terminal, visible
-from stable_rlhf.stopping import RunLock
+from stable_rlhf.stopping import Interrupted, RunLock
 
 USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
@@ -72,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except ConfigError as error:
         return _say(error, Exit.BAD_INPUT)
-    except KeyboardInterrupt:
-        return _say("interrupted before training began", Exit.INTERRUPTED)
+    except KeyboardInterrupt as error:  # of `doctor`, whose steps wait for their end, an Interrupted
+        code = Exit(128 + error.signum) if isinstance(error, Interrupted) else Exit.INTERRUPTED
+        return _say("interrupted before training began", code)
 
 
 def _train(arguments: list[str]) -> int:
@@ -163,7 +164,6 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     from stable_rlhf.recovery import GuardStop
     from stable_rlhf.report import write_report
     from stable_rlhf.scoring import RewardError, RewardUnavailable
-    from stable_rlhf.stopping import Interrupted
     from stable_rlhf.telemetry import print_summary
     from stable_rlhf.trainer import SAFETrainer
 
@@ -173,8 +173,10 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     try:
         with _inputs_named(config.model):
             trainer = SAFETrainer(config.model.name, args=config)
-    except RewardUnavailable as error:
-        return _say(error, Exit.REWARD)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, RewardUnavailable):
+            raise
+        return _say(error, Exit.REWARD)  # a server that is not there may be there later
     run = trainer.run_dir
     try:
         with _report_at_the_end(trainer, write_report):
@@ -261,12 +263,10 @@ def _check_model(model: ModelConfig) -> None:
 def _inputs_named(model: ModelConfig) -> Iterator[None]:
     """Inside, whatever cannot be loaded raises a ConfigError that names it."""
     from stable_rlhf.prompts import PromptError
-    from stable_rlhf.scoring import RewardError, RewardUnavailable
+    from stable_rlhf.scoring import RewardError
 
     try:
         yield
-    except RewardUnavailable:  # tomorrow it may be there
-        raise
     except (PromptError, RewardError) as error:
         raise ConfigError(str(error)) from error
     except OSError as error:  # what Transformers raises for a tokenizer, weights or a GGUF file that is not there

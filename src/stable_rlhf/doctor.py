@@ -21,7 +21,7 @@ import datasets
 import torch
 
 from stable_rlhf import memory
-from stable_rlhf.arguments import make_scorer
+from stable_rlhf.arguments import as_given, make_scorer
 from stable_rlhf.config import Config
 from stable_rlhf.display import ends, printable
 from stable_rlhf.evaluation import split_datasets
@@ -80,6 +80,7 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
 
     Raises ConfigError, PromptError or RewardError for what cannot be loaded at all, as the trainer does.
     """
+    config = as_given(config, config.model.name, None, None)  # tries a reward server in seconds, as the trainer does
     found = Findings(say)
     device, low = resolve_device(config.model.device), policy_dtype(config.model)[1]
     check_output(found, config)

@@ -12,11 +12,13 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import uvicorn
@@ -67,6 +69,8 @@ class RewardServer:
         self._reward, self._scorer, self._limits, self._log = reward, Scorer([reward]), limits, log
         self._busy = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self._waiting = 0
+        self.scoring = False
+        """Whether a batch is being scored, which nothing but the process's end can end."""
         routes = [
             Route("/", self._score, methods=["POST"]),
             Route("/get_reward", self._score, methods=["POST"]),  # where OpenRLHF's server has it
@@ -80,6 +84,12 @@ class RewardServer:
         return JSONResponse({"status": "ok", "model": self._reward.name})
 
     async def _score(self, request: Request) -> JSONResponse:
+        try:
+            return await self._scored(request)
+        except asyncio.CancelledError:  # which only uvicorn does, once STOP_SECONDS are over
+            raise _Refusal(503, "the server is stopping, and the batch was not scored; try again later") from None
+
+    async def _scored(self, request: Request) -> JSONResponse:
         started = time.monotonic()
         self._admit(request)
         if request.headers.get("Content-Type", "").split(";")[0].strip().lower() != "application/json":
@@ -99,6 +109,9 @@ class RewardServer:
 
     def _admit(self, request: Request) -> None:
         if self._limits.token is None:
+            # A page in a browser may have its own name resolve to this machine, and then read the answers.
+            if not _is_loopback(_host_of(request.headers.get("Host", ""))):
+                raise _Refusal(403, "without --token-env the host of the URL must be localhost or a loopback address")
             return
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if not hmac.compare_digest(given, f"Bearer {self._limits.token}".encode()):
@@ -125,12 +138,17 @@ class RewardServer:
         return bytes(body)
 
     def _rewards(self, batch: _Batch) -> list[float | None]:
+        self.scoring = True
         try:
             return self._scorer.answers(batch.prompts, batch.completions, batch.columns)[self._reward.name]
         except Exception as error:  # the next batch may be scored; this one's client learns that it was not
             self._log(f"failed on {len(batch.prompts)} samples: {type(error).__name__}: {error}")
+            if isinstance(self._reward.function, RewardModel):
+                _require_readable(self._reward.function, batch)
             cause = type(error.__cause__ or error).__name__
             raise _Refusal(500, f"{self._reward.name} failed ({cause}); the server's log says how") from error
+        finally:
+            self.scoring = False
 
     async def _refused(self, request: Request, error: HTTPException) -> JSONResponse:
         what = _OF_ROUTING.get(error.status_code, error.detail)
@@ -180,6 +198,17 @@ def _batch(body: bytes, max_batch: int, reward: RewardFunction) -> _Batch:
         columns = _columns(fields, len(queries))
     prompts, completions = zip(*samples, strict=True)
     return _Batch(prompts=list(prompts), completions=list(completions), columns=columns)
+
+
+def _require_readable(model: RewardModel, batch: _Batch) -> None:
+    """Raises the _Refusal of a sample that the model cannot be given, now or later: its chat template refuses a role,
+    or leaves nothing of it. Templates raise errors of any kind, so each sample is tried again by itself."""
+    for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True), start=1):
+        try:
+            model.encode([prompt], [completion])
+        except Exception as error:
+            field, what = "query" if isinstance(prompt, str) else "messages", f"{type(error).__name__}: {error}"
+            raise _Refusal(422, f"{field!r}, row {row}, cannot be written for the model: {shown(what)}") from error
 
 
 def _texts(fields: dict[str, Any], name: str) -> list[str]:
@@ -284,7 +313,13 @@ def serve(arguments: Sequence[str]) -> int:
         except RewardError as error:
             raise ConfigError(str(error)) from error
         limits = Limits(max_body_bytes=given.max_body_bytes, max_batch=given.max_batch, token=token)
-        return _serve(listening, RewardServer(reward, limits, _print).app, reward.name)
+        server = RewardServer(reward, limits, _print)
+        code = _serve(listening, server.app, reward.name)
+    if server.scoring:  # Python would wait for the batch at its end, and the batch may never end
+        _print(f"the batch being scored did not end within {STOP_SECONDS:g} s, and is lost")
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _serve(listening: socket.socket, app: Starlette, name: str) -> int:
@@ -333,6 +368,14 @@ def _device(name: str) -> torch.device:
     here = f"this machine has {torch.cuda.device_count()} CUDA devices; give auto"
     require(device.type != "cuda" or (device.index or 0) < torch.cuda.device_count(), "--device", name, here)
     return device
+
+
+def _host_of(header: str) -> str:
+    """The host that a Host header names, without its port; empty where it names none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_loopback(host: str) -> bool:

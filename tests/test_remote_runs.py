@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
+from stable_rlhf import cli
 from stable_rlhf.arguments import as_given
 from stable_rlhf.config import Config, ConfigError
 from stable_rlhf.remote import remote_reward
@@ -156,3 +157,13 @@ def test_a_run_is_rewarded_by_the_server_as_by_the_function_itself(
     assert rows[0] == rows[1] != ""
     assert [len(request["query"]) for request in server.requests[:7]] == [1, 4, 4, 4, 4, 4, 4]
     assert (other.args.reward.functions[1], other.args.reward.url) == (server.url, None)
+
+
+def test_a_run_whose_server_is_not_there_ends_with_the_code_of_rewards_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with misbehaving(answer(b"", 404)) as server:
+        given = ["--reward.url", server.url, "--output_dir", str(tmp_path / "run")]
+        assert cli.main(["train", *given]) == cli.Exit.REWARD == 4
+    assert "HTTP 404" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

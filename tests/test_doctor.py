@@ -273,9 +273,9 @@ def test_a_reward_server_is_tried_as_train_tries_it(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the trial's few retries, and before data and models are read."""
-    for command in ("doctor", "train"):
+    for command, code in (("doctor", cli.Exit.BAD_INPUT), ("train", cli.Exit.REWARD)):
         with misbehaving(answer(b"", 404)) as server:
-            assert cli.main([command, *settings, "--reward.functions", f'["{server.url}"]']) == cli.Exit.BAD_INPUT
+            assert cli.main([command, *settings, "--reward.functions", f'["{server.url}"]']) == code
         out, error = capsys.readouterr()
         assert out == ""
         assert "(a trial before the run begins, of at most 2 retries): HTTP 404" in error
@@ -396,7 +396,5 @@ def test_the_skeleton_has_the_shapes_and_dtypes_of_what_is_loaded(tiny_folder: P
 def test_the_estimate_is_near_what_the_built_in_policy_takes(capsys: pytest.CaptureFixture[str]) -> None:
     """Within a factor of 1.6 either way: the process's memory has shared libraries and the allocator's habits in it."""
     assert cli.main(["doctor", "--model.device", "cpu", "--data.eval_size", "0"]) == 0
-    ((estimated, taken),) = re.findall(
-        r"memory: about (\d+) MB needed.*the steps took (\d+) MB at most", capsys.readouterr().out, re.DOTALL
-    )
+    ((estimated, taken),) = re.findall(r"(?s)memory: about (\d+) MB .*the steps took (\d+) MB", capsys.readouterr().out)
     assert 1 / 1.6 < int(taken) / int(estimated) < 1.6

@@ -234,8 +234,8 @@ class _DryRun(SAFETrainer):
     def save_checkpoint(self, is_snapshot: bool = False) -> Path:
         return self.run_dir
 
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
-        return self.run_dir
+    def save_final(self) -> None:
+        pass
 
 
 class _Order:

@@ -146,9 +146,7 @@ class SAFETrainer:
                             if saved is None:
                                 self.save_checkpoint()
                             raise Interrupted(stop.signum)
-                aside = self.save_model(self.run_dir / ".final")  # a kill leaves no final model that is not whole
-                shutil.rmtree(self.run_dir / "final", ignore_errors=True)
-                aside.rename(self.run_dir / "final")
+                self.save_final()
                 result = self._evaluate_into("after")
                 self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
                 return result
@@ -354,6 +352,12 @@ class SAFETrainer:
         }
         save_file(heads, folder / "value_heads.safetensors")
         return folder
+
+    def save_final(self) -> None:
+        """``save_model`` into run_dir/final, whole or not at all: a kill leaves what was there before, or nothing."""
+        aside = self.save_model(self.run_dir / ".final")
+        shutil.rmtree(self.run_dir / "final", ignore_errors=True)
+        aside.rename(self.run_dir / "final")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Uploads the policy and its tokenizer (``PreTrainedModel.push_to_hub`` takes the same arguments)."""

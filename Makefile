@@ -26,7 +26,7 @@ test: install
 # Every fault in its long form, counted: ten minutes. `make faults SEED=5` has others; tests/test_faults.py a few of each.
 SEED ?= 4
 faults: install
-	$(BIN)/python -m tests.faults --seed $(SEED)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --seed $(SEED)
 
 clean:
 	rm -rf .venv

@@ -108,7 +108,7 @@ def test_a_good_run_is_described_line_by_line_and_leaves_nothing_behind(
     assert "gradients 36.2 kB, AdamW's two moments 72.3 kB, KV cache of the rollout 5.12 kB" in texts[8]
     assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[9])
     assert texts[10].startswith("forecast: 50 steps x ")
-    assert texts[10].endswith("; checkpoints of 109 kB every 20 steps and at the end")
+    assert texts[10].endswith("; checkpoints of 219 kB every 20 steps and at the end")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -29,7 +29,7 @@ from tests.test_scoring import tiny_model, word_tokenizer
 
 SOON = 10.0
 """Seconds that nothing below may take."""
-AWKWARD = [0.1, 1 / 3, -1e-300, 5e-324, 1.7976931348623157e308, -0.0, 123456789.12345678, None]
+AWKWARD = [0.1, 1 / 3, -1e-300, 5e-324, 9.999999999999999e29, -0.0, 123456789.12345678, None]
 """Scores that a float's text must carry to the last bit."""
 
 

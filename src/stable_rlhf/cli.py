@@ -251,6 +251,8 @@ def _check_model(model: ModelConfig) -> None:
 
     if model.name == "builtin" or model.gguf_file is not None:  # a GGUF file's settings take as long to read as it does
         return
+    if not model.name or (model.name.startswith((".", "/", "~")) and not Path(model.name).is_dir()):
+        raise _not_a_model(model, FileNotFoundError("there is no such folder"))
     try:
         AutoConfig.from_pretrained(
             model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code

@@ -97,7 +97,8 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
     fits = check_memory(found, needed(longest), device)
     if rewarded and fits:
         functions = [function.function for function in scorer.functions]
-        dry_steps(found, config, functions, train, encoded, held_out, disk.checkpoint)
+        states = 2 if config.guard.enabled else 1  # in a checkpoint
+        dry_steps(found, config, functions, train, encoded, held_out, states * disk.checkpoint)
     else:
         found.detail("no step was tried: mend what failed first")
     return not found.failed
@@ -231,7 +232,7 @@ def check_memory(found: Findings, needed: Memory, device: torch.device) -> bool:
 class _DryRun(SAFETrainer):
     """The trainer, but for what it would leave on disk."""
 
-    def save_checkpoint(self, is_snapshot: bool = False) -> Path:
+    def save_checkpoint(self) -> Path:
         return self.run_dir
 
     def save_final(self) -> None:

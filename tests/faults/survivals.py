@@ -139,7 +139,7 @@ def _fails_for_good(tiny: Tiny, number: int, act: servers.Act, at: int) -> None:
         assert sentence(said).endswith(f"resume {run}` goes on from step {at}."), said
         assert newest(run / "checkpoints") == (run / "checkpoints" / f"step-{at:06d}", [])
         code, said = tiny.run(["resume", str(run)])
-        assert code == Exit.BAD_INPUT, said  # it still fails at the trial: nothing is loaded, nothing is changed
+        assert code == Exit.REWARD, said  # it still fails at the trial: nothing is loaded, nothing is changed
         assert "a trial before the run begins" in sentence(said), said
     with misbehaving(scored, port=port):
         code, said = tiny.run(["resume", str(run)])

@@ -42,10 +42,13 @@ def test_a_damaged_last_good_state_keeps_no_checkpoint_from_being_saved(
 
 def test_a_roll_back_to_a_damaged_state_ends_the_run_with_its_last_checkpoint_as_it_was(tokenizer, tmp_path) -> None:
     run_dir = tmp_path / "run"
-    config = guarded(run_dir, save_steps=2, guard={"max_kl": 1e-9})
+    config = guarded(run_dir, save_steps=1, guard={"max_kl": 1e-9})
     run = trainer(config, tokenizer, callbacks=[Damages(run_dir, 1)])
     with pytest.raises(GuardStop, match=r"the guard would go back, and the last good state cannot be read: "):
         run.train()
+    (saved,) = checkpoint.found(run_dir / "checkpoints")
+    assert checkpoint.load(saved)[1]["step"] == checkpoint.steps_of(saved) == 1
+    assert not (run_dir / "snapshot").exists()
 
 
 def test_what_roll_backs_have_made_of_the_rate_stays_with_another_factor_and_without_the_guard(

@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -239,21 +239,15 @@ class _DryRun(SAFETrainer):
         pass
 
 
-class _Order:
-    """In place of the prompts' stream: given rows first, then others again and again."""
+class _Order(PromptStream):
+    """The stream of the dry steps' prompts: the first ``size`` rows first, then the others again and again."""
 
-    def __init__(self, first: Sequence[int], then: Sequence[int]) -> None:
-        self._left, self._then = [first], then
+    def __init__(self, size: int) -> None:
+        super().__init__(2 * size, seed=0)
+        self._left, self._then = [list(range(size))], list(range(size, 2 * size))
 
-    def take(self, k: int) -> Sequence[int]:
+    def take(self, k: int) -> list[int]:
         return self._left.pop() if self._left else self._then
-
-    def state_dict(self) -> dict[str, int]:
-        """What the trainer goes back to when a reward fails, which ends the dry steps."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        pass
 
 
 def dry_steps(
@@ -290,7 +284,7 @@ def dry_steps(
             with memory.measured(device) as peak:
                 rows = train.select([*longest, *usual])
                 trainer = _DryRun(config.model.name, functions, args=dry, train_dataset=rows)
-                trainer.stream = _Order(range(size), range(size, 2 * size))  # type: ignore[assignment]
+                trainer.stream = _Order(size)
                 trainer.train()
         except (RewardError, DivergenceError) as error:
             found.fail(f"step: {error}")

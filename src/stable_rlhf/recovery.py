@@ -11,7 +11,8 @@ from stable_rlhf.control.guard import Action, GuardState, Verdict, judge
 
 
 class GuardStop(RuntimeError):
-    """The guard ended the run, which is in its last checkpoint as it was when it was last good."""
+    """The guard ended the run. Its last checkpoint holds it as it was when it was last good, or, where that state could
+    not be read, as it was when it was last saved."""
 
 
 class Recovery:
@@ -21,6 +22,7 @@ class Recovery:
         self.trainer, self.config = trainer, trainer.args.guard
         self.guard = GuardState()
         self.snapshots = runstate.Snapshots(None if trainer.model.peft else trainer.run_dir / "snapshot")
+        self._began = False
         self.suspect = False
         """Whether a rule's condition holds at the step just done: no state to come back to."""
 
@@ -36,12 +38,14 @@ class Recovery:
 
     def begin(self) -> None:
         """Keeps the state before the first step."""
+        self._began = True
         if self.config.enabled:
             self.snapshots.keep(*runstate.capture(self.trainer))
             self.snapshots.confirm()  # there is no other to go back to
 
     def resume(self, tensors: runstate.Tensors, state: dict[str, Any]) -> None:
         """Keeps the snapshots that belong to a checkpoint."""
+        self._began = True
         if self.config.enabled:
             self.snapshots.out_of(tensors, state)
         else:
@@ -49,7 +53,7 @@ class Recovery:
 
     def end(self) -> None:
         """Keeps nothing any more: a run that ends, however it does, goes on from a checkpoint."""
-        if self.snapshots.good is not None:  # or it never began, and the folder may be another process's
+        if self._began:  # or the folder may be another process's
             self.snapshots.forget()
 
     def judge(self, figures: Mapping[str, Any]) -> None:

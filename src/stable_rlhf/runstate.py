@@ -75,9 +75,8 @@ def restore(trainer: Any, tensors: Tensors, state: Mapping[str, Any], callbacks:
     _refuse_changes(trainer.settings, state["config"])
     trainer.model.load_trained_state(tensors["model"])
     trainer.optimizer.zero_grad(set_to_none=True)  # an interrupted update may have left some
-    moments = {
-        name: tensor.clone() for name, tensor in tensors["optimizer"].items()
-    }  # the optimiser keeps what it gets
+    # The optimiser keeps and changes what it gets, which may be a snapshot's.
+    moments = {name: tensor.clone() for name, tensor in tensors["optimizer"].items()}
     checkpoint.load_optimizer_state(trainer.optimizer, moments, state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.controller.load_state_dict(state["controller"])

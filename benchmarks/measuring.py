@@ -17,6 +17,8 @@ from typing import Any
 import shapes
 import torch
 
+from stable_rlhf.memory import shortage
+
 PARTS = {
     "rollout": "rollout_s",
     "scoring": "scoring_s",
@@ -82,15 +84,10 @@ def split(timing: dict[str, Any], total: float) -> dict[str, float]:
 
 
 def out_of_memory(error: RuntimeError) -> dict[str, str]:
-    """The result of a run for which the device has too little memory. Raises the error again if it is another one.
-
-    CUDA's libraries say it in words of their own, as plain RuntimeErrors.
-    """
-    said = str(error).splitlines()[0] if str(error) else ""
-    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words):
-        return {"out_of_memory": said}
-    raise error
+    """The result of a run for which the device has too little memory. Raises the error again if it is another one."""
+    if (said := shortage(error)) is None:
+        raise error
+    return {"out_of_memory": said}
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -296,7 +296,7 @@ def test_a_step_that_runs_out_of_memory_says_what_takes_less_and_a_bug_keeps_its
     last = lines(capsys)[-1]
     assert last[0] == "failed"
     assert "allocate memory" in last[1]
-    assert last[1].endswith(doctor.LESS_MEMORY)
+    assert last[1].endswith(memory.LESS)
     monkeypatch.setattr("stable_rlhf.optimize.update", lambda *arguments: torch.ones(2) + torch.ones(3))
     with pytest.raises(RuntimeError, match="size of tensor"):
         cli.main(["doctor", *settings])

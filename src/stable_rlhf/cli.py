@@ -159,6 +159,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     from transformers.utils import logging  # torch and transformers load only when the settings are good
 
     from stable_rlhf.checkpoint import CheckpointError, SaveError
+    from stable_rlhf.memory import LESS, shortage
     from stable_rlhf.optimize import DivergenceError
     from stable_rlhf.prompts import PromptError
     from stable_rlhf.recovery import GuardStop
@@ -199,6 +200,10 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         if (sentence := _no_room(run, error)) is None:
             raise
         return _say(f"{sentence}. {_how_to_go_on(run)}", Exit.DISK)
+    except RuntimeError as error:
+        if (said := shortage(error)) is None:
+            raise
+        return _say(f"step {trainer.step}: {said}; {LESS}. {_how_to_go_on(run)}", Exit.FAILED)
     except KeyboardInterrupt as error:
         code = Exit.INTERRUPTED if not isinstance(error, Interrupted) else Exit(128 + error.signum)
         return _say(f"interrupted after {trainer.step} steps. {_how_to_go_on(run)}", code)

@@ -45,9 +45,6 @@ TWICE = 0.1
 """Share of prompts that may stand there more than once without a warning: data sets weigh prompts so."""
 TIGHT = 0.8
 """Share of the free memory above which an estimate is a warning: it leaves out what kernels and libraries take."""
-LESS_MEMORY = (
-    "set model.lora_r, lower optim.microbatch_tokens or rollout.batch_size, or set model.gradient_checkpointing"
-)
 PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_s", "update": "update_s"}
 
 
@@ -219,9 +216,9 @@ def check_memory(found: Findings, needed: Memory, device: torch.device) -> bool:
     left, held = memory.free(device), sum(needed.held.values())
     text = f"memory: about {_size(needed.total)} needed, {_size(left)} free on {device}"
     if held > left:
-        found.fail(f"{text}: {_size(held)} are held from beginning to end; {LESS_MEMORY}")
+        found.fail(f"{text}: {_size(held)} are held from beginning to end; {memory.LESS}")
     elif needed.total > TIGHT * left:
-        found.warning(f"{text}; {LESS_MEMORY}")
+        found.warning(f"{text}; {memory.LESS}")
     else:
         found.ok(text)
     parts = [f"{name} {_size(size)}" for name, size in (needed.held | needed.passing).items() if size]
@@ -290,9 +287,9 @@ def dry_steps(
             found.fail(f"step: {error}")
             return
         except RuntimeError as error:
-            if "out of memory" not in str(error) and "allocate memory" not in str(error):  # CUDA's words, and the CPU's
+            if (said := memory.shortage(error)) is None:
                 raise
-            found.fail(f"step: {str(error).splitlines()[0]}; {LESS_MEMORY}")
+            found.fail(f"step: {said}; {memory.LESS}")
             return
         lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
     timing = json.loads(lines[-1])

@@ -33,6 +33,10 @@ KERNELS = 150_000_000
 """What a process takes on a CPU beside tensors: the kernels that oneDNN makes for every shape, and what the allocator
 keeps. On two cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320; on CUDA it
 is not known, and counted as nothing."""
+LESS = "set model.lora_r, lower optim.microbatch_tokens or rollout.batch_size, or set model.gradient_checkpointing"
+"""What to do where it is too much."""
+SHORT_OF = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Words of CUDA, of the CPU's allocator and of cuBLAS; the last two come as plain RuntimeErrors."""
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container sees its own bound (version 2)."""
 
@@ -53,6 +57,13 @@ class Memory:
     @property
     def total(self) -> int:
         return sum(self.held.values()) + sum(self.passing.values())
+
+
+def shortage(error: RuntimeError) -> str | None:
+    """What an error says, in the first two sentences of its first line, where it is that memory ran out; else None."""
+    if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in SHORT_OF):
+        return None
+    return ". ".join(str(error).split("\n")[0].split(". ")[:2]).rstrip(".")
 
 
 def skeleton(config: Config) -> Any:

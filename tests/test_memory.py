@@ -33,6 +33,8 @@ def test_a_containers_files_that_can_be_dropped_are_free_memory(tmp_path: Path) 
         ),
         ("CUDA error: out of memory\nCompile with", "CUDA error: out of memory"),
         ("CUBLAS_STATUS_ALLOC_FAILED when calling", "CUBLAS_STATUS_ALLOC_FAILED when calling"),
+        ("CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+        ("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory.", "OutOfMemoryError: CUDA out of memory"),
         ("CUDA error: device-side assert triggered", None),
     ],
 )
@@ -40,34 +42,69 @@ def test_a_lack_of_memory_is_told_from_other_errors(said: str, shown: str | None
     assert memory.shortage(RuntimeError(said)) == shown
 
 
-def test_a_run_that_runs_out_of_memory_says_what_takes_less_and_goes_on_with_shorter_passes(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_gpus_allocator_is_one_whatever_it_says() -> None:
+    assert memory.shortage(torch.OutOfMemoryError("tried 2 GiB\nmore")) == "tried 2 GiB"
+    assert memory.shortage(torch.OutOfMemoryError()) == "OutOfMemoryError"
+
+
+def greedy_reward(prompts: list[Any], completions: list[str], **columns: Any) -> Any:
+    return torch.empty(2**60)  # the allocator's own error
+
+
+def greedy_loading(*given: Any, **named: Any) -> Any:
+    return torch.empty(2**60)
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(8)))
-    run = tmp_path / "run"
-    settings = [
+    return [
         *("--model.name", str(tiny_folder), "--data.train", str(tmp_path / "prompts.jsonl"), "--data.eval_size", "0"),
         *("--reward.functions", '["tests.runs:letters"]', "--rollout.batch_size", "4", "--model.device", "cpu"),
-        *("--rollout.max_completion_length", "4", "--output_dir", str(run), "--log.progress", "false"),
+        *("--rollout.max_completion_length", "4", "--output_dir", str(tmp_path / "run"), "--log.progress", "false"),
         *("--max_steps", "4", "--save_steps", "1"),
     ]
-    update, calls = optimize.update, []
+
+
+def test_a_run_that_runs_out_of_memory_says_what_takes_less_and_goes_on_with_it(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, update, calls = tmp_path / "run", optimize.update, []
 
     def greedy(*given: Any) -> Any:
         calls.append(0)
-        return update(*given) if len(calls) < 3 else torch.empty(2**60)  # the allocator's own error
+        return update(*given) if len(calls) < 3 else torch.empty(2**60)
 
     monkeypatch.setattr(optimize, "update", greedy)
     assert cli.main(["train", *settings]) == cli.Exit.FAILED
     [line] = capsys.readouterr().err.splitlines()
-    assert re.match(r"stable-rlhf: step 2: .*allocate memory", line)
-    assert f"; {memory.LESS}. `" in line
-    assert line.endswith("goes on from step 2.")
+    assert re.match(r"stable-rlhf: after 2 steps: .*allocate memory", line)
+    assert (
+        f"; lower optim.microbatch_tokens or reward.batch_size, or set model.gradient_checkpointing, in {run}/" in line
+    )
+    assert "goes on from step 2." in line
     assert (run / "report.html").is_file()
     monkeypatch.setattr(optimize, "update", update)
     config = run / "config.yaml"
-    given = config.read_text()
-    config.write_text(re.sub(r"microbatch_tokens: \d+", "microbatch_tokens: 16", given))
-    assert config.read_text() != given
+    for setting, less in (("microbatch_tokens: \\d+", "16"), ("gradient_checkpointing: false", "true")):
+        given = config.read_text()
+        name = setting.split(":")[0]
+        config.write_text(re.sub(setting, f"{name}: {less}", given))
+        assert config.read_text() != given
     assert cli.main(["resume", str(run)]) == cli.Exit.DONE
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_reward_and_a_model_for_which_memory_is_too_little_are_told_as_that(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewarded = [*settings, "--reward.functions", '["tests.test_memory:greedy_reward"]']
+    assert cli.main(["train", *rewarded]) == cli.Exit.FAILED
+    line = capsys.readouterr().err
+    assert re.match(r"stable-rlhf: after 0 steps, in the reward: .*allocate memory", line)
+    assert "goes on from step 0." in line  # it was saved as of before the rollout in hand
+    monkeypatch.setattr("stable_rlhf.trainer.ActorCritic", greedy_loading)
+    assert cli.main(["train", *settings, "--output_dir", str(tmp_path / "again")]) == cli.Exit.FAILED
+    line = capsys.readouterr().err
+    assert re.match(r"stable-rlhf: loading: .*allocate memory", line)
+    assert line.endswith(f"{memory.LESS}\n")

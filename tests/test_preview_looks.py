@@ -127,9 +127,19 @@ def test_the_ablation_without_it_has_none_of_its_figures(tokenizer, tmp_path: Pa
     assert not FIGURES & set().union(*runs.rows(run.run_dir))
 
 
-@pytest.mark.parametrize(("quiet", "looks"), [(False, 2), (True, 1)])
-def test_an_update_after_one_within_the_bound_looks_at_its_end_alone(tokenizer, quiet: bool, looks: int) -> None:
-    config = make_config(optim={"max_preview_kl": LOOSE, "learning_rate": HEALTHY})
+@pytest.mark.parametrize(
+    ("limit", "quiet", "looks", "stays"),
+    [
+        (LOOSE, False, 2, True),
+        (LOOSE, True, 1, True),
+        (0.015, True, 1, True),  # all four together are beyond it, and within four times it
+        (1e-3, True, 2, False),  # beyond that, and scaled once
+    ],
+)
+def test_an_update_after_one_within_the_bound_looks_at_its_end_alone(
+    tokenizer, limit: float, quiet: bool, looks: int, stays: bool
+) -> None:
+    config = make_config(optim={"max_preview_kl": limit, "learning_rate": HEALTHY})
     model = make_model(tokenizer, config)
     made, rollout = Passes(model, config), make_rollout(len(tokenizer))
     optimizer = torch.optim.AdamW(optimize.optimizer_groups(model, config), fused=True)
@@ -139,4 +149,6 @@ def test_an_update_after_one_within_the_bound_looks_at_its_end_alone(tokenizer, 
     model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].ids)))
     stats = optimize.update(made, optimizer, batch, decide(0.3), config, 0, quiet)
     assert rows.count(preview.FEWEST) == looks
-    assert stats.quiet
+    assert stats.quiet is stays
+    assert limit == LOOSE or (stats.metrics["safe/preview_kl"] or 0) > limit
+    assert stats.metrics["safe/scaled_steps"] == (0 if stays else STEPS)

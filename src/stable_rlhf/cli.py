@@ -38,7 +38,7 @@ class Exit(enum.IntEnum):
 
     DONE = 0
     FAILED = 1
-    """Something that nobody foresaw, or a check of `doctor` that failed."""
+    """Something that nobody foresaw, too little memory, or a check of `doctor` that failed."""
     BAD_INPUT = 2
     """Settings, usage, a file or a model that cannot be used. Nothing was trained."""
     GUARD = 3
@@ -178,6 +178,10 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         if not isinstance(error.__cause__, RewardUnavailable):
             raise
         return _say(error, Exit.REWARD)  # a server that is not there may be there later
+    except RuntimeError as error:
+        if (said := shortage(error)) is None:
+            raise
+        return _say(f"loading: {said}; {LESS}", Exit.FAILED)
     run = trainer.run_dir
     try:
         with _report_at_the_end(trainer, write_report):
@@ -193,6 +197,8 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     except DivergenceError as error:
         return _say(error, Exit.FAILED)
     except RewardError as error:
+        if error.__cause__ is not None and (said := shortage(error.__cause__)) is not None:  # of a model that scores
+            return _say(f"after {trainer.step} steps, in the reward: {said}; {_with_less(run)}", Exit.FAILED)
         return _say(f"{error} {_how_to_go_on(run)}", Exit.REWARD)
     except GuardStop as error:
         return _say(f"{error} {_how_to_go_on(run)}", Exit.GUARD)
@@ -203,7 +209,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     except RuntimeError as error:
         if (said := shortage(error)) is None:
             raise
-        return _say(f"step {trainer.step}: {said}; {LESS}. {_how_to_go_on(run)}", Exit.FAILED)
+        return _say(f"after {trainer.step} steps: {said}; {_with_less(run)}", Exit.FAILED)
     except KeyboardInterrupt as error:
         code = Exit.INTERRUPTED if not isinstance(error, Interrupted) else Exit(128 + error.signum)
         return _say(f"interrupted after {trainer.step} steps. {_how_to_go_on(run)}", code)
@@ -298,6 +304,14 @@ def _how_to_go_on(run: Path) -> str:
     if saved is None:
         return "There is no checkpoint to resume from yet."
     return f"`{_command()} resume {shlex.quote(str(run))}` goes on from step {saved}."
+
+
+def _with_less(run: Path) -> str:
+    """What a run that ran out of memory can go on with: the settings that `resume` may be given anew."""
+    return (
+        f"lower optim.microbatch_tokens or reward.batch_size, or set model.gradient_checkpointing, in "
+        f"{run / 'config.yaml'}. {_how_to_go_on(run)} A smaller rollout.batch_size or model.lora_r needs a new run."
+    )
 
 
 def _no_room(run: Path, error: Exception) -> str | None:

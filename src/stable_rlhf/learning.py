@@ -46,8 +46,8 @@ class OptimConfig:
     max_preview_kl: float | None = 0.005
     """Bound on KL(before || after) of one optimiser step, nats per token, measured on a 32nd of the rollout: above it
     only a part of the step is taken (algorithm.md, layer 4). None takes every step whole, and measures nothing. 0.005
-    is twice what a healthy step moves after the climb; with it 1 to 30 times the default learning rate end at one
-    reward, at 0.01 or 0.02 they do not (docs/LOG.md)."""
+    is about twice the median step at the default learning rate, so that a third of them is scaled; with it 1 to 30
+    times that rate end at one reward, with 0.02 (and 0.01 at 10 times) they do not (docs/LOG.md)."""
 
     def __post_init__(self) -> None:
         check_types("optim", self)

@@ -35,8 +35,8 @@ keeps. On two cores the built-in policy's steps took 150 MB more than the other 
 is not known, and counted as nothing."""
 LESS = "set model.lora_r, lower optim.microbatch_tokens or rollout.batch_size, or set model.gradient_checkpointing"
 """What to do where it is too much."""
-SHORT_OF = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Words of CUDA, of the CPU's allocator and of cuBLAS; the last two come as plain RuntimeErrors."""
+SHORT_OF = ("out of memory", "allocate memory", "_STATUS_ALLOC_FAILED")
+"""Words of CUDA, of the CPU's allocator, and of cuBLAS and its kin; the last two come as plain RuntimeErrors."""
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container sees its own bound (version 2)."""
 
@@ -59,11 +59,13 @@ class Memory:
         return sum(self.held.values()) + sum(self.passing.values())
 
 
-def shortage(error: RuntimeError) -> str | None:
-    """What an error says, in the first two sentences of its first line, where it is that memory ran out; else None."""
-    if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in SHORT_OF):
-        return None
-    return ". ".join(str(error).split("\n")[0].split(". ")[:2]).rstrip(".")
+def shortage(error: BaseException) -> str | None:
+    """Two sentences of what an error says where it is that memory ran out, else None."""
+    lines = str(error).splitlines()
+    found = [line for line in lines if any(words in line for words in SHORT_OF)]  # torch.compile's begin with others
+    if not found and isinstance(error, torch.OutOfMemoryError):
+        found = lines or [type(error).__name__]
+    return ". ".join(found[0].split(". ")[:2]).rstrip(".") if found else None
 
 
 def skeleton(config: Config) -> Any:

@@ -7,9 +7,9 @@ whose log-probs are not finite, is not taken at all. The optimiser's moments are
 critic's part of it is taken whole. Source: SAFE (arXiv 2602.04651), predictive step scaling; its published code never
 calls it.
 
-The last step of an update is always looked at. After a look that found a step within the bound, in this update or at
-the end of the one before, the next steps are looked at together, at the last: n of them are bounded by n times the
-bound. So a policy that moves slowly pays for one look an update, and one that moves fast for one a step.
+The last step of an update is always looked at. After a look that had nothing to scale, in this update or at the end of
+the one before, the next steps are looked at together, at the last: n of them are bounded by n times the bound. So a
+policy that moves slowly pays for one look an update, and one that moves fast for two or more a step.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ RETRIES = 4
 """Scalings of one step. The KL is about quadratic in the step, so one by max / KL overshoots downwards: the second is
 for steps so long that they were not, and what is still too long after four has no useful direction."""
 SHARE = 32
-"""One row of the rollout in this many is looked at. With two passes of two minibatches four looks are an eighth
-of the rows forward, beside two forward and backward; of a sixteenth they cost the built-in policy 6 % of its step's CPU
-time (docs/LOG.md)."""
+"""One row of the rollout in this many is looked at. With two passes of two minibatches a look at each step, where
+none is scaled, is an eighth of the rows forward, beside two forward and backward; with a sixteenth of the rows these
+four cost the built-in policy 6 % of its step's CPU time (docs/LOG.md)."""
 FEWEST = 2
 """Rows that are looked at at least, where there are as many: torch.compile makes a program of its own for one row."""
 ORDER = 1_008
@@ -77,7 +77,7 @@ class Preview:
         self._start: list[Tensor] = []  # the weights at the last look; empty where nothing has been proposed since
         self._stepped: list[Tensor] = []  # whether the optimiser took each step since
         self.quiet = quiet
-        """Whether the last look found a step within the bound: then the next waits for the update's last step."""
+        """Whether the last look had nothing to scale: then the next waits for the update's last step."""
 
     @torch.no_grad()
     def take(self, optimizer: torch.optim.Optimizer, finite: Tensor, last: bool) -> None:

@@ -115,7 +115,7 @@ class StepStats:
 
     metrics: dict[str, float | None]
     quiet: bool
-    """Whether the preview found the last step within its bound: the next update's first look may wait."""
+    """Whether the preview's last look had nothing to scale: the next update's first look may wait."""
 
 
 def on(record: Any, device: torch.device) -> Any:

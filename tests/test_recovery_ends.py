@@ -32,7 +32,7 @@ def test_after_max_rollbacks_the_run_stops_where_it_was_good(
         ("stop", "max_kl")
     ]
     sentence = str(stop.value)
-    assert f"and stopped there, after guard.max_rollbacks={allowed} roll-backs. If it goes on: lower optim." in sentence
+    assert f"and stopped there, after guard.max_rollbacks={allowed} roll-backs. In a new run: lower optim." in sentence
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "final").exists()
     (path,) = (tmp_path / "checkpoints").iterdir()

@@ -201,7 +201,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
             return _say(f"after {trainer.step} steps, in the reward: {said}; {_with_less(run)}", Exit.FAILED)
         return _say(f"{error} {_how_to_go_on(run)}", Exit.REWARD)
     except GuardStop as error:
-        return _say(f"{error} {_how_to_go_on(run)}", Exit.GUARD)
+        return _say(f"{error} Once its cause is gone, {_how_to_go_on(run)}", Exit.GUARD)
     except (OSError, SafetensorError) as error:  # not of a checkpoint, which says so itself
         if (sentence := _no_room(run, error)) is None:
             raise

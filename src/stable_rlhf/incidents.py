@@ -35,7 +35,8 @@ def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
 
 def sentence(incident: Mapping[str, Any]) -> str:
     """What was seen, what was done and what to try, for a person."""
-    return f"step {incident['step']}: {incident['seen']}: {incident['done']}. If it goes on: {incident['advice']}."
+    when = "In a new run" if incident["action"] == "stop" else "If it goes on"
+    return f"step {incident['step']}: {incident['seen']}: {incident['done']}. {when}: {incident['advice']}."
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

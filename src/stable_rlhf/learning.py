@@ -14,8 +14,9 @@ class OptimConfig:
     """The policy's update (Schulman et al. 2017) and the optimiser."""
 
     learning_rate: float = 1e-4
-    """AdamW's step size for the policy. 1e-4 holds the KL of the built-in policy, all weights trained; with 3e-4 the
-    noise of the updates alone keeps it above the budget (docs/LOG.md). LoRA takes about three times as much."""
+    """AdamW's step size for the policy. 1e-4 holds the KL of the built-in policy, all weights trained; with 3e-4 and
+    no preview the noise of the updates keeps it above the budget (docs/LOG.md). LoRA takes about three times as
+    much."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Course of both learning rates over max_steps, after warm-up."""
     warmup_steps: int = 0
@@ -45,9 +46,9 @@ class OptimConfig:
     """Gradient norm at which the policy's gradient is clipped."""
     max_preview_kl: float | None = 0.005
     """Bound on KL(before || after) of one optimiser step, nats per token, measured on a 32nd of the rollout: above it
-    only a part of the step is taken (algorithm.md, layer 4). None takes every step whole, and measures nothing. 0.005
-    is about twice the median step at the default learning rate, so that a third of them is scaled; with it 1 to 30
-    times that rate end at one reward, with 0.02 (and 0.01 at 10 times) they do not (docs/LOG.md)."""
+    only a part of the step is taken (algorithm.md, The preview). None takes every step whole, and measures nothing.
+    0.005 is about twice the median step at the default learning rate, so that a third of them is scaled; with it 1 to
+    30 times that rate end at one reward, with 0.02 (and 0.01 at 10 times) they do not (docs/LOG.md)."""
 
     def __post_init__(self) -> None:
         check_types("optim", self)
@@ -62,7 +63,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """The value heads on the policy's last hidden state (algorithm.md, layer 1)."""
+    """The value heads on the policy's last hidden state (algorithm.md, Critic)."""
 
     heads: Literal[1, 2] = 2
     """2 is the pessimistic double critic; 1 is PPO's."""
@@ -116,7 +117,7 @@ class CriticConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KLConfig:
-    """Which rule sets the KL coefficient each step, and where the KL acts (algorithm.md, layers 2 and 3)."""
+    """Which rule sets the KL coefficient each step, and where the KL acts (algorithm.md, Controllers)."""
 
     controller: Literal["none", "fixed", "adaptive", "asymmetric", "safe", "paper"] = "safe"
     """The rule that yields the coefficient."""
@@ -153,8 +154,9 @@ class KLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What counts as a run that goes wrong, and what is done about it (algorithm.md, layer 5). Levels are shares of the
-    run's own start, the mean of its first five steps."""
+    """What counts as a run that goes wrong, and what is done about it (algorithm.md, Guard).
+
+    Levels are shares of the run's own start, the mean of its first five steps."""
 
     enabled: bool = True
     """Judge every step. Off, a figure that is not finite ends the run and nothing else does."""

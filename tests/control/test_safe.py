@@ -168,7 +168,11 @@ def test_the_budget_closes_when_more_kl_buys_no_reward() -> None:
     assert decisions[30].threshold == BUDGET  # on the way to the budget nothing is held against it
     assert decisions[-1].phase == "OVEROPTIMISED"
     assert decisions[-1].threshold == pytest.approx(0.75 * BUDGET)
-    assert decisions[-1].reason.endswith("more KL buys no reward, budget closes")
+    said = [each.reason.partition("more KL buys no reward, budget ")[2] for each in decisions]
+    first = said.index("closes")
+    lowest = next(step for step in range(first, 200) if decisions[step].threshold == decisions[-1].threshold)
+    assert said[first : lowest + 1] == ["closes"] * (lowest + 1 - first)
+    assert said[lowest + 1 :] == ["stays"] * (199 - lowest)
 
 
 def test_the_budget_closes_when_reward_falls_and_kl_does_not() -> None:

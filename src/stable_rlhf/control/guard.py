@@ -1,4 +1,4 @@
-"""The guard (algorithm.md, layer 5): rules on the figures of a step, and what follows from the first that is broken.
+"""The guard (algorithm.md, Guard): rules on the figures of a step, and what follows from the first that is broken.
 
 Once per rollout, after its update:
 1. every rule looks at the step's figures (names of metrics.jsonl) and says what it sees, or nothing;
@@ -244,7 +244,7 @@ def _low(fraction: float | None, state: GuardState, figures: Figures, name: str,
 _SLOWER = "lower optim.learning_rate"
 RULES = {
     non_finite: "lower optim.learning_rate, and look at the rewards and at model.dtype",
-    max_kl: f"{_SLOWER}, set optim.max_preview_kl lower, or raise guard.max_kl if so much is meant",
+    max_kl: f"{_SLOWER}, set or lower optim.max_preview_kl, or raise guard.max_kl if so much is meant",
     skipped_steps: f"{_SLOWER} or optim.max_grad_norm, and look at the rewards",
     min_entropy: f"{_SLOWER} or kl.settings.budget: the policy says one thing only",
     max_entropy: f"{_SLOWER}, and set optim.entropy_coef to 0: the policy says anything",

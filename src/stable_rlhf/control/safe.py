@@ -169,7 +169,7 @@ def advance_safe(settings: SafeSettings, state: SafeState, observation: Observat
         pid_i=terms.i,
         pid_d=terms.d,
         entropy_floor=floor,
-        reason=_reason(kl_short, threshold, regulation, state.regulator, kl_coef, gate, moved.phase),
+        reason=_reason(kl_short, threshold, regulation, state.regulator, kl_coef, gate, state.threshold, moved),
     )
     return SafeState(regulator=regulator, threshold=moved, entropy=entropy), decision
 
@@ -250,7 +250,8 @@ def _reason(
     before: RegulatorState,
     kl_coef: float,
     gate: float,
-    phase: str,
+    last: ThresholdState,
+    moved: ThresholdState,
 ) -> str:
     """One line: level and course of the KL, what the coefficient does, and what else acts."""
     side = "above" if kl > threshold else "within"
@@ -261,11 +262,12 @@ def _reason(
         parts.append(f"faded to {kl_coef:.3g} well below the budget")
     if gate > 1.0:
         parts.append(f"entropy below its floor, gate {gate:.3g}, acts with {kl_coef:.3g}")
-    if phase in (Phase.CLIMBING, Phase.FALLING, Phase.OVEROPTIMISED):
-        meaning = {
-            Phase.CLIMBING: "reward climbs, budget opens",
-            Phase.FALLING: "reward falls, budget closes",
-            Phase.OVEROPTIMISED: "more KL buys no reward, budget closes",
-        }
-        parts.append(meaning[Phase(phase)])
+    meaning = {
+        Phase.CLIMBING: "reward climbs",
+        Phase.FALLING: "reward falls",
+        Phase.OVEROPTIMISED: "more KL buys no reward",
+    }
+    if moved.phase in meaning:
+        course = (moved.multiple > last.multiple) - (moved.multiple < last.multiple)
+        parts.append(f"{meaning[Phase(moved.phase)]}, budget {('stays', 'opens', 'closes')[course]}")
     return "; ".join(parts)

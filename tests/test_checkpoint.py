@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from stable_rlhf import checkpoint, manifest
-from stable_rlhf.checkpoint import CheckpointError
+from stable_rlhf.checkpoint import CheckpointError, SaveError
 from tests.runs import lora, policy, settings, trainer
 
 TENSORS = {"model": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1], dtype=torch.int64)}, "random": {}}
@@ -42,6 +42,15 @@ def test_tensors_that_share_memory_or_are_views_are_saved_as_they_look(tmp_path:
     path = checkpoint.save(tmp_path, 1, {"model": group}, {}, 1)
     loaded = checkpoint.load(path)[0]["model"]
     assert all(torch.equal(loaded[name], tensor) for name, tensor in group.items())
+
+
+def test_a_state_with_a_number_that_is_not_finite_is_named_and_not_saved(tmp_path: Path) -> None:
+    state = {"episode": 1, "callbacks": {"Best": {"attributes": {"best": float("-inf")}}}}
+    with pytest.raises(
+        SaveError, match=r"step 4 could not be written: its 'callbacks' has a number that is not finite"
+    ):
+        checkpoint.save(tmp_path, 4, {}, state, 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", FILES)

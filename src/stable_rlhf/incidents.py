@@ -6,11 +6,10 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.telemetry import finite, replace_file, tell
+from stable_rlhf.telemetry import finite, replace_text, tell
 
 FILE = "incidents.jsonl"
 FIELDS = ("step", "action", "rule", "seen", "done", "advice", "figures")
@@ -65,8 +64,7 @@ def truncate(run_dir: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [incident for incident in read(run_dir) if incident["step"] < step]
-    text = "".join(json.dumps(incident, allow_nan=False) + "\n" for incident in kept)
-    replace_file(path, partial(Path.write_text, data=text, encoding="ascii", newline="\n"))
+    replace_text(path, "".join(json.dumps(incident, allow_nan=False) + "\n" for incident in kept))
 
 
 def _check(incident: Any) -> None:

@@ -126,7 +126,7 @@ class MetricsWriter:
         kept = {path: [r for r in read_rows(path)[0] if r["step"] < step] for path in self._paths if path.exists()}
         for path, rows in kept.items():
             text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            replace_file(path, partial(Path.write_text, data=text, encoding="ascii", newline="\n"))
+            replace_text(path, text)
         for path in (self.run_dir / "completions").glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) >= step:
                 path.unlink()

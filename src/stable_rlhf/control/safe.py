@@ -268,6 +268,7 @@ def _reason(
         Phase.OVEROPTIMISED: "more KL buys no reward",
     }
     if moved.phase in meaning:
-        course = (moved.multiple > last.multiple) - (moved.multiple < last.multiple)
-        parts.append(f"{meaning[Phase(moved.phase)]}, budget {('stays', 'opens', 'closes')[course]}")
+        opens, closes = moved.multiple > last.multiple, moved.multiple < last.multiple
+        budget = "opens" if opens else "closes" if closes else "stays"
+        parts.append(f"{meaning[Phase(moved.phase)]}, budget {budget}")
     return "; ".join(parts)

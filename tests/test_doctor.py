@@ -320,6 +320,14 @@ def test_memory_that_is_short_is_a_failure_or_a_warning_with_what_takes_less(
     assert lines(capsys)[-1][1] == "no step was tried: mend what failed first"
 
 
+def test_the_usual_step_is_the_median_of_those_after_the_first_half() -> None:
+    """Four of eight: one that captured a shape counts no more than another."""
+    names = ("rollout_s", "scoring_s", "logprobs_s", "update_s", "total_s", "tokens_per_s")
+    rows = [dict.fromkeys(names, value) for value in (90.0, 80.0, 70.0, 60.0, 3.0, 1.0, 50.0, 2.0)]
+    assert doctor.usual_step(rows) == dict.fromkeys(names, 2.5)
+    assert doctor.usual_step(rows[3:5]) == dict.fromkeys(names, 3.0)  # two steps: the second
+
+
 def test_the_forecast_is_arithmetic() -> None:
     timing = {"rollout_s": 1.0, "scoring_s": 0.5, "logprobs_s": 0.5, "update_s": 2.0, "total_s": 4.0}
     config = Config(max_steps=1000, save_steps=0)  # 128 held-out prompts in batches of 64
@@ -347,6 +355,8 @@ def test_the_parts_of_the_tiny_policy_are_those_computed_by_hand(tokenizer) -> N
         # 2 + 1 layers, 4 rows of 15: 60 x (4 x 16 x 4 + (4 x 16 + 4 x 32) x 4), and 2 x 4 x 2 heads x 15 x 15 x 4.
         "activations of a microbatch": 3 * (60 * 1024 + 14_400),
         "logits of a chunk": 3 * 24 * 259 * 4 + 4 * 259 * 16,
+        "both again in CUDA graphs": 0,
+        "weights before a step": 35_328,
         "kernels and allocator": 150_000_000,
     }
     assert (needed.checkpoint, needed.final) == (109_344, 37_008)
@@ -361,6 +371,22 @@ def test_settings_that_save_memory_do_so_in_the_estimate(tokenizer) -> None:
     assert of(optim={"microbatch_tokens": 30})[activations] == 3 * (30 * 1024 + 7_200)
     assert of(optim={"num_mini_batches": 8})[logits] == 3 * 6 * 259 * 4 + 4 * 259 * 16
     assert of(model={"gradient_checkpointing": True})[activations] == 2 * 60 * 16 * 4 + 60 * 1024 + 14_400
+    assert of(optim={"max_preview_kl": None})["weights before a step"] == 0
+
+
+def test_cuda_graphs_hold_what_a_pass_takes_once_more_and_a_longer_cache(tokenizer) -> None:
+    def of(**model):
+        config = Config.from_preset("safe", rollout={"batch_size": 8, "max_completion_length": 6}, model=model)
+        device = torch.device("cuda")
+        return memory.estimate(policy(tokenizer), config, device=device, low=False, prompt=10).passing
+
+    activations, logits = 3 * 60 * 1024, 3 * 24 * 259 * 4 + 4 * 259 * 16  # attention is fused on CUDA
+    graphs, direct = of(), of(cuda_graphs=False)
+    assert (graphs["activations of a microbatch"], graphs["logits of a chunk"]) == (activations, logits)
+    assert graphs["both again in CUDA graphs"] == activations + logits
+    assert direct["both again in CUDA graphs"] == 0
+    assert graphs["KV cache of the rollout"] == 2 * 2 * 8 * 8 * (64 + 6) * 4  # of prompts of 10 tokens in a room of 64
+    assert direct["KV cache of the rollout"] == 16_384
 
 
 @pytest.mark.parametrize("low", [False, True])

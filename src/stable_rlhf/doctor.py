@@ -45,6 +45,10 @@ TWICE = 0.1
 """Share of prompts that may stand there more than once without a warning: data sets weigh prompts so."""
 TIGHT = 0.8
 """Share of the free memory above which an estimate is a warning: it leaves out what kernels and libraries take."""
+STEPS, CUDA_STEPS = 2, 8
+"""Dry steps: one on the longest prompts; on CUDA three more, in which the usual shapes are compiled and captured. The
+middle of those after the first half is the forecast's: on an H100 a step of configs/smollm2-hh.yaml took 0.73 s, the
+third 1.2, and one in five of the first sixteen twice as long as the others, as it captured a shape (docs/LOG.md)."""
 PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_s", "update": "update_s"}
 
 
@@ -256,7 +260,7 @@ def dry_steps(
     held_out: int,
     checkpoint: int,
 ) -> None:
-    """Trains for a few steps, first on the longest prompts, then on the run's first batch, whose last time is taken."""
+    """Trains for a few steps, first on the longest prompts, then on the run's first batch, which is timed."""
     device, size = resolve_device(config.model.device), config.rollout.batch_size
     by_length = sorted(range(len(encoded)), key=lambda row: -len(encoded.input_ids[row]))
     longest = [by_length[i % len(by_length)] for i in range(size)]
@@ -265,7 +269,7 @@ def dry_steps(
         dry = dataclasses.replace(
             config,
             output_dir=str(Path(folder) / "run"),
-            max_steps=3 if device.type == "cuda" else 2,  # on CUDA the usual shapes are compiled and captured first
+            max_steps=CUDA_STEPS if device.type == "cuda" else STEPS,
             save_steps=0,
             data=DataConfig(max_prompt_length=config.data.max_prompt_length),  # the rows are chosen already
             critic=dataclasses.replace(config.critic, warmup_steps=0),  # longer than these steps; without, all learns
@@ -292,11 +296,17 @@ def dry_steps(
             found.fail(f"step: {said}; {memory.LESS}")
             return
         lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
-    timing = json.loads(lines[-1])
+    timing = usual_step([json.loads(line) for line in lines])
     taken = "" if peak.taken is None else f"; the steps took {_size(peak.taken)} at most"
     parts = ", ".join(f"{name} {timing[key]:.3g} s" for name, key in PARTS.items())
     found.ok(f"step: {timing['total_s']:.3g} s ({parts}), {timing['tokens_per_s']:.0f} tokens/s{taken}")
     found.ok(forecast(config, timing, held_out, checkpoint))
+
+
+def usual_step(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The median of each figure over the second half of the steps."""
+    timed, names = rows[len(rows) // 2 :], (*PARTS.values(), "total_s", "tokens_per_s")
+    return {name: statistics.median(row[name] for row in timed) for name in names}
 
 
 def forecast(config: Config, timing: dict[str, float], held_out: int, checkpoint: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -30,19 +31,33 @@ def capture(work: Callable[[], Result], pool: Any = None) -> Graph[Result]:
     are never replayed at the same time, whose results are read before another of them is replayed.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=_beside(torch.cuda.current_device())):
         result = work()
     return Graph(result, graph.replay)
 
 
 def warm_up(work: Callable[[], Any]) -> None:
-    """Runs ``work`` as it must have run before it is captured, on a stream beside the current one."""
-    beside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    """Runs ``work`` as it must have run before it is captured, on the stream that it will be captured on.
+
+    What is cached and free is given back first: it may lie on another stream, which this one cannot take it from.
+    """
+    torch.cuda.empty_cache()
+    beside, current = _beside(torch.cuda.current_device()), torch.cuda.current_stream()
     beside.wait_stream(current)
     with torch.cuda.stream(beside):
         for _ in range(WARM_UPS):
             work()
     current.wait_stream(beside)
+
+
+@cache
+def _beside(device: int) -> torch.cuda.Stream:
+    """The stream beside the current one for all that is recorded on a device.
+
+    One, because a stream keeps to itself what was allocated on it, and 34 MB of workspace for each thread that
+    multiplies matrices: where every shape had its own, each kept 34 to 337 MB on an H100 (docs/LOG.md, 2026-11-26).
+    """
+    return torch.cuda.Stream(device)
 
 
 def pool() -> Any:

@@ -29,10 +29,11 @@ FLOAT = 4
 """Bytes of a float32: whatever is trained, gradients, moments, value heads, log-probs."""
 CHUNKS = 3
 """Tensors of a chunk's logits that live at once, at most (ops/logprobs.py)."""
-KERNELS = 150_000_000
-"""What a process takes on a CPU beside tensors: the kernels that oneDNN makes for every shape, and what the allocator
-keeps. On two cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320; on CUDA it
-is not known, and counted as nothing."""
+KERNELS = {"cpu": 150_000_000, "cuda": 200_000_000}
+"""What a process takes beside tensors. On a CPU the kernels that oneDNN makes for every shape, and what the allocator
+keeps: on two cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320. On CUDA
+cuBLAS's workspaces, 34 MB for each stream and thread: 170 MB on an H100, where whole steps of eight runs took 0.76 to
+1.24 times the sum of the parts (docs/LOG.md)."""
 LESS = "set model.lora_r, lower optim.microbatch_tokens or rollout.batch_size, or set model.gradient_checkpointing"
 """What to do where it is too much."""
 SHORT_OF = ("out of memory", "allocate memory", "_STATUS_ALLOC_FAILED")
@@ -101,11 +102,16 @@ def estimate(policy: Any, config: Config, *, device: torch.device, low: bool, pr
         "weights to sample from": _decoding_copy(policy, low),
     }
     rows, width = _microbatch(config, prompt)
+    activations = _activations(policy, config, device, low, rows, width)
+    logits = _logits(policy, rows * config.rollout.max_completion_length)
+    graphs = device.type == "cuda" if config.model.cuda_graphs is None else config.model.cuda_graphs
     passing = {
-        "KV cache of the rollout": _kv_cache(policy, config, device, element, prompt),
-        "activations of a microbatch": _activations(policy, config, device, low, rows, width),
-        "logits of a chunk": _logits(policy, rows * config.rollout.max_completion_length),
-        "kernels and allocator": KERNELS if device.type == "cpu" else 0,
+        "KV cache of the rollout": _kv_cache(policy, config, graphs, element, prompt),
+        "activations of a microbatch": activations,
+        "logits of a chunk": logits,
+        "both again in CUDA graphs": activations + logits if graphs else 0,
+        "weights before a step": 0 if config.optim.max_preview_kl is None else trained,
+        "kernels and allocator": KERNELS["cpu" if device.type == "cpu" else "cuda"],
     }
     adapter = sum(_bytes(p) for p in policy.parameters() if p.requires_grad)
     return Memory(
@@ -154,10 +160,10 @@ def _shape(policy: Any) -> tuple[int, int, int, int]:
     return text.num_hidden_layers, heads, groups, size
 
 
-def _kv_cache(policy: Any, config: Config, device: torch.device, element: int, prompt: int) -> int:
+def _kv_cache(policy: Any, config: Config, graphs: bool, element: int, prompt: int) -> int:
     """Keys and values of every layer for the whole rollout; with CUDA graphs a prompt's room is a power of two."""
     depth, _, groups, size = _shape(policy)
-    room = max(SHORTEST, 1 << (prompt - 1).bit_length()) if device.type == "cuda" else prompt
+    room = max(SHORTEST, 1 << (prompt - 1).bit_length()) if graphs else prompt
     length = room + config.rollout.max_completion_length
     return 2 * depth * groups * size * config.rollout.batch_size * length * element
 

@@ -1,0 +1,68 @@
+"""Warm-up and capture, with a stand-in for CUDA's streams: which stream work runs on, and when memory is given back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from stable_rlhf import graphs
+
+
+class Streams:
+    """Stands for torch.cuda: the current stream, and what happened in which order."""
+
+    def __init__(self) -> None:
+        self.current, self.made, self.events = self, 0, []
+
+    def make(self, device: int) -> Streams:
+        self.made += 1
+        beside = Streams()
+        beside.wait_stream = lambda other: self.events.append("beside waits")
+        return beside
+
+    def wait_stream(self, other: Streams) -> None:
+        self.events.append("current waits")
+
+    @contextlib.contextmanager
+    def on(self, stream: Streams) -> Iterator[None]:
+        self.current, before = stream, self.current
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
+    streams = Streams()
+    graphs._beside.cache_clear()
+    for name, stand_in in {
+        "Stream": streams.make,
+        "stream": streams.on,
+        "graph": lambda graph, pool, stream: streams.on(stream),
+        "current_device": lambda: 0,
+        "current_stream": lambda: streams.current,
+        "empty_cache": lambda: streams.events.append("gives back"),
+        "CUDAGraph": lambda: type("Recorded", (), {"replay": None}),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    yield streams
+    graphs._beside.cache_clear()
+
+
+def test_every_shape_is_warmed_up_and_recorded_on_one_stream_beside_the_current(cuda: Streams) -> None:
+    """A stream of its own for each would keep the memory of its passes: tens of GB for 64 shapes."""
+    seen: list[Streams] = []
+    for _ in range(3):
+        graphs.warm_up(lambda: seen.append(cuda.current))
+        graphs.capture(lambda: seen.append(cuda.current))
+    assert len(seen) == 3 * (graphs.WARM_UPS + 1)
+    assert set(map(id, seen)) == {id(seen[0])} != {id(cuda)}
+    assert cuda.made == 1
+
+
+def test_a_warm_up_waits_for_what_is_under_way_and_is_waited_for(cuda: Streams) -> None:
+    """And what lies free on other streams is given back before."""
+    graphs.warm_up(lambda: cuda.events.append("works"))
+    assert cuda.events == ["gives back", "beside waits", *["works"] * graphs.WARM_UPS, "current waits"]

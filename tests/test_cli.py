@@ -194,6 +194,8 @@ def test_help_explains_every_setting_with_the_presets_defaults(capsys: pytest.Ca
     assert cli.main(["train", "--preset", "ppo", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "1 is PPO's. (type: Literal[1, 2], default: 1)" in shown
+    assert cli.main(["doctor", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: stable-rlhf doctor ")
 
 
 def test_usage_is_shown_when_asked_for_and_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -341,6 +341,20 @@ def test_a_callback_with_a_state_goes_on_counting(tokenizer: PreTrainedTokenizer
     assert counter.seen == 3
 
 
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_callback_whose_state_is_no_json_is_named_before_anything_is_trained(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, guarded: bool
+) -> None:
+    class Odd(TrainerCallback, ExportableState):
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"seen": {1, 2}}}
+
+    config = settings(tmp_path, max_steps=2, guard={"enabled": guarded})
+    with pytest.raises(ConfigError, match=r"callbacks: the state\(\) of Odd cannot be saved as JSON \(.*set.*\); give it"):
+        trainer(config, tokenizer, callbacks=[Odd()]).train()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_callback_counts_a_step_whose_reward_fails_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     class Begun(TrainerCallback, ExportableState):
         seen = 0

@@ -79,10 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
-        preset = (taken_out("--preset", arguments)[0] or ["safe"])[-1]
-        parser(preset if preset in PRESETS else "safe").print_help()
-        return 0
+        return _help("train", arguments)
     return _run(load_config(arguments), resume=None)
+
+
+def _help(command: str, arguments: list[str]) -> int:
+    """Every setting, with the defaults of the preset that is asked for."""
+    preset = (taken_out("--preset", arguments)[0] or ["safe"])[-1]
+    parser(preset if preset in PRESETS else "safe", command).print_help()
+    return Exit.DONE
 
 
 def _resume(arguments: list[str]) -> int:
@@ -136,7 +141,7 @@ def _serve_reward(arguments: list[str]) -> int:
 
 def _doctor(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
-        return _train(arguments)  # the same settings
+        return _help("doctor", arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     config = load_config(arguments)

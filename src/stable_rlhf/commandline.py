@@ -34,9 +34,9 @@ _HINTS: dict[str, Any] = {name: hint for name, hint in typing.get_type_hints(Con
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def parser(preset: str) -> ArgumentParser:
+def parser(preset: str, command: str = "train") -> ArgumentParser:
     """Every setting of Config as an argument, the preset's values as defaults. No abbreviations, no other names."""
-    made = ArgumentParser(prog="stable-rlhf train", exit_on_error=False, allow_abbrev=False, print_config=None)
+    made = ArgumentParser(prog=f"stable-rlhf {command}", exit_on_error=False, allow_abbrev=False, print_config=None)
     made.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; what is given here wins")
     made.add_class_arguments(Config, skip=set(SECTIONS))
     for name, section in SECTIONS.items():

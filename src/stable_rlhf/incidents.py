@@ -21,6 +21,7 @@ NOT_FINITE = ("nan", "inf", "-inf")
 def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
     """Appends an incident (FIELDS), on the disk before this returns, and says it on stderr, whatever log.progress is.
 
+    But for a stop, which the error that ends the run says.
     A figure that is not finite is written as one of the texts NOT_FINITE.
     """
     known = {name: _plain(value) for name, value in incident["figures"].items()}
@@ -29,7 +30,8 @@ def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
-    tell(sentence(incident))
+    if incident["action"] != "stop":
+        tell(sentence(incident))
 
 
 def sentence(incident: Mapping[str, Any]) -> str:

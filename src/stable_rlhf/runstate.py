@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
 from stable_rlhf import checkpoint
-from stable_rlhf.config import SECTIONS
+from stable_rlhf.config import SECTIONS, ConfigError
 from stable_rlhf.control.base import from_dict
 from stable_rlhf.control.guard import GuardState
 from stable_rlhf.telemetry import tell
@@ -90,9 +91,19 @@ def restore(trainer: Any, tensors: Tensors, state: Mapping[str, Any], callbacks:
 
 
 def callbacks_of(trainer: Any) -> dict[str, Any]:
-    """What the callbacks that have a state say of it, by the name of their class."""
+    """What the callbacks that have a state say of it, by the name of their class. ConfigError where JSON has no such
+    values: asked at every step, so before the first has trained anything."""
     stateful = [callback for callback in trainer.handler.callbacks if isinstance(callback, ExportableState)]
-    return {type(callback).__name__: copy.deepcopy(callback.state()) for callback in stateful}
+    states = {type(callback).__name__: copy.deepcopy(callback.state()) for callback in stateful}
+    for name, state in states.items():
+        try:
+            json.dumps(state)
+        except TypeError as error:
+            raise ConfigError(
+                f"callbacks: the state() of {name} cannot be saved as JSON ({error}); give it numbers, texts, lists and "
+                "mappings alone"
+            ) from error
+    return states
 
 
 def put_callbacks(trainer: Any, states: Mapping[str, Any]) -> None:

@@ -350,7 +350,9 @@ def test_a_callback_whose_state_is_no_json_is_named_before_anything_is_trained(
             return {"args": {}, "attributes": {"seen": {1, 2}}}
 
     config = settings(tmp_path, max_steps=2, guard={"enabled": guarded})
-    with pytest.raises(ConfigError, match=r"callbacks: the state\(\) of Odd cannot be saved as JSON \(.*set.*\); give it"):
+    with pytest.raises(
+        ConfigError, match=r"callbacks: the state\(\) of Odd cannot be saved as JSON \(.*set.*\); give it"
+    ):
         trainer(config, tokenizer, callbacks=[Odd()]).train()
     assert not (tmp_path / "metrics.jsonl").exists()
 

@@ -22,7 +22,7 @@ stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; 
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    go on with a run from its newest checkpoint
 stable-rlhf report RUN                                          write RUN/report.html
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
-stable-rlhf doctor [FILE] [--section.field VALUE ...]           check such a run, try two steps, forecast its time
+stable-rlhf doctor [FILE] [--section.field VALUE ...]           check such a run, try a few steps, forecast its time
 
 `stable-rlhf train --help` lists every setting."""
 SHOWN = 1000

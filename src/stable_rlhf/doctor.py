@@ -1,7 +1,7 @@
 """`stable-rlhf doctor`: what would go wrong in a run, found before hours are spent on it.
 
 Cheap checks come first, and each says its own line: ok, warning or failed, with the remedy. The last is the trainer
-itself, for two steps, in a folder that is gone afterwards: nothing is left behind, and the run's folder is not made.
+itself, for a few steps, in a folder that is gone afterwards: nothing is left behind, and the run's folder is not made.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def callbacks_of(trainer: Any) -> dict[str, Any]:
             json.dumps(state)
         except TypeError as error:
             raise ConfigError(
-                f"callbacks: the state() of {name} cannot be saved as JSON ({error}); give it numbers, texts, lists and "
-                "mappings alone"
+                f"callbacks: the state() of {name} cannot be saved as JSON ({error}); give it numbers, texts, lists "
+                "and mappings alone"
             ) from error
     return states
 

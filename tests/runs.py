@@ -78,3 +78,22 @@ def finished(
 
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def broken(kind: str) -> Any:
+    """``letters``, but its fourth call fails."""
+    calls = 0
+
+    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        scores = letters(prompts, completions)
+        if calls < 4:
+            return scores
+        if kind == "raises":
+            raise TimeoutError("the server does not answer")
+        return scores[:-1] if kind == "count" else [*scores[:-1], float("nan")]
+
+    # In the metrics' names, and in the settings that a resume compares.
+    reward.__name__, reward.__qualname__, reward.__module__ = letters.__name__, "letters", letters.__module__
+    return reward

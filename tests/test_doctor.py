@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def late(prompts, completions, **columns):
     """Fails on what is sampled, not on the two known texts."""
     if not any("wonderful" in completion for completion in completions):
         raise KeyError("\x1b[31mno lexicon")
+    return pleasant(prompts, completions)
+
+
+def slow_once(prompts, completions, **columns):
+    """Takes a second for the first dry step: the second time it is asked, after the two known texts."""
+    slow_once.asked += 1
+    time.sleep(slow_once.asked == 2)
     return pleasant(prompts, completions)
 
 
@@ -320,6 +328,19 @@ def test_memory_that_is_short_is_a_failure_or_a_warning_with_what_takes_less(
     assert lines(capsys)[-1][1] == "no step was tried: mend what failed first"
 
 
+def test_on_cuda_more_steps_are_tried_but_no_more_than_the_run_has() -> None:
+    counts = [doctor.number_of_steps(torch.device("cuda"), most) for most in (1, 2, 5, 8, 1000)]
+    assert counts == [2, 2, 5, 8, 8]
+    assert doctor.number_of_steps(CPU, 1000) == 2
+
+
+def test_the_first_dry_step_is_not_what_is_forecast(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    slow_once.asked = 0
+    assert cli.main(["doctor", *settings, "--reward.functions", '["tests.test_doctor:slow_once"]']) == 0
+    (seconds,) = re.findall(r"scoring ([0-9.]+) s", capsys.readouterr().out)
+    assert float(seconds) < 0.5
+
+
 def test_the_usual_step_is_the_median_of_those_after_the_first_half() -> None:
     """Four of eight: one that captured a shape counts no more than another."""
     names = ("rollout_s", "scoring_s", "logprobs_s", "update_s", "total_s", "tokens_per_s")
@@ -385,6 +406,7 @@ def test_cuda_graphs_hold_what_a_pass_takes_once_more_and_a_longer_cache(tokeniz
     assert (graphs["activations of a microbatch"], graphs["logits of a chunk"]) == (activations, logits)
     assert graphs["both again in CUDA graphs"] == activations + logits
     assert direct["both again in CUDA graphs"] == 0
+    assert graphs["kernels and allocator"] == direct["kernels and allocator"] == 200_000_000
     assert graphs["KV cache of the rollout"] == 2 * 2 * 8 * 8 * (64 + 6) * 4  # of prompts of 10 tokens in a room of 64
     assert direct["KV cache of the rollout"] == 16_384
 

@@ -52,7 +52,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
 
 
 def test_every_shape_is_warmed_up_and_recorded_on_one_stream_beside_the_current(cuda: Streams) -> None:
-    """A stream of its own for each would keep the memory of its passes: tens of GB for 64 shapes."""
+    """A stream of its own for each would keep to itself what was allocated on it."""
     seen: list[Streams] = []
     for _ in range(3):
         graphs.warm_up(lambda: seen.append(cuda.current))

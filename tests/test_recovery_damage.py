@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from stable_rlhf import checkpoint
+from stable_rlhf import checkpoint, incidents
 from stable_rlhf.config import ConfigError
 from stable_rlhf.recovery import GuardStop
 from tests.failing import GUARD, guarded
@@ -44,8 +44,14 @@ def test_a_roll_back_to_a_damaged_state_ends_the_run_with_its_last_checkpoint_as
     run_dir = tmp_path / "run"
     config = guarded(run_dir, save_steps=1, guard={"max_kl": 1e-9})
     run = trainer(config, tokenizer, callbacks=[Damages(run_dir, 1)])
-    with pytest.raises(GuardStop, match=r"the guard would go back, and the last good state cannot be read: "):
+    with pytest.raises(
+        GuardStop, match=r"would have gone back, but the last good state cannot be read \(.*\), and"
+    ) as stop:
         run.train()
+    (incident,) = incidents.read(run_dir)  # with rule and figures, like every verdict
+    assert (incident["step"], incident["action"], incident["rule"]) == (1, "stop", "max_kl")
+    assert incident["figures"]["objective/kl"] > 1e-9
+    assert str(stop.value) == incidents.sentence(incident)
     (saved,) = checkpoint.found(run_dir / "checkpoints")
     assert checkpoint.load(saved)[1]["step"] == checkpoint.steps_of(saved) == 1
     assert not (run_dir / "snapshot").exists()

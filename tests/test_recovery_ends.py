@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from stable_rlhf import SAFETrainer, incidents, runstate
+from stable_rlhf.checkpoint import NoRoomError
 from stable_rlhf.optimize import DivergenceError
 from stable_rlhf.recovery import GuardStop
 from tests.failing import ADAPTER, STEPS, Happens, StopAfter, fill, guarded, known, made, multiply, prints
@@ -50,6 +51,22 @@ def test_after_max_rollbacks_the_run_stops_where_it_was_good(
     assert (last["step"], last["safe/rollbacks"]) == (11, allowed)
     assert last["lr"] == 1e-3 * 0.5**allowed
     assert len(known(again)) == allowed + 1
+
+
+def test_a_stop_is_said_also_where_its_checkpoint_cannot_be_written(
+    tokenizer, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the disk's error ends the run, and a person must know of both."""
+    happens = Happens(lambda run: multiply(run.model.policy_parameters()), *range(5, 100))
+    run = made(guarded(tmp_path, guard={"max_rollbacks": 0}, max_steps=12, save_steps=0), tokenizer, happens)
+
+    def full(*arguments: object, **named: object) -> None:
+        raise NoRoomError("the disk is full")
+
+    monkeypatch.setattr(run, "save_checkpoint", full)
+    with pytest.raises(NoRoomError, match="the disk is full"):
+        run.train()
+    assert capsys.readouterr().err.count("and stopped there, after guard.max_rollbacks=0 roll-backs") == 1
 
 
 # -- resume ---------------------------------------------------------------------------------------------------------

@@ -173,12 +173,13 @@ def test_crashes_refuse_values_that_are_not_finite_and_other_lengths():
         report.reward_crashes([1.0] * 3, [1.0] * 2)
 
 
-def test_step_errors_are_deviation_over_root_of_completions_scored():
+def test_step_errors_are_deviation_over_root_of_one_less_than_the_completions_scored():
     rows = [
-        {"step": 0, "episode": 64, "objective/scores_std": 0.8},
-        {"step": 1, "episode": 128, "objective/scores_std": 0.6, "completions/skipped": 28},
+        {"step": 0, "episode": 65, "objective/scores_std": 0.8},
+        {"step": 1, "episode": 130, "objective/scores_std": 0.6, "completions/skipped": 28},
     ]
     assert report.step_errors(rows) == pytest.approx([0.1, 0.1], abs=1e-15)  # 0.8 / sqrt(64), 0.6 / sqrt(36)
+    assert report.step_errors([{"step": 0, "episode": 1, "objective/scores_std": 0.0}]) is None  # one says nothing
     assert report.step_errors([{"step": 0, "episode": 64}]) is None
     assert report.step_errors([{"step": 0, "objective/scores_std": 0.1}]) is None
 

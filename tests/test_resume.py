@@ -15,12 +15,11 @@ import pytest
 import torch
 import yaml
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from stable_rlhf import Config, ConfigError, RewardError, SAFETrainer
 from stable_rlhf.checkpoint import CheckpointError
 from stable_rlhf.config import PRESETS
-from tests.runs import PROMPTS, letters, policy, rows, settings, trainer
+from tests.runs import PROMPTS, broken, letters, policy, rows, settings, trainer
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 
@@ -215,25 +214,6 @@ def test_a_resume_with_another_setting_of_the_optimiser_is_refused(tokenizer, tm
         trainer(settings(tmp_path / "run", **change), tokenizer).train(resume_from_checkpoint=True)
 
 
-def broken(kind: str) -> Any:
-    """``letters``, but its fourth call fails."""
-    calls = 0
-
-    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        nonlocal calls
-        calls += 1
-        scores = letters(prompts, completions)
-        if calls < 4:
-            return scores
-        if kind == "raises":
-            raise TimeoutError("the server does not answer")
-        return scores[:-1] if kind == "count" else [*scores[:-1], float("nan")]
-
-    # In the metrics' names, and in the settings that a resume compares.
-    reward.__name__, reward.__qualname__, reward.__module__ = letters.__name__, "letters", letters.__module__
-    return reward
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -325,50 +305,15 @@ def test_a_checkpoint_of_another_folder_is_refused(tokenizer: PreTrainedTokenize
         other.train(resume_from_checkpoint=tmp_path / "one" / "checkpoints" / "step-000002")
 
 
-def test_a_callback_with_a_state_goes_on_counting(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    class Counts(TrainerCallback, ExportableState):
-        seen = 0
-
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            self.seen += 1
-
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"seen": self.seen}}
-
-    trainer(settings(tmp_path, max_steps=2), tokenizer, callbacks=[Counts()]).train()
-    counter = Counts()
-    trainer(settings(tmp_path, max_steps=3), tokenizer, callbacks=[counter]).train(resume_from_checkpoint=True)
-    assert counter.seen == 3
-
-
-@pytest.mark.parametrize("guarded", [False, True])
-def test_a_callback_whose_state_is_no_json_is_named_before_anything_is_trained(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, guarded: bool
+@pytest.mark.parametrize("name", ["incidents.jsonl", "timings.jsonl", "metrics.jsonl"])
+def test_a_line_that_cannot_be_read_stops_a_resume_before_anything_is_removed(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str
 ) -> None:
-    class Odd(TrainerCallback, ExportableState):
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"seen": {1, 2}}}
-
-    config = settings(tmp_path, max_steps=2, guard={"enabled": guarded})
-    with pytest.raises(
-        ConfigError, match=r"callbacks: the state\(\) of Odd cannot be saved as JSON \(.*set.*\); give it"
-    ):
-        trainer(config, tokenizer, callbacks=[Odd()]).train()
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_a_callback_counts_a_step_whose_reward_fails_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    class Begun(TrainerCallback, ExportableState):
-        seen = 0
-
-        def on_step_begin(self, args, state, control, **kwargs) -> None:
-            self.seen += 1
-
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"seen": self.seen}}
-
-    with pytest.raises(RewardError):
-        trainer(settings(tmp_path, max_steps=4), tokenizer, reward=broken("raises"), callbacks=[Begun()]).train()
-    counter = Begun()
-    trainer(settings(tmp_path, max_steps=4), tokenizer, callbacks=[counter]).train(resume_from_checkpoint=True)
-    assert counter.seen == 4
+    trainer(settings(tmp_path, max_steps=6, save_steps=2, save_total_limit=3), tokenizer).train()
+    with (tmp_path / name).open("a") as file:
+        file.write("{\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = trainer(settings(tmp_path, max_steps=6), tokenizer)
+    with pytest.raises(ValueError, match=rf"{name}:[0-9]+: "):
+        again.train(resume_from_checkpoint=tmp_path / "checkpoints" / "step-000002")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -34,7 +34,7 @@ def reward_crashes(rewards: Sequence[float], standard_errors: Sequence[float] | 
     of D_t. It ends at the first t where R has recovered half of the crash's largest D. From there on the maximum starts
     anew, or the half still lost would count as a second crash. R needs 20 rewards: no crash begins before the 21st.
 
-    `standard_errors` holds one value per reward, that of the step's mean: scores_std / sqrt(completions scored). Steps
+    `standard_errors` holds one value per reward, that of the step's mean (`standard_error`). Steps
     being independent, Var(D_t) = (sum of se_i^2 over the steps i that lie in one of the two windows, of s and of t, but
     not in both) / 20^2. None drops this condition. Raises ValueError on another length and on values not finite.
     """
@@ -69,8 +69,14 @@ def _error_of_fall(errors: Sequence[float], peak: int, now: int) -> float:
     return math.sqrt(math.fsum(errors[i] ** 2 for i in before ^ after)) / WINDOW
 
 
+def standard_error(deviation: float | None, count: float | None) -> float | None:
+    """Standard error of the mean of ``count`` figures, from their ``deviation`` (denominator ``count``):
+    deviation / sqrt(count - 1). None where it is not known: one figure does not say how far it may be off."""
+    return None if deviation is None or count is None or count < 2 else deviation / math.sqrt(count - 1)
+
+
 def step_errors(rows: Rows) -> list[float] | None:
-    """Standard error of each row's objective/scores, scores_std / sqrt(n); None when a row lacks what this needs.
+    """Standard error of each row's objective/scores, scores_std / sqrt(n - 1); None when a row lacks what this needs.
 
     n = prompts of the step - completions/skipped. Every step takes as many prompts, hence episode / (step + 1) of them.
     """
@@ -78,7 +84,8 @@ def step_errors(rows: Rows) -> list[float] | None:
     for row in rows:
         deviation, episode = row.get("objective/scores_std"), row.get("episode")
         scored = (episode or 0) / (row["step"] + 1) - (row.get("completions/skipped") or 0)
-        if deviation is None or scored <= 0:
+        error = standard_error(deviation, scored)
+        if error is None:
             return None
-        errors.append(deviation / math.sqrt(scored))
+        errors.append(error)
     return errors

@@ -47,8 +47,8 @@ TIGHT = 0.8
 """Share of the free memory above which an estimate is a warning: it leaves out what kernels and libraries take."""
 STEPS, CUDA_STEPS = 2, 8
 """Dry steps: one on the longest prompts; on CUDA three more, in which the usual shapes are compiled and captured. The
-middle of those after the first half is the forecast's: on an H100 a step of configs/smollm2-hh.yaml took 0.73 s, the
-third 1.2, and one in five of the first sixteen twice as long as the others, as it captured a shape (docs/LOG.md)."""
+middle of those after the first half is the forecast's: on an H100 the first steps of configs/smollm2-hh.yaml took 3.6,
+0.9, 1.2, 1.7, 1.4, 0.8 and then mostly 0.7 s (docs/LOG.md, 2026-11-26)."""
 PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_s", "update": "update_s"}
 
 
@@ -269,7 +269,7 @@ def dry_steps(
         dry = dataclasses.replace(
             config,
             output_dir=str(Path(folder) / "run"),
-            max_steps=CUDA_STEPS if device.type == "cuda" else STEPS,
+            max_steps=number_of_steps(device, config.max_steps),
             save_steps=0,
             data=DataConfig(max_prompt_length=config.data.max_prompt_length),  # the rows are chosen already
             critic=dataclasses.replace(config.critic, warmup_steps=0),  # longer than these steps; without, all learns
@@ -301,6 +301,11 @@ def dry_steps(
     parts = ", ".join(f"{name} {timing[key]:.3g} s" for name, key in PARTS.items())
     found.ok(f"step: {timing['total_s']:.3g} s ({parts}), {timing['tokens_per_s']:.0f} tokens/s{taken}")
     found.ok(forecast(config, timing, held_out, checkpoint))
+
+
+def number_of_steps(device: torch.device, most: int) -> int:
+    """How many dry steps; on CUDA no more than the run's ``most``, but STEPS at least."""
+    return max(STEPS, min(CUDA_STEPS, most)) if device.type == "cuda" else STEPS
 
 
 def usual_step(rows: list[dict[str, Any]]) -> dict[str, float]:

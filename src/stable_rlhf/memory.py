@@ -32,8 +32,8 @@ CHUNKS = 3
 KERNELS = {"cpu": 150_000_000, "cuda": 200_000_000}
 """What a process takes beside tensors. On a CPU the kernels that oneDNN makes for every shape, and what the allocator
 keeps: on two cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320. On CUDA
-cuBLAS's workspaces, 34 MB for each stream and thread: 170 MB on an H100, where whole steps of eight runs took 0.76 to
-1.24 times the sum of the parts (docs/LOG.md)."""
+cuBLAS's workspaces, 34 MB for each stream and thread: 170 MB on an H100, where eight runs took 0.73 to 1.23 times what
+is estimated (docs/LOG.md, 2026-11-26)."""
 LESS = "set model.lora_r, lower optim.microbatch_tokens or rollout.batch_size, or set model.gradient_checkpointing"
 """What to do where it is too much."""
 SHORT_OF = ("out of memory", "allocate memory", "_STATUS_ALLOC_FAILED")

@@ -106,6 +106,8 @@ class Passes:
         self.model, self.config = model, config
         self.graphs = model.device.type == "cuda" if config.model.cuda_graphs is None else config.model.cuda_graphs
         self.compiled = config.model.torch_compile
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # streams, graphs and synchronisation are of the current device
         if self.compiled:
             compile_layers(model)
         self._parameters = [*model.policy_parameters(), *model.critic_parameters()]

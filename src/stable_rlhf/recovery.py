@@ -8,6 +8,7 @@ from typing import Any
 
 from stable_rlhf import checkpoint, incidents, runstate
 from stable_rlhf.control.guard import Action, GuardState, Verdict, judge
+from stable_rlhf.telemetry import said_if_lost
 
 
 class GuardStop(RuntimeError):
@@ -39,6 +40,7 @@ class Recovery:
     def begin(self) -> None:
         """Keeps the state before the first step."""
         self._began = True
+        runstate.check_callbacks(self.trainer)
         if self.config.enabled:
             self.snapshots.keep(*runstate.capture(self.trainer))
             self.snapshots.confirm()  # there is no other to go back to
@@ -46,6 +48,7 @@ class Recovery:
     def resume(self, tensors: runstate.Tensors, state: dict[str, Any]) -> None:
         """Keeps the snapshots that belong to a checkpoint."""
         self._began = True
+        runstate.check_callbacks(self.trainer)
         if self.config.enabled:
             self.snapshots.out_of(tensors, state)
         else:
@@ -70,27 +73,35 @@ class Recovery:
             self._act(verdict, figures)
 
     def _act(self, verdict: Verdict, figures: Mapping[str, Any]) -> None:
-        incident = {"step": self.trainer.step - 1, "action": verdict.action.value, "rule": verdict.rule}
-        if verdict.action is Action.SKIP:
+        action, fault = verdict.action, None
+        if action is Action.SKIP:
             done = "the rest of the step was learned from"
         else:
-            done = f"went back to the state after {self._roll_back()} steps"
-            if verdict.action is Action.ROLL_BACK:
+            try:
+                done = f"went back to the state after {self._roll_back()} steps"
+            except checkpoint.CheckpointError as error:
+                action, fault = Action.STOP, error
+                done = f"would have gone back, but the last good state cannot be read ({error}), and stopped"
+            if action is Action.ROLL_BACK:
                 done += (
                     f" (roll-back {self.guard.rollbacks} of {self.config.max_rollbacks}) and on with other prompts, "
                     f"the learning rate at {self.factor:g} x what is configured and the KL held as much tighter"
                 )
-            else:
+            elif fault is None:
                 done += f" and stopped there, after guard.max_rollbacks={self.config.max_rollbacks} roll-backs"
-        incident |= {"seen": verdict.seen, "done": done, "advice": verdict.advice, "figures": dict(figures)}
+        incident = {"step": self.trainer.step - 1, "action": action.value, "rule": verdict.rule, "seen": verdict.seen}
+        incident |= {"done": done, "advice": verdict.advice, "figures": dict(figures)}
         incidents.record(self.trainer.run_dir, incident)
-        if verdict.action is Action.STOP:
-            self.trainer.save_checkpoint()
-            raise GuardStop(incidents.sentence(incident))
+        if action is Action.STOP:
+            sentence = incidents.sentence(incident)
+            if fault is None:  # or where the run is now is no state to save
+                with said_if_lost(sentence):
+                    self.trainer.save_checkpoint()
+            raise GuardStop(sentence) from fault
 
     def _roll_back(self) -> int:
         """Back to the last good state, every byte of it; but steps, prompts, random draws and schedule go on from here.
-        Returns the steps done in that state.
+        Returns the steps done in that state. Raises CheckpointError where it cannot be read; then nothing has changed.
 
         The counter of steps and the figures on disk keep what has happened; other prompts and draws, or the same might
         happen again.
@@ -98,12 +109,7 @@ class Recovery:
         trainer, made = self.trainer, {"rollbacks": self.guard.rollbacks, "factor": self.guard.factor}
         step, episode, prompts = trainer.step, trainer.episode, trainer.stream.state_dict()
         schedule, draws = trainer.scheduler.state_dict(), checkpoint.random_state()
-        try:
-            tensors, state = self.snapshots.load()
-        except checkpoint.CheckpointError as error:  # where the run is now is no state to save
-            raise GuardStop(
-                f"step {step - 1}: the guard would go back, and the last good state cannot be read: {error}"
-            ) from error
+        tensors, state = self.snapshots.load()
         runstate.restore(trainer, tensors, state, callbacks=False)
         self.guard = dataclasses.replace(self.guard, **made)
         trainer.step, trainer.episode = step, episode

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
-from stable_rlhf import checkpoint
+from stable_rlhf import checkpoint, incidents
 from stable_rlhf.config import SECTIONS, ConfigError
 from stable_rlhf.control.base import from_dict
 from stable_rlhf.control.guard import GuardState
@@ -91,25 +91,50 @@ def restore(trainer: Any, tensors: Tensors, state: Mapping[str, Any], callbacks:
 
 
 def callbacks_of(trainer: Any) -> dict[str, Any]:
-    """What the callbacks that have a state say of it, by the name of their class. ConfigError where JSON has no such
-    values: asked at every step, so before the first has trained anything."""
-    stateful = [callback for callback in trainer.handler.callbacks if isinstance(callback, ExportableState)]
-    states = {type(callback).__name__: copy.deepcopy(callback.state()) for callback in stateful}
-    for name, state in states.items():
+    """What the callbacks that have a state say of it, by their names."""
+    return {name: copy.deepcopy(callback.state()) for name, callback in _stateful(trainer).items()}
+
+
+def check_callbacks(trainer: Any) -> None:
+    """Raises ConfigError where a callback's state cannot be saved as JSON."""
+    for name, state in callbacks_of(trainer).items():
         try:
-            json.dumps(state)
-        except TypeError as error:
+            json.dumps(state, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"callbacks: the state() of {name} cannot be saved as JSON ({error}); give it numbers, texts, lists "
-                "and mappings alone"
+                f"callbacks: the state() of {name} cannot be saved as JSON ({error}); give it finite numbers, texts, "
+                "lists and mappings alone"
             ) from error
-    return states
+
+
+def _stateful(trainer: Any) -> dict[str, Any]:
+    """The callbacks that have a state, by class; a second one of a class is "Class 2"."""
+    named: dict[str, Any] = {}
+    for callback in trainer.handler.callbacks:
+        if isinstance(callback, ExportableState):
+            of_its_kind = sum(type(other) is type(callback) for other in named.values())
+            named[type(callback).__name__ + (f" {of_its_kind + 1}" if of_its_kind else "")] = callback
+    return named
 
 
 def put_callbacks(trainer: Any, states: Mapping[str, Any]) -> None:
-    for callback in trainer.handler.callbacks:
-        for name, value in states.get(type(callback).__name__, {}).get("attributes", {}).items():
-            setattr(callback, name, value)
+    for name, callback in _stateful(trainer).items():
+        for attribute, value in states.get(name, {}).get("attributes", {}).items():
+            setattr(callback, attribute, value)
+
+
+def forget_after(trainer: Any) -> None:
+    """Removes what the run folder has of the steps that a resumed run is about to repeat: checkpoints, rows, incidents.
+
+    Raises ValueError for a line of theirs that cannot be read, before anything is removed.
+    """
+    incidents.read(trainer.run_dir)
+    trainer.writer.check()
+    # Checkpoints first: were the rows gone and not they, the next resume would go on from one that has no rows.
+    for kept in checkpoint.forget_after(trainer.run_dir / "checkpoints", trainer.step):
+        tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it if you like")
+    trainer.writer.truncate(trainer.step)
+    incidents.truncate(trainer.run_dir, trainer.step)
 
 
 def _refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

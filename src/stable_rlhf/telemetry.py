@@ -14,7 +14,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -118,12 +119,16 @@ class MetricsWriter:
                 file.write(json.dumps(data, allow_nan=False) + "\n")
         self._last_step = step
 
+    def check(self) -> dict[Path, list[dict[str, Any]]]:
+        """The rows of the files that are there. Raises ValueError with file and line on a malformed one."""
+        return {path: read_rows(path)[0] for path in self._paths if path.exists()}
+
     def truncate(self, step: int) -> None:
         """Drop rows and completions with step >= `step`; a torn last line goes too. Each file is replaced atomically.
 
         Raises ValueError with file and line on a malformed file, before either file is changed.
         """
-        kept = {path: [r for r in read_rows(path)[0] if r["step"] < step] for path in self._paths if path.exists()}
+        kept = {path: [r for r in rows if r["step"] < step] for path, rows in self.check().items()}
         for path, rows in kept.items():
             text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
             replace_text(path, text)
@@ -291,6 +296,17 @@ def finite(number: str) -> float:
     if not math.isfinite(float(number)):
         raise ValueError(f"{number} is not a finite number")
     return float(number)
+
+
+@contextmanager
+def said_if_lost(sentence: object) -> Iterator[None]:
+    """What is done inside, such as a save, comes before an error that says ``sentence``; where it fails, and another
+    error ends the run instead, the sentence is told here."""
+    try:
+        yield
+    except BaseException:
+        tell(str(sentence))
+        raise
 
 
 def tell(sentence: str) -> None:

@@ -161,11 +161,12 @@ class SAFETrainer:
         self.control = self.handler.on_step_begin(self._arguments, self.state, self.control)
         try:
             row, scored = self._learn()
-        except RewardError:  # nothing has been learned from this rollout: the run goes on from before it
+        except RewardError as error:  # nothing has been learned from this rollout: the run goes on from before it
             self.stream.load_state_dict(boundary[0])
             checkpoint.load_random_state(*boundary[1])
             runstate.put_callbacks(self, boundary[2])
-            self.save_checkpoint()
+            with telemetry.said_if_lost(error):
+                self.save_checkpoint()
             raise
         except optimize.DivergenceError as error:
             if not self.args.guard.enabled:
@@ -295,10 +296,7 @@ class SAFETrainer:
                     f"max_steps={self.args.max_steps}: the run has done {self.step} steps already; give that many or "
                     "more, or resume from an older checkpoint"
                 )
-            for kept in checkpoint.forget_after(self.run_dir / "checkpoints", self.step):
-                telemetry.tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it if you like")
-            self.writer.truncate(self.step)
-            incidents.truncate(self.run_dir, self.step)
+            runstate.forget_after(self)
             self.recovery.resume(tensors, state)
             if self.step < self.args.max_steps:  # what was final is so no more
                 shutil.rmtree(self.run_dir / "final", ignore_errors=True)

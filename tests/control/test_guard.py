@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import statistics
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from stable_rlhf.control.guard import (
     judge,
     max_drawdown,
 )
+from stable_rlhf.crashes import standard_error
 from stable_rlhf.learning import GuardConfig
 
 HEALTHY: dict[str, float | None] = {
@@ -299,10 +301,30 @@ def test_a_fall_that_chance_explains_is_none() -> None:
     sqrt(10)/6."""
     rewards = [0.0] * 20 + [1.0] * 20 + [0.0] * 30
     config, bound = GuardConfig(patience=1), math.sqrt(10) / 6
-    assert first_incident(config, drawn(rewards, deviation=bound * 0.999, rows=1)) == 59
-    assert first_incident(config, drawn(rewards, deviation=bound * 1.001, rows=1)) is None
-    assert first_incident(config, drawn(rewards, deviation=bound * 0.999 * 8, rows=64)) == 59
-    assert first_incident(config, drawn(rewards, deviation=bound * 1.001 * 8, rows=64)) is None
+    assert first_incident(config, drawn(rewards, deviation=bound * 0.999, rows=2)) == 59
+    assert first_incident(config, drawn(rewards, deviation=bound * 1.001, rows=2)) is None
+    assert first_incident(config, drawn(rewards, deviation=bound * 0.999 * 8, rows=65)) == 59
+    assert first_incident(config, drawn(rewards, deviation=bound * 1.001 * 8, rows=65)) is None
+
+
+def test_the_error_of_a_mean_is_that_of_its_figures_and_unknown_of_one() -> None:
+    figures = [1.0, 4.0, 4.0, 11.0]
+    expected = statistics.stdev(figures) / math.sqrt(4)  # denominator n - 1, then / sqrt(n)
+    assert standard_error(statistics.pstdev(figures), 4) == pytest.approx(expected, rel=1e-15)
+    assert standard_error(0.0, 1) is standard_error(None, 4) is standard_error(0.5, None) is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_handful_of_completions_a_step_does_not_alarm_by_chance(rows: int) -> None:
+    """40 runs of 1,000 steps of noise. A deviation of one completion is 0: its mean is not therefore exact."""
+    for seed in range(40):
+        noise = random.Random(seed)
+        drawings = [[noise.gauss(0.0, 1.0) for _ in range(rows)] for _ in range(1000)]
+        steps = [
+            {"objective/scores": statistics.fmean(d), "objective/scores_std": statistics.pstdev(d), "rows": rows}
+            for d in drawings
+        ]
+        assert {verdict.action for verdict in run(GuardConfig(), steps)[1]} == {Action.GO_ON}
 
 
 def test_a_reward_that_begins_to_fall_makes_a_state_suspect_for_two_windows() -> None:

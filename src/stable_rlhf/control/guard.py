@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
+from stable_rlhf.crashes import WINDOW, standard_error
+
 START = 5  # rollouts whose mean is the start: one is noisy, and by ten the policy has begun to move
-WINDOW = 20  # rewards in the moving average R, as in the report's definition of a crash
 ERRORS = 6.0
 """Standard errors of the fall that it must exceed. It is from the best of many windows to the worst of many: 200
 runs of 5,000 steps of noise alone exceeded 5 of them for five steps in a row in 9 cases, and 6 in none."""
@@ -214,7 +215,10 @@ def min_length(config: GuardConfig, state: GuardState, figures: Figures) -> str 
 
 
 def max_drawdown(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """D > max_drawdown x the reward gained since the start, and D > ERRORS standard errors of D."""
+    """D > max_drawdown x the reward gained since the start, and D > ERRORS standard errors of D.
+
+    A step that scored one completion is left out of R: its error is not known.
+    """
     fall, gained, error = state.rewards.fall
     if config.max_drawdown is None or fall <= config.max_drawdown * gained or fall <= ERRORS * error or fall <= 0.0:
         return None
@@ -304,8 +308,7 @@ def _patience(config: GuardConfig, rule: object) -> int:
 def _started(state: GuardState, figures: Figures) -> GuardState:
     """With the step's reward, and its levels while their starts are being measured, in the state."""
     reward, deviation, rows = (figures.get(name) for name in ("objective/scores", "objective/scores_std", "rows"))
-    if reward is not None and math.isfinite(reward):
-        error = 0.0 if deviation is None or not rows or rows < 1 else deviation / math.sqrt(rows)
-        if math.isfinite(error):
-            state = replace(state, rewards=state.rewards.after(reward, error))
+    error = standard_error(deviation, rows)
+    if reward is not None and error is not None and math.isfinite(reward) and math.isfinite(error):
+        state = replace(state, rewards=state.rewards.after(reward, error))
     return replace(state, **{name: getattr(state, name).after(figures.get(metric)) for name, metric in RATIOS.items()})

@@ -384,7 +384,8 @@ def test_a_run_without_room_stops_with_a_code_of_its_own_and_goes_on_when_there_
     assert cli.main(["train", *arguments]) == 5
     sentence = capsys.readouterr().err.splitlines()[-1]
     assert sentence.startswith(f"stable-rlhf: {run}/checkpoints/step-000002 could not be written: File too large; it ")
-    assert sentence.endswith("raise the limit on the length of a file (ulimit -f), then resume the run")
+    go_on = f"`stable-rlhf resume {run}` goes on from step 1."
+    assert sentence.endswith(f"; raise the limit on the length of a file (ulimit -f). {go_on}")
     assert names(run / "checkpoints") == ["step-000001"]
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert cli.main(["resume", str(run)]) == 0

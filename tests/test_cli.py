@@ -35,8 +35,7 @@ def pressed(prompts, completions, **columns):
     return vowels(prompts, completions)
 
 
-@pytest.fixture
-def tiny(tiny_folder: Path, tmp_path: Path) -> list[str]:
+def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[str]:
     """Settings of a run that takes a tenth of a second a step."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(8)))
     return [
@@ -45,6 +44,11 @@ def tiny(tiny_folder: Path, tmp_path: Path) -> list[str]:
         *("--rollout.max_completion_length", "4", "--output_dir", str(tmp_path / "run"), "--log.progress", "false"),
         *("--save_steps", "1", "--model.device", "cpu"),
     ]
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    return tiny_run(tiny_folder, tmp_path)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -321,7 +325,7 @@ def test_ctrl_c_before_the_first_checkpoint_says_so(
     calls = 0
     tiny += ["--reward.functions", '["tests.test_cli:pressed"]', "--save_steps", "0"]
     assert cli.main(["train", *tiny]) == 130
-    assert said(capsys) == "interrupted after 1 steps. There is no checkpoint to resume from yet."
+    assert said(capsys) == "interrupted after 1 steps. There is no checkpoint to resume from yet: start it again."
     assert cli.main(["resume", str(tmp_path / "run")]) == 2
     assert said(capsys).startswith(f"{tmp_path / 'run'} has no checkpoint to go on from; start again with ")
 
@@ -337,66 +341,3 @@ def test_a_folder_with_a_run_in_it_is_left_alone(
 
 
 # -- resume, report -------------------------------------------------------------------------------------------------
-
-
-def test_resume_of_a_finished_run_says_so_and_max_steps_takes_it_further(
-    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    assert cli.main(["train", *tiny]) == 0
-    capsys.readouterr()
-    assert cli.main(["resume", str(run)]) == 0
-    finished = f"{run} is finished: 2 of 2 steps are done. To train it further: stable-rlhf resume {run} --max_steps 4"
-    assert capsys.readouterr().out.strip() == finished
-    assert cli.main(["resume", str(run), "--max_steps", "1"]) == 2
-    assert said(capsys).startswith("max_steps=1: the run has done 2 steps already; give that many or more")
-    assert cli.main(["resume", str(run), "--max_steps", "3"]) == 0
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
-    assert yaml.safe_load((run / "config.yaml").read_text())["max_steps"] == 3
-    capsys.readouterr()
-    assert cli.main(["resume", str(run)]) == 0
-    assert "3 of 3 steps are done" in capsys.readouterr().out
-
-
-def test_a_run_that_was_stopped_after_its_last_step_still_gets_its_model(tiny: list[str], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert cli.main(["train", *tiny]) == 0
-    model = (run / "final" / "model.safetensors").read_bytes()
-    (run / "final" / "value_heads.safetensors").unlink()  # what is written last
-    (run / "final" / "model.safetensors").unlink()
-    assert cli.main(["resume", str(run)]) == 0
-    assert (run / "final" / "model.safetensors").read_bytes() == model
-
-
-def test_resume_takes_no_other_settings_and_no_other_folders(
-    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    assert cli.main(["resume", str(run)]) == 2
-    assert said(capsys) == f"{run} is not a run folder: it has no config.yaml; check the path"
-    assert cli.main(["resume"]) == 2
-    assert said(capsys).startswith("the following arguments are required: run; usage: stable-rlhf resume ")
-    assert cli.main(["train", *tiny]) == 0
-    assert cli.main(["resume", str(run), "--optim.lam", "1"]) == 2
-    assert said(capsys).startswith("unrecognized arguments: --optim.lam 1; usage: stable-rlhf resume ")
-    assert cli.main(["resume", str(run), "--max_steps", "3", "--checkpoint", str(tmp_path / "no")]) == 2
-    assert said(capsys).startswith(f"{tmp_path / 'no'} is not a whole checkpoint")
-    changed = (run / "config.yaml").read_text().replace("heads: 2", "heads: 1")
-    (run / "config.yaml").write_text(changed)
-    assert cli.main(["resume", str(run), "--max_steps", "3"]) == 2
-    assert said(capsys).startswith("critic.heads is 1 here and 2 in the checkpoint: resume with the run's own")
-
-
-def test_report_names_a_folder_that_is_no_run(
-    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["report", str(tmp_path)]) == 2
-    assert said(capsys) == f"{tmp_path / 'metrics.jsonl'} does not exist: give the folder of a run"
-    (tmp_path / "metrics.jsonl").write_text("{broken\n")
-    assert cli.main(["report", str(tmp_path)]) == 2
-    assert said(capsys).startswith(f"{tmp_path / 'metrics.jsonl'}:1: not a JSON object")
-    assert cli.main(["train", *tiny]) == 0
-    (tmp_path / "run" / "report.html").unlink()
-    capsys.readouterr()
-    assert cli.main(["report", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")

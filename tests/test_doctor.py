@@ -281,12 +281,13 @@ def test_a_reward_server_is_tried_as_train_tries_it(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the trial's few retries, and before data and models are read."""
-    for command, code in (("doctor", cli.Exit.BAD_INPUT), ("train", cli.Exit.REWARD)):
+    for command, code in (("doctor", cli.Exit.FAILED), ("train", cli.Exit.REWARD)):
         with misbehaving(answer(b"", 404)) as server:
             assert cli.main([command, *settings, "--reward.functions", f'["{server.url}"]']) == code
-        out, error = capsys.readouterr()
-        assert out == ""
-        assert "(a trial before the run begins, of at most 2 retries): HTTP 404" in error
+        said = capsys.readouterr()
+        (line,) = (said.out + said.err).splitlines()
+        assert line.startswith("failed   reward: the reward" if command == "doctor" else "stable-rlhf: the reward")
+        assert "(a trial before the run begins, of at most 2 retries): HTTP 404" in line
         assert [request["query"] for request in server.requests] == [["The soup was good."]]
 
 
@@ -316,11 +317,15 @@ def test_memory_that_is_short_is_a_failure_or_a_warning_with_what_takes_less(
     needed = memory.Memory(held={"policy": 700}, passing={"activations": 100}, checkpoint=1, final=1)
     for left, verdict in ((699, "failed"), (700, "warning"), (999, "warning"), (1000, "ok")):
         monkeypatch.setattr(memory, "free", lambda device, left=left: left)
-        found = doctor.Findings()
-        assert doctor.check_memory(found, needed, CPU) is (verdict != "failed")
+        # On CUDA a step that is too large is an error that is caught; on a CPU the system ends the process.
+        assert doctor.check_memory(doctor.Findings(), needed, torch.device("cuda")) is (verdict != "failed")
+        on_cuda = lines(capsys)
+        assert doctor.check_memory(doctor.Findings(), needed, CPU) is (verdict == "ok")
         (line, parts) = lines(capsys)
-        assert line[0] == verdict
+        assert line[0] == on_cuda[0][0] == verdict
         assert line[1].startswith(f"memory: about 0.8 kB needed, {left / 1000:g} kB free on cpu")
+        assert ("so no step is tried" in line[1]) is (verdict == "warning")
+        assert "no step" not in on_cuda[0][1]
         assert ("set model.lora_r, lower optim.microbatch_tokens" in line[1]) is (verdict != "ok")
         assert parts == ("", "of these policy 0.7 kB, activations 0.1 kB")
     monkeypatch.setattr(memory, "free", lambda device: 1000)

@@ -21,7 +21,7 @@ from stable_rlhf.cli import Exit
 from stable_rlhf.config import ConfigError
 from stable_rlhf.stopping import GracefulStop, Interrupted, RunLock
 from stable_rlhf.telemetry import read_rows
-from tests.faults import children, injections
+from tests.faults import children, injections, servers
 from tests.faults.training import STEPS, Tiny, assert_same, result, sentence
 from tests.runs import rows, settings, trainer
 
@@ -111,6 +111,25 @@ def test_a_second_sigint_stops_at_once(tiny: Tiny) -> None:
     assert sentence(child.said) == f"interrupted after 1 steps. `stable-rlhf resume {run}` goes on from step 1."
 
 
+def test_a_signal_while_a_reward_server_is_away_is_not_waited_for_by_asking_it_again(tiny: Tiny) -> None:
+    """It has answered the trial and the evaluation, and fails from the first step on; a try more is in ten minutes."""
+    busy = servers.answer(b"", 503, Retry_After="600")
+    with servers.misbehaving(*[servers.score] * 2, busy) as server:
+        more = ("--reward.url", server.url, "--reward.functions", '["builtin"]', "--reward.max_wait", "3600")
+        child = children.start(tiny.arguments("away", *more), tiny.folder / "away.txt", int)
+        for _ in range(3000):
+            if len(server.requests) == 3:
+                break
+            time.sleep(0.02)
+        time.sleep(0.5)  # the answer is read, and the pause has begun
+        os.kill(child.pid, signal.SIGTERM)
+        assert child.end(SOON) == Exit.TERMINATED
+    run = tiny.folder / "away"
+    told, last = child.said.splitlines()[-2:]
+    assert "gives no scores (HTTP 503: ''); waiting, reward.max_wait=3600 s at most" in told
+    assert last == f"stable-rlhf: interrupted after 0 steps. `stable-rlhf resume {run}` goes on from step 0."
+
+
 def test_a_sigterm_before_the_first_step_stops_at_once(tiny: Tiny) -> None:
     """In the evaluation before training nothing has been learned that could be lost."""
     said = tiny.folder / "early-blocks"
@@ -120,7 +139,9 @@ def test_a_sigterm_before_the_first_step_stops_at_once(tiny: Tiny) -> None:
     arrives(said, child)
     os.kill(child.pid, signal.SIGTERM)
     assert child.end(SOON) == Exit.TERMINATED
-    assert sentence(child.said) == "interrupted after 0 steps. There is no checkpoint to resume from yet."
+    assert (
+        sentence(child.said) == "interrupted after 0 steps. There is no checkpoint to resume from yet: start it again."
+    )
     code, said_then = tiny.run(["resume", str(tiny.folder / "early")])
     assert code == Exit.BAD_INPUT
     assert "has no checkpoint to go on from; start again with `stable-rlhf train" in sentence(said_then)

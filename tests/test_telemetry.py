@@ -281,8 +281,8 @@ def test_without_a_terminal_there_are_at_most_twenty_plain_lines(total: int):
     lines = printed(to).splitlines()
     assert len(lines) <= telemetry.PLAIN_LINES
     assert len(lines) >= min(total, 10)
-    assert lines[0].startswith(f"step 1/{total} ")
-    assert lines[-1].startswith(f"step {total}/{total} ")
+    assert lines[0].startswith(f"1/{total} steps ")
+    assert lines[-1].startswith(f"{total}/{total} steps ")
     assert "\x1b" not in printed(to)
 
 
@@ -292,14 +292,14 @@ def test_plain_line_has_the_figures_and_the_time_left():
     with telemetry.Progress(110, first_step=10, console=to, clock=lambda: now[0]) as progress:
         now[0] += 60
         progress.update({"step": 10, **ROW})  # one step took 60 s, 99 are left
-    assert printed(to) == "step 11/110  reward 0.512  KL 0.035 / 0.300  entropy 2.31  left 1:39:00\n"
+    assert printed(to) == "11/110 steps  reward 0.512  KL 0.035 / 0.300  entropy 2.31  left 1:39:00\n"
 
 
 def test_metrics_that_a_preset_lacks_show_as_dashes():
     to = console()
     with telemetry.Progress(1, console=to) as progress:
         progress.update({"step": 0, "safe/threshold": None, "objective/kl": 0.1})
-    assert printed(to) == "step 1/1  reward -  KL 0.100  entropy -  left 0:00:00\n"
+    assert printed(to) == "1/1 steps  reward -  KL 0.100  entropy -  left 0:00:00\n"
 
 
 def test_on_a_terminal_of_80_columns_the_bar_shows_every_figure():
@@ -308,7 +308,7 @@ def test_on_a_terminal_of_80_columns_the_bar_shows_every_figure():
         progress.update({"step": 149, **ROW})
     last = re.split(r"\n|\r|\x1b\[2K", printed(to))[-2]  # the last drawing, before the cursor is shown again
     assert len(last) <= 80
-    assert "step 150/200" in last
+    assert "150/200 steps" in last
     assert "reward 0.512  KL 0.035 / 0.300  entropy 2.31" in last
 
 

@@ -310,15 +310,14 @@ def error_number(error: BaseException) -> int | None:
 
 def _not_written(final: Path, length: int, number: int, error: BaseException) -> SaveError:
     what = f"{final} could not be written: {os.strerror(number) if number else error}"
-    kept = "the older checkpoints are as they were"
+    kept = "the older checkpoints are as they were; " if found(final.parent) else ""
     if number not in NO_ROOM:
-        return SaveError(f"{what}; {kept}; mend that, then resume the run")
+        return SaveError(f"{what}; {kept}mend that")
     near = next(path for path in final.parents if path.is_dir())
     free = shutil.disk_usage(near).free
     odd = ", so it is a quota, the number of files or the length of one that is at its limit" if free > length else ""
     return NoRoomError(
-        f"{what}; it needs {length:,} bytes in {final.parent}, where {free:,} are free{odd}; {kept}; "
-        f"{NO_ROOM[number]}, then resume the run"
+        f"{what}; it needs {length:,} bytes in {final.parent}, where {free:,} are free{odd}; {kept}{NO_ROOM[number]}"
     )
 
 
@@ -364,7 +363,7 @@ def _rotate(final: Path, keep: int) -> None:
                 _remove(path)
             except OSError as error:
                 reason = error.strerror or error
-                raise SaveError(f"{path} cannot be removed ({reason}): remove it, then resume the run") from error
+                raise SaveError(f"{path} cannot be removed ({reason}): remove it") from error
 
 
 def _clear(folder: Path) -> None:

@@ -16,6 +16,7 @@ from stable_rlhf.commandline import Parser, load_config, parser, taken_out
 from stable_rlhf.config import PRESETS, Config, ConfigError, ModelConfig
 from stable_rlhf.display import ends, protect_terminal, visible
 from stable_rlhf.stopping import Interrupted, RunLock
+from stable_rlhf.validation import unwritable
 
 USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
@@ -86,7 +87,10 @@ def _train(arguments: list[str]) -> int:
 def _help(command: str, arguments: list[str]) -> int:
     """Every setting, with the defaults of the preset that is asked for."""
     preset = (taken_out("--preset", arguments)[0] or ["safe"])[-1]
-    parser(preset if preset in PRESETS else "safe", command).print_help()
+    made = parser(preset if preset in PRESETS else "safe", command)
+    if command == "doctor":
+        made.description = "A FILE in front, without an option's name, is --config FILE."
+    made.print_help()
     return Exit.DONE
 
 
@@ -102,21 +106,33 @@ def _resume(arguments: list[str]) -> int:
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])
     RunLock(given.run).check()  # before its checkpoints are looked at, which change under a run that is alive
+    chosen = None if given.checkpoint is None else _chosen(given.run, given.checkpoint)
     done, damaged = _last_step(given.run)
-    if done is None and given.checkpoint is None:
+    if done is None and chosen is None:
         raise ConfigError(
             f"{given.run} has no checkpoint to go on from; {''.join(f'{fault}; ' for fault in damaged)}"
             f"start again with `stable-rlhf train --config {file} "
             "--output_dir NEW_FOLDER`"
         )
-    if given.checkpoint is None and config.max_steps == done and _is_whole(given.run):
+    if chosen is None and config.max_steps == done and _is_whole(given.run):
         further = f"{_command()} resume {shlex.quote(str(given.run))} --max_steps {2 * config.max_steps}"
         done_all = (
             f"{given.run} is finished: {done} of {config.max_steps} steps are done. To train it further: {further}"
         )
         print(visible(done_all, "⏎"))
         return 0
-    return _run(config, resume=given.checkpoint or True)
+    return _run(config, resume=chosen or True)
+
+
+def _chosen(run: Path, checkpoint: Path) -> Path:
+    """The checkpoint that is meant: a folder's path, or its name alone."""
+    from stable_rlhf.checkpoint import found
+
+    for path in (checkpoint, run / "checkpoints" / checkpoint):
+        if os.path.isdir(path):
+            return path
+    there = ", ".join(path.name for path in found(run / "checkpoints")) or "none"
+    raise ConfigError(f"--checkpoint {checkpoint}: there is no such folder; of checkpoints {run} has {there}")
 
 
 def _report(arguments: list[str]) -> int:
@@ -160,6 +176,8 @@ def _doctor(arguments: list[str]) -> int:
 def _run(config: Config, resume: bool | Path | None) -> int:
     """Trains, writes the report whatever happens, and prints the closing tables."""
     _check_output(config)
+    if (fault := unwritable(Path(config.output_dir or "runs"))) is not None:
+        raise ConfigError(f"output_dir={config.output_dir!r}: {fault}; choose another folder")
     from safetensors import SafetensorError
     from transformers.utils import logging  # torch and transformers load only when the settings are good
 
@@ -192,7 +210,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         with _report_at_the_end(trainer, write_report):
             evaluation = trainer.train(resume_from_checkpoint=resume)
     except SaveError as error:
-        return _say(error, Exit.DISK)
+        return _say(f"{error}. {_how_to_go_on(run)}", Exit.DISK)
     except (CheckpointError, PromptError) as error:  # of the checkpoint that it should go on from
         raise ConfigError(str(error)) from error
     except ValueError as error:
@@ -206,7 +224,8 @@ def _run(config: Config, resume: bool | Path | None) -> int:
             return _say(f"after {trainer.step} steps, in the reward: {said}; {_with_less(run)}", Exit.FAILED)
         return _say(f"{error} {_how_to_go_on(run)}", Exit.REWARD)
     except GuardStop as error:
-        return _say(f"{error} Once its cause is gone, {_how_to_go_on(run)}", Exit.GUARD)
+        again = f"The guard would stop it again, but for another cause or another `guard` in {run / 'config.yaml'}."
+        return _say(f"{error} {_how_to_go_on(run)} {again}", Exit.GUARD)
     except (OSError, SafetensorError) as error:  # not of a checkpoint, which says so itself
         if (sentence := _no_room(run, error)) is None:
             raise
@@ -307,8 +326,8 @@ def _not_a_model(model: ModelConfig, error: Exception) -> ConfigError:
 def _how_to_go_on(run: Path) -> str:
     saved, _ = _last_step(run)
     if saved is None:
-        return "There is no checkpoint to resume from yet."
-    return f"`{_command()} resume {shlex.quote(str(run))}` goes on from step {saved}."
+        return "There is no checkpoint to resume from yet: start it again."
+    return f"`stable-rlhf resume {shlex.quote(str(run))}` goes on from step {saved}."
 
 
 def _with_less(run: Path) -> str:
@@ -363,8 +382,10 @@ def _report_at_the_end(trainer: Any, write_report: Any) -> Iterator[None]:
 
 
 def _say(message: object, code: int) -> int:
-    """One line on stderr, with nothing in it that a terminal would act on; returns the exit code."""
-    print(f"stable-rlhf: {ends(' '.join(str(message).split()), SHOWN)}", file=sys.stderr)
+    """One line on stderr, with nothing in it that a terminal would act on and the command as it was typed; returns the
+    exit code."""
+    text = " ".join(str(message).split()).replace("`stable-rlhf ", f"`{_command()} ")
+    print(f"stable-rlhf: {ends(text, SHOWN)}", file=sys.stderr)
     return code
 
 

@@ -72,7 +72,7 @@ class Config:
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or more, and below 2^63")
         minibatches = self.optim.num_mini_batches
         nearest = max(1, round(self.rollout.batch_size / minibatches)) * minibatches
-        remedy = f"must divide by optim.num_mini_batches={minibatches}: try {nearest}"
+        remedy = f"must be divisible by optim.num_mini_batches={minibatches}: try {nearest}"
         require(self.rollout.batch_size % minibatches == 0, "rollout.batch_size", self.rollout.batch_size, remedy)
         remedy = f"the policy would never learn in max_steps={self.max_steps}: make it smaller"
         require(self.critic.warmup_steps < self.max_steps, "critic.warmup_steps", self.critic.warmup_steps, remedy)

@@ -29,9 +29,10 @@ from stable_rlhf.memory import Memory
 from stable_rlhf.models import context_length, load_tokenizer, policy_dtype, resolve_device
 from stable_rlhf.optimize import DivergenceError
 from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts
-from stable_rlhf.scoring import RewardError, Scorer
+from stable_rlhf.scoring import RewardError, RewardUnavailable, Scorer
 from stable_rlhf.sections import DataConfig, GuardConfig, RewardConfig
 from stable_rlhf.trainer import SAFETrainer
+from stable_rlhf.validation import existing, unwritable
 
 PLEASANT = " It was wonderful: friendly, quick, and better than I had hoped. I would go again."
 UNPLEASANT = " It was terrible: rude, slow, and worse than I had feared. I would never go again."
@@ -81,8 +82,14 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
 
     Raises ConfigError, PromptError or RewardError for what cannot be loaded at all, as the trainer does.
     """
-    config = as_given(config, config.model.name, None, None)  # tries a reward server in seconds, as the trainer does
     found = Findings(say)
+    try:
+        config = as_given(
+            config, config.model.name, None, None
+        )  # tries a reward server in seconds, as the trainer does
+    except RewardUnavailable as error:
+        found.fail(f"reward: {error}")
+        return False
     device, low = resolve_device(config.model.device), policy_dtype(config.model)[1]
     check_output(found, config)
     policy = memory.skeleton(config)
@@ -115,18 +122,10 @@ def check_output(found: Findings, config: Config) -> None:
     if config.output_dir is not None and (folder / "metrics.jsonl").exists():
         found.fail(f"{shown}: holds a run already; go on with it by `stable-rlhf resume`, or choose another folder")
         return
-    try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
-            pass
-    except OSError as error:
-        found.fail(f"{shown}: {_existing(folder)} cannot be written to ({error.strerror}); choose another folder")
+    if (fault := unwritable(folder)) is not None:
+        found.fail(f"{shown}: {fault}; choose another folder")
         return
-    found.ok(f"{shown}: free, and {_existing(folder)} can be written to")
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    found.ok(f"{shown}: free, and {existing(folder)} can be written to")
 
 
 def check_data(found: Findings, config: Config, context: int | None) -> tuple[datasets.Dataset, EncodedPrompts, int]:
@@ -173,7 +172,7 @@ def check_disk(found: Findings, config: Config, needed: Memory) -> None:
     With the guard a checkpoint holds the last good state too; without an adapter, that and a candidate lie in the run's
     folder besides.
     """
-    place = _existing(Path(config.output_dir or "runs"))
+    place = existing(Path(config.output_dir or "runs"))
     states = 2 if config.guard.enabled else 1
     kept = (config.save_total_limit + 1) * states * needed.checkpoint
     snapshots = 3 * needed.checkpoint if config.guard.enabled and config.model.lora_r == 0 else 0  # one being written
@@ -216,18 +215,22 @@ def check_reward(found: Findings, scorer: Scorer, row: dict[str, Any]) -> bool:
 
 
 def check_memory(found: Findings, needed: Memory, device: torch.device) -> bool:
-    """Compares the estimate with what is free; False where even what is held throughout does not fit."""
+    """Compares the estimate with what is free. False where no step is to be tried: where even what is held throughout
+    does not fit, and on a CPU, where nothing catches a process that takes too much, where it is tight."""
     left, held = memory.free(device), sum(needed.held.values())
     text = f"memory: about {_size(needed.total)} needed, {_size(left)} free on {device}"
     if held > left:
         found.fail(f"{text}: {_size(held)} are held from beginning to end; {memory.LESS}")
     elif needed.total > TIGHT * left:
-        found.warning(f"{text}; {memory.LESS}")
+        risk = (
+            "" if device.type == "cuda" else "the system may end a process that takes too much, so no step is tried; "
+        )
+        found.warning(f"{text}; {risk}{memory.LESS}")
     else:
         found.ok(text)
     parts = [f"{name} {_size(size)}" for name, size in (needed.held | needed.passing).items() if size]
     found.detail(f"of these {', '.join(parts)}")
-    return held <= left
+    return held <= left if device.type == "cuda" else needed.total <= TIGHT * left
 
 
 class _DryRun(SAFETrainer):

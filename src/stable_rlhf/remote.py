@@ -12,7 +12,7 @@ import os
 import random
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -21,9 +21,11 @@ from urllib.parse import urlsplit
 import httpx2
 import tenacity
 
+from stable_rlhf import stopping
 from stable_rlhf.answers import Message, RewardError, RewardUnavailable, Text, plain_text, shown
 from stable_rlhf.scoring import RewardFunction
 from stable_rlhf.sections import RewardConfig
+from stable_rlhf.telemetry import tell
 from stable_rlhf.validation import url_without_secrets
 from stable_rlhf.waiting import waited_for
 
@@ -41,6 +43,10 @@ AGAIN = frozenset({408, 425, 429})
 """Statuses below 500 that say "not now": time-out, too early, too many requests."""
 NOT_THE_PLACE = frozenset({401, 403, 404, 405})
 """Statuses that a request without the data set's columns gets for its address or token, not for lacking them."""
+SILENT = 5.0
+"""Seconds without scores before the console is told: a server that is replaced is back in less."""
+GLANCE = 0.2
+"""Seconds between two looks, in a pause, at whether the run is asked to stop."""
 PROBE_RETRIES = 2
 """Retries of the trial at the start, within a second or two: a server that is not there is reported in seconds."""
 PROBE_PROMPT, PROBE_COMPLETION = "The soup was", " good."
@@ -98,7 +104,7 @@ class RemoteReward:
             has = ", ".join(columns) or "no other column than prompt"
             raise RewardError(f"reward.columns={list(self.columns)!r}: the data set has no {missing[0]!r}, but {has}.")
         scores: list[float | None] = []
-        started, tries = time.monotonic(), 0
+        started, tries, say = time.monotonic(), 0, self._said()
         settings: dict[str, Any] = {"headers": self._headers, "verify": self._tls, "trust_env": False}
         timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)  # the rest is bounded as a whole, in _request
         async with httpx2.AsyncClient(timeout=timeout, follow_redirects=False, **settings) as client:
@@ -110,7 +116,13 @@ class RemoteReward:
                 retrying = tenacity.AsyncRetrying(
                     retry=tenacity.retry_if_exception(lambda error: isinstance(error, _Failure) and error.again),
                     wait=self._pause,
-                    stop=tenacity.stop_after_attempt(self._retries + 1) | tenacity.stop_before_delay(left),
+                    stop=tenacity.stop_any(
+                        tenacity.stop_after_attempt(self._retries + 1),
+                        tenacity.stop_before_delay(left),
+                        _StopAsked(),
+                    ),
+                    before_sleep=say,
+                    sleep=_sleep,
                     reraise=True,
                 )
                 try:
@@ -150,6 +162,19 @@ class RemoteReward:
         asked = failure.after if isinstance(failure, _Failure) else 0.0
         return max(self._doubling(state) * self._random.uniform(0.5, 1.0), asked)
 
+    def _said(self) -> Callable[[tenacity.RetryCallState], None]:
+        """What says, once, that there have been no scores for so long that the run looks as if it hung."""
+        done: list[bool] = []
+
+        def say(state: tenacity.RetryCallState) -> None:
+            if not done and (state.seconds_since_start or 0.0) + state.upcoming_sleep > SILENT:
+                done.append(True)
+                failure = state.outcome.exception() if state.outcome else None
+                bound = f"reward.max_wait={self._max_wait:g} s at most"
+                tell(f"the reward server {url_without_secrets(self.url)} gives no scores ({failure}); waiting, {bound}")
+
+        return say
+
     async def _request(
         self, client: httpx2.AsyncClient, body: bytes, first: int, count: int, started: float
     ) -> list[float | None]:
@@ -170,8 +195,7 @@ class RemoteReward:
         asked = f" (it asked to be left alone for {failure.after:g} s)" if failure.after > 0 else ""
         return RewardUnavailable(
             f"the reward server {url_without_secrets(self.url)} gave no scores, {how} ({self._bounds}): "
-            f"{failure}{asked}. Start or mend the server, or correct its URL, and run the command again; a run that "
-            "had begun goes on by `stable-rlhf resume RUN`."
+            f"{failure}{asked}. Start or mend the server, or correct its URL."
         )
 
 
@@ -187,6 +211,20 @@ def remote_reward(url: str, config: RewardConfig) -> RewardFunction:
         columns=config.columns,
     )
     return RewardFunction(name=urlsplit(url).netloc, function=function)
+
+
+class _StopAsked(tenacity.stop.stop_base):
+    """No further try where the run is asked to stop."""
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        return stopping.asked()
+
+
+async def _sleep(seconds: float) -> None:
+    """A pause, which a signal to stop ends."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and not stopping.asked():
+        await asyncio.sleep(min(left, GLANCE))
 
 
 def _token(variable: str) -> str:

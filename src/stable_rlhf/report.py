@@ -62,7 +62,9 @@ def read_run(run_dir: str | Path) -> Run:
     """
     path, notes = Path(run_dir), []
     if not (path / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{path / 'metrics.jsonl'} does not exist: give the folder of a run")
+        begun = (path / "config.yaml").is_file()
+        remedy = "the run has done no step yet" if begun else "give the folder of a run"
+        raise FileNotFoundError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
     rows, torn = telemetry.read_rows(path / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{path / 'metrics.jsonl'}:1: no complete row yet: nothing to report before the first step")

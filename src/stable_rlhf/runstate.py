@@ -130,9 +130,19 @@ def forget_after(trainer: Any) -> None:
     """
     incidents.read(trainer.run_dir)
     trainer.writer.check()
+    later = [
+        path for path in checkpoint.found(trainer.run_dir / "checkpoints") if checkpoint.steps_of(path) > trainer.step
+    ]
     # Checkpoints first: were the rows gone and not they, the next resume would go on from one that has no rows.
-    for kept in checkpoint.forget_after(trainer.run_dir / "checkpoints", trainer.step):
+    folder = trainer.run_dir / "checkpoints"
+    later = [path.name for path in checkpoint.found(folder) if checkpoint.steps_of(path) > trainer.step]
+    for kept in checkpoint.forget_after(folder, trainer.step):
         tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it if you like")
+        later = [name for name in later if not kept.name.startswith(f"damaged-{name}")]
+    if later:
+        tell(
+            f"what there was of the steps after {trainer.step} is removed, {', '.join(later)} too: they are done again"
+        )
     trainer.writer.truncate(trainer.step)
     incidents.truncate(trainer.run_dir, trainer.step)
 

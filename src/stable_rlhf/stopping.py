@@ -16,9 +16,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from stable_rlhf.answers import RewardUnavailable
 from stable_rlhf.config import ConfigError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_stops: list[GracefulStop] = []
+"""Those that have signals' handlers now."""
+
+
+def asked() -> bool:
+    """Whether a signal waits for the end of the step in hand: what cannot be had now is then not waited for."""
+    return any(stop.signum is not None for stop in _stops)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,19 +53,26 @@ class GracefulStop:
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            _stops.append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            _stops.remove(self)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Where a step must not be cut in two: inside, look at ``signum`` after each. On leaving, Interrupted is raised
-        for a signal that nobody has looked at."""
+        for a signal that nobody has looked at, also where a step ended early for want of a reward server."""
         self._waits = True
         try:
             yield
+        except RewardUnavailable as error:
+            if self.signum is not None:
+                raise Interrupted(self.signum) from error
+            raise
         finally:
             self._waits = False
         if self.signum is not None:

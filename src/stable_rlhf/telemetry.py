@@ -180,7 +180,7 @@ class Progress:
         # On a quiet console a bar would swallow what is written to the terminal, and show nothing itself.
         if self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.quiet:
             self._bar = bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}", markup=False),
+                rich.progress.TextColumn("{task.completed:.0f}/{task.total:.0f} steps", markup=False),
                 rich.progress.BarColumn(bar_width=12),  # the rest fits beside it in 80 columns
                 rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.TimeRemainingColumn(),
@@ -202,7 +202,7 @@ class Progress:
             self._bar.update(self._task, completed=done, description=figures)
         elif done in (self.first_step + 1, self.total) or (done - self.first_step) % self._every == 0:
             left = (self.clock() - self.started) / (done - self.first_step) * (self.total - done)
-            line = f"step {done}/{self.total}  {figures}  left {timedelta(seconds=round(left))}"
+            line = f"{done}/{self.total} steps  {figures}  left {timedelta(seconds=round(left))}"
             self.console.print(Text(line), soft_wrap=True)
 
 

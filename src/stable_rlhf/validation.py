@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -121,3 +123,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, or into the nearest above it that is there; None where it can be."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)):
+            return None
+    except OSError as error:
+        return f"{existing(folder)} cannot be written to ({error.strerror})"

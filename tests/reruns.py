@@ -23,7 +23,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Any]]:
     """Replaces capture, warm-up and pool; returns the list of works captured from now on."""
     captured: list[Callable[[], Any]] = []
 
-    def capture(work: Callable[[], Any], pool: Any = None) -> graphs.Graph[Any]:
+    def capture(work: Callable[[], Any], device: torch.device, pool: Any = None) -> graphs.Graph[Any]:
         captured.append(work)
         kept = _cloned(work())
         _spoiled(kept)
@@ -34,7 +34,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Any]]:
         return graphs.Graph(kept, replay)
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "warm_up", lambda work: [work() for _ in range(graphs.WARM_UPS)])
+    monkeypatch.setattr(graphs, "warm_up", lambda work, device: [work() for _ in range(graphs.WARM_UPS)])
     monkeypatch.setattr(graphs, "pool", lambda: None)
     # A CPU's choice between two libraries, whose last digits differ: there is none on CUDA, where graphs are.
     monkeypatch.setattr(processor, "exact_products", lambda device: contextlib.nullcontext())

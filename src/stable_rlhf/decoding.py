@@ -208,8 +208,8 @@ class Room:
         if not self._graphs:
             self._first_step()  # allocates the slots
             work = [self._first_step, self.one_step][: self.sampling.max_new_tokens]
-            graphs.warm_up(lambda: [self._first_step(), *(step() for step in work[1:])])
-            self._graphs = [graphs.capture(step, pool) for step in work]
+            graphs.warm_up(lambda: [self._first_step(), *(step() for step in work[1:])], prompt.device)
+            self._graphs = [graphs.capture(step, prompt.device, pool) for step in work]
         first, *step = self._graphs
         first.replay()
         for turn in range(1, self.sampling.max_new_tokens):

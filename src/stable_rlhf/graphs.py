@@ -24,30 +24,33 @@ class Graph(Generic[Result]):
     replay: Callable[[], None]
 
 
-def capture(work: Callable[[], Result], pool: Any = None) -> Graph[Result]:
+def capture(work: Callable[[], Result], device: torch.device, pool: Any = None) -> Graph[Result]:
     """Records ``work``, which must neither wait for the device nor read anything but tensors that stay where they are.
 
     Recording runs nothing: ``result`` means something after the first replay. ``pool``: memory shared with graphs that
     are never replayed at the same time, whose results are read before another of them is replayed.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=_beside(torch.cuda.current_device())):
-        result = work()
+    # Transformers makes device 0 the current one; streams and captures are of the current device.
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=_beside(torch.cuda.current_device())):
+            result = work()
     return Graph(result, graph.replay)
 
 
-def warm_up(work: Callable[[], Any]) -> None:
+def warm_up(work: Callable[[], Any], device: torch.device) -> None:
     """Runs ``work`` as it must have run before it is captured, on the stream that it will be captured on.
 
     What is cached and free is given back first: it may lie on another stream, which this one cannot take it from.
     """
-    torch.cuda.empty_cache()
-    beside, current = _beside(torch.cuda.current_device()), torch.cuda.current_stream()
-    beside.wait_stream(current)
-    with torch.cuda.stream(beside):
-        for _ in range(WARM_UPS):
-            work()
-    current.wait_stream(beside)
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()
+        beside, current = _beside(torch.cuda.current_device()), torch.cuda.current_stream()
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UPS):
+                work()
+        current.wait_stream(beside)
 
 
 @cache

@@ -106,8 +106,6 @@ class Passes:
         self.model, self.config = model, config
         self.graphs = model.device.type == "cuda" if config.model.cuda_graphs is None else config.model.cuda_graphs
         self.compiled = config.model.torch_compile
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # streams, graphs and synchronisation are of the current device
         if self.compiled:
             compile_layers(model)
         self._parameters = [*model.policy_parameters(), *model.critic_parameters()]
@@ -230,11 +228,11 @@ class _Shape:
 
         with torch.enable_grad():  # also when it is a measurement that asks first
             # Under an empty mask: what this adds to the gradients is 0.
-            graphs.warm_up(lambda: (forward(), backward(), reference()))
+            graphs.warm_up(lambda: (forward(), backward(), reference()), device)
             # One pool for all: they are replayed one after another, and what one leaves is read before the next runs.
-            self._forward = graphs.capture(forward, passes.pool)
-            self._backward = graphs.capture(backward, passes.pool)
-            self._reference = graphs.capture(reference, passes.pool)
+            self._forward = graphs.capture(forward, device, passes.pool)
+            self._backward = graphs.capture(backward, device, passes.pool)
+            self._reference = graphs.capture(reference, device, passes.pool)
 
     def measure(self, tokens: Tokens) -> tuple[Output, Tensor]:
         _copy(self.batch.tokens, tokens)
@@ -254,14 +252,15 @@ class _Glance:
     """The graph of the policy's log-probs alone, of one shape."""
 
     def __init__(self, passes: Passes, rows: int, width: int, length: int) -> None:
-        self.tokens = tokens = _no_tokens(rows, width, length, passes.model.device)
+        device = passes.model.device
+        self.tokens = tokens = _no_tokens(rows, width, length, device)
 
         def look() -> Tensor:
             return passes.forward(tokens, False).logp.detach()
 
         with torch.set_grad_enabled(passes.compiled):
-            graphs.warm_up(look)
-            self._look = graphs.capture(look, passes.pool)
+            graphs.warm_up(look, device)
+            self._look = graphs.capture(look, device, passes.pool)
 
     def logp(self, tokens: Tokens) -> Tensor:
         _copy(self.tokens, tokens)

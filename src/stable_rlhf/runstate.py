@@ -287,6 +287,6 @@ def _copied(tensors: Tensors, spare: Tensors) -> Tensors:
             if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
                 memory = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             copies[group][name] = memory.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for device in {tensor.device for named in tensors.values() for tensor in named.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # which need not be the current one
     return copies

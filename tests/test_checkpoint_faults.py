@@ -126,7 +126,7 @@ def test_a_disk_that_keeps_other_bytes_than_it_was_given_is_noticed_before_the_r
         ),
         (errno.EDQUOT, r"Disk quota exceeded; it needs {need} bytes in .* free, so it is a quota.*; free some of your"),
         (errno.EFBIG, r"File too large; it needs {need} bytes in .*raise the limit on .* \(ulimit -f\)$"),
-        (errno.EIO, r"Input/output error; the older checkpoints are as they were; mend that$"),
+        (errno.EIO, r"Input/output error; what was saved before is as it was; mend that$"),
     ],
 )
 def test_an_error_of_the_disk_while_flushing_costs_a_sentence_and_nothing_else(

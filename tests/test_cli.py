@@ -325,7 +325,10 @@ def test_ctrl_c_before_the_first_checkpoint_says_so(
     calls = 0
     tiny += ["--reward.functions", '["tests.test_cli:pressed"]', "--save_steps", "0"]
     assert cli.main(["train", *tiny]) == 130
-    assert said(capsys) == "interrupted after 1 steps. There is no checkpoint to resume from yet: start it again."
+    assert (
+        said(capsys)
+        == "interrupted after 1 steps. There is no checkpoint to resume from yet: start again, with another output_dir."
+    )
     assert cli.main(["resume", str(tmp_path / "run")]) == 2
     assert said(capsys).startswith(f"{tmp_path / 'run'} has no checkpoint to go on from; start again with ")
 

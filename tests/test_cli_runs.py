@@ -118,3 +118,14 @@ def test_a_command_to_type_next_is_named_as_it_was_typed(
     capsys.readouterr()
     assert cli.main(["train", *tiny]) == 2
     assert f"go on with it by `some/bin/stable-rlhf resume {tmp_path / 'run'}`" in said(capsys)
+
+
+def test_an_incident_that_cannot_be_read_costs_a_resume_a_sentence(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *tiny]) == 0
+    (tmp_path / "run" / "incidents.jsonl").write_text("{}\n")
+    capsys.readouterr()
+    assert cli.main(["resume", str(tmp_path / "run"), "--max_steps", "3"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"stable-rlhf: {tmp_path / 'run' / 'incidents.jsonl'}:1: not an incident (")

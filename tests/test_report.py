@@ -179,7 +179,10 @@ def test_step_errors_are_deviation_over_root_of_one_less_than_the_completions_sc
         {"step": 1, "episode": 130, "objective/scores_std": 0.6, "completions/skipped": 28},
     ]
     assert report.step_errors(rows) == pytest.approx([0.1, 0.1], abs=1e-15)  # 0.8 / sqrt(64), 0.6 / sqrt(36)
-    assert report.step_errors([{"step": 0, "episode": 1, "objective/scores_std": 0.0}]) is None  # one says nothing
+    lone = {"step": 2, "episode": 195, "objective/scores_std": 0.0, "completions/skipped": 64}
+    assert report.step_errors([lone]) is None  # one says nothing
+    usual = math.sqrt((65 * 0.1**2 + 37 * 0.1**2) / 2)  # deviation of a completion in the others
+    assert report.step_errors([*rows, lone]) == pytest.approx([0.1, 0.1, usual], rel=1e-12)
     assert report.step_errors([{"step": 0, "episode": 64}]) is None
     assert report.step_errors([{"step": 0, "objective/scores_std": 0.1}]) is None
 

@@ -124,6 +124,7 @@ def test_a_signal_while_a_reward_server_is_away_is_not_waited_for_by_asking_it_a
         time.sleep(0.5)  # the answer is read, and the pause has begun
         os.kill(child.pid, signal.SIGTERM)
         assert child.end(SOON) == Exit.TERMINATED
+        assert len(server.requests) == 3
     run = tiny.folder / "away"
     told, last = child.said.splitlines()[-2:]
     assert "gives no scores (HTTP 503: ''); waiting, reward.max_wait=3600 s at most" in told
@@ -139,9 +140,7 @@ def test_a_sigterm_before_the_first_step_stops_at_once(tiny: Tiny) -> None:
     arrives(said, child)
     os.kill(child.pid, signal.SIGTERM)
     assert child.end(SOON) == Exit.TERMINATED
-    assert (
-        sentence(child.said) == "interrupted after 0 steps. There is no checkpoint to resume from yet: start it again."
-    )
+    assert sentence(child.said) == "interrupted after 0 steps. There is no checkpoint to resume from yet: start again."
     code, said_then = tiny.run(["resume", str(tiny.folder / "early")])
     assert code == Exit.BAD_INPUT
     assert "has no checkpoint to go on from; start again with `stable-rlhf train" in sentence(said_then)

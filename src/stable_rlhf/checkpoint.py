@@ -252,8 +252,8 @@ def _write(aside: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], 
 
 def _unlike(aside: Path, fault: str) -> SaveError:
     return SaveError(
-        f"{aside} read back is not what was written ({fault}): the disk or the memory of this machine fails; the older "
-        "checkpoints are as they were; resume the run on another one"
+        f"{aside} read back is not what was written ({fault}): the disk or the memory of this machine fails; what was "
+        "saved before is as it was; go on with another one"
     )
 
 
@@ -291,10 +291,10 @@ def _encoded(state: dict[str, Any]) -> bytes:
     for name, part in state.items():
         try:
             json.dumps(part, allow_nan=False)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise SaveError(
-                f"the checkpoint of step {state['step']} could not be written: its {name!r} has a number that is not "
-                f"finite ({error}); mend what it comes from"
+                f"the checkpoint of step {state['step']} could not be written: its {name!r} has what JSON cannot hold, "
+                f"such as a number that is not finite ({error}); mend what it comes from"
             ) from error
     return json.dumps(state, indent=1).encode()
 
@@ -310,7 +310,7 @@ def error_number(error: BaseException) -> int | None:
 
 def _not_written(final: Path, length: int, number: int, error: BaseException) -> SaveError:
     what = f"{final} could not be written: {os.strerror(number) if number else error}"
-    kept = "the older checkpoints are as they were; " if found(final.parent) else ""
+    kept = "what was saved before is as it was; " if found(final.parent) else ""
     if number not in NO_ROOM:
         return SaveError(f"{what}; {kept}mend that")
     near = next(path for path in final.parents if path.is_dir())

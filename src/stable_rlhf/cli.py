@@ -176,7 +176,7 @@ def _doctor(arguments: list[str]) -> int:
 def _run(config: Config, resume: bool | Path | None) -> int:
     """Trains, writes the report whatever happens, and prints the closing tables."""
     _check_output(config)
-    if (fault := unwritable(Path(config.output_dir or "runs"))) is not None:
+    if resume is None and (fault := unwritable(Path(config.output_dir or "runs"))) is not None:
         raise ConfigError(f"output_dir={config.output_dir!r}: {fault}; choose another folder")
     from safetensors import SafetensorError
     from transformers.utils import logging  # torch and transformers load only when the settings are good
@@ -225,6 +225,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
         return _say(f"{error} {_how_to_go_on(run)}", Exit.REWARD)
     except GuardStop as error:
         again = f"The guard would stop it again, but for another cause or another `guard` in {run / 'config.yaml'}."
+        again = again if error.__cause__ is None else ""  # then the state of before could not be read
         return _say(f"{error} {_how_to_go_on(run)} {again}", Exit.GUARD)
     except (OSError, SafetensorError) as error:  # not of a checkpoint, which says so itself
         if (sentence := _no_room(run, error)) is None:
@@ -326,7 +327,8 @@ def _not_a_model(model: ModelConfig, error: Exception) -> ConfigError:
 def _how_to_go_on(run: Path) -> str:
     saved, _ = _last_step(run)
     if saved is None:
-        return "There is no checkpoint to resume from yet: start it again."
+        where = ", with another output_dir" if (run / "metrics.jsonl").exists() else ""
+        return f"There is no checkpoint to resume from yet: start again{where}."
     return f"`stable-rlhf resume {shlex.quote(str(run))}` goes on from step {saved}."
 
 

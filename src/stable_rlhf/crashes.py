@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-WINDOW = 20  # steps of the moving average R in the definition of a reward crash
+from stable_rlhf.control.guard import WINDOW, standard_error
+
 CRASH_SHARE = 0.25  # of the reward gained, max R - R_20: smaller falls are oscillation
 CRASH_ERRORS = 3.0  # standard errors of D: what is left of chance is about one in a thousand
 Rows = Sequence[dict[str, Any]]
@@ -69,23 +70,21 @@ def _error_of_fall(errors: Sequence[float], peak: int, now: int) -> float:
     return math.sqrt(math.fsum(errors[i] ** 2 for i in before ^ after)) / WINDOW
 
 
-def standard_error(deviation: float | None, count: float | None) -> float | None:
-    """Standard error of the mean of ``count`` figures, from their ``deviation`` (denominator ``count``):
-    deviation / sqrt(count - 1). None where it is not known: one figure does not say how far it may be off."""
-    return None if deviation is None or count is None or count < 2 else deviation / math.sqrt(count - 1)
-
-
 def step_errors(rows: Rows) -> list[float] | None:
-    """Standard error of each row's objective/scores, scores_std / sqrt(n - 1); None when a row lacks what this needs.
+    """Standard error of each row's objective/scores (`standard_error`); None when a row lacks what this needs.
 
     n = prompts of the step - completions/skipped. Every step takes as many prompts, hence episode / (step + 1) of them.
+    A step of fewer than FEWEST is as far off as n completions of the other steps: sqrt(mean of their n se^2 / n).
     """
-    errors = []
+    counts, errors = [], []
     for row in rows:
         deviation, episode = row.get("objective/scores_std"), row.get("episode")
-        scored = (episode or 0) / (row["step"] + 1) - (row.get("completions/skipped") or 0)
-        error = standard_error(deviation, scored)
-        if error is None:
+        counts.append((episode or 0) / (row["step"] + 1) - (row.get("completions/skipped") or 0))
+        if deviation is None or counts[-1] <= 0:
             return None
-        errors.append(error)
-    return errors
+        errors.append(standard_error(deviation, counts[-1]))
+    variances = [n * error**2 for n, error in zip(counts, errors, strict=True) if error is not None]
+    if not variances:
+        return None
+    usual = math.fsum(variances) / len(variances)
+    return [math.sqrt(usual / n) if error is None else error for n, error in zip(counts, errors, strict=True)]

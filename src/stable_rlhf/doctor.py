@@ -108,7 +108,7 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
         states = 2 if config.guard.enabled else 1  # in a checkpoint
         dry_steps(found, config, functions, train, encoded, held_out, states * disk.checkpoint)
     else:
-        found.detail("no step was tried: mend what failed first")
+        found.detail("no step was tried" + (": mend what failed first" if found.failed else ", so nothing is forecast"))
     return not found.failed
 
 

@@ -40,7 +40,6 @@ class Recovery:
     def begin(self) -> None:
         """Keeps the state before the first step."""
         self._began = True
-        runstate.check_callbacks(self.trainer)
         if self.config.enabled:
             self.snapshots.keep(*runstate.capture(self.trainer))
             self.snapshots.confirm()  # there is no other to go back to
@@ -48,7 +47,6 @@ class Recovery:
     def resume(self, tensors: runstate.Tensors, state: dict[str, Any]) -> None:
         """Keeps the snapshots that belong to a checkpoint."""
         self._began = True
-        runstate.check_callbacks(self.trainer)
         if self.config.enabled:
             self.snapshots.out_of(tensors, state)
         else:
@@ -91,12 +89,12 @@ class Recovery:
                 done += f" and stopped there, after guard.max_rollbacks={self.config.max_rollbacks} roll-backs"
         incident = {"step": self.trainer.step - 1, "action": action.value, "rule": verdict.rule, "seen": verdict.seen}
         incident |= {"done": done, "advice": verdict.advice, "figures": dict(figures)}
-        incidents.record(self.trainer.run_dir, incident)
+        sentence = incidents.sentence(incident)
+        with said_if_lost(sentence):
+            incidents.record(self.trainer.run_dir, incident)
+            if action is Action.STOP and fault is None:  # or where the run is now is no state to save
+                self.trainer.save_checkpoint()
         if action is Action.STOP:
-            sentence = incidents.sentence(incident)
-            if fault is None:  # or where the run is now is no state to save
-                with said_if_lost(sentence):
-                    self.trainer.save_checkpoint()
             raise GuardStop(sentence) from fault
 
     def _roll_back(self) -> int:

@@ -126,7 +126,8 @@ class RemoteReward:
                     reraise=True,
                 )
                 try:
-                    scores += await retrying(self._request, client, body, first, len(prompts[part]), started)
+                    count = len(prompts[part])
+                    scores += await retrying(self._request, client, body, first, count, started, retrying.statistics)
                 except _Failure as failure:
                     tries += retrying.statistics["attempt_number"]
                     raise self._unavailable(failure, tries, time.monotonic() - started) from failure
@@ -176,13 +177,26 @@ class RemoteReward:
         return say
 
     async def _request(
-        self, client: httpx2.AsyncClient, body: bytes, first: int, count: int, started: float
+        self,
+        client: httpx2.AsyncClient,
+        body: bytes,
+        first: int,
+        count: int,
+        started: float,
+        known: dict[str, Any],
     ) -> list[float | None]:
-        """One request, from its first byte to its last within what it may take."""
+        """One request, from its first byte to its last within what it may take; after one that failed (``known``: the
+        statistics of the tries), also until the run is asked to stop."""
         allowed = max(0.0, min(self._timeout, self._max_wait - (time.monotonic() - started)))
         try:
-            async with asyncio.timeout(allowed), client.stream("POST", self.url, content=body) as response:
-                content = await _content(response)
+            async with asyncio.timeout(allowed) as bound:
+                watch = asyncio.create_task(_cut(bound)) if known["attempt_number"] > 1 else None
+                try:
+                    async with client.stream("POST", self.url, content=body) as response:
+                        content = await _content(response)
+                finally:
+                    if watch is not None:
+                        watch.cancel()
         except TimeoutError as error:
             raise _Failure(f"no whole answer within {allowed:.3g} s", again=True) from error
         except httpx2.HTTPError as error:
@@ -221,10 +235,19 @@ class _StopAsked(tenacity.stop.stop_base):
 
 
 async def _sleep(seconds: float) -> None:
-    """A pause, which a signal to stop ends."""
+    """A pause. Raises _Failure where a signal to stop comes in it."""
     until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0 and not stopping.asked():
+    while (left := until - time.monotonic()) > 0:
+        if stopping.asked():
+            raise _Failure("the run is asked to stop, and does not ask again", again=False)
         await asyncio.sleep(min(left, GLANCE))
+
+
+async def _cut(request: asyncio.Timeout) -> None:
+    """Ends a request once the run is asked to stop."""
+    while not stopping.asked():
+        await asyncio.sleep(GLANCE)
+    request.reschedule(asyncio.get_running_loop().time())
 
 
 def _token(variable: str) -> str:

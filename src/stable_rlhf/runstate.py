@@ -108,12 +108,13 @@ def check_callbacks(trainer: Any) -> None:
 
 
 def _stateful(trainer: Any) -> dict[str, Any]:
-    """The callbacks that have a state, by class; a second one of a class is "Class 2"."""
+    """The callbacks that have a state, by the name of their class; a second one of a name is "Name 2"."""
     named: dict[str, Any] = {}
     for callback in trainer.handler.callbacks:
         if isinstance(callback, ExportableState):
-            of_its_kind = sum(type(other) is type(callback) for other in named.values())
-            named[type(callback).__name__ + (f" {of_its_kind + 1}" if of_its_kind else "")] = callback
+            name = type(callback).__name__
+            before = sum(type(other).__name__ == name for other in named.values())
+            named[f"{name} {before + 1}" if before else name] = callback
     return named
 
 
@@ -126,13 +127,13 @@ def put_callbacks(trainer: Any, states: Mapping[str, Any]) -> None:
 def forget_after(trainer: Any) -> None:
     """Removes what the run folder has of the steps that a resumed run is about to repeat: checkpoints, rows, incidents.
 
-    Raises ValueError for a line of theirs that cannot be read, before anything is removed.
+    Raises ConfigError for a line of theirs that cannot be read, before anything is removed.
     """
-    incidents.read(trainer.run_dir)
-    trainer.writer.check()
-    later = [
-        path for path in checkpoint.found(trainer.run_dir / "checkpoints") if checkpoint.steps_of(path) > trainer.step
-    ]
+    try:
+        incidents.read(trainer.run_dir)
+        trainer.writer.check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     # Checkpoints first: were the rows gone and not they, the next resume would go on from one that has no rows.
     folder = trainer.run_dir / "checkpoints"
     later = [path.name for path in checkpoint.found(folder) if checkpoint.steps_of(path) > trainer.step]

@@ -280,6 +280,7 @@ class SAFETrainer:
     def _open_run(self, resume: bool | str | Path | None) -> None:
         """Makes the run folder, or loads the checkpoint that the run goes on from."""
         self._lock.take()
+        runstate.check_callbacks(self)
         self.writer = telemetry.MetricsWriter(self.run_dir)
         if resume:
             path, damaged = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import tempfile
 import types
@@ -131,9 +132,12 @@ def existing(folder: Path) -> Path:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written into a folder, or into the nearest above it that is there; None where it can be."""
+    """Why nothing can be written into a folder, or into the nearest above it that is there; None where it can be, or
+    could be if there were room."""
     try:
         with tempfile.TemporaryFile(dir=existing(folder)):
             return None
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return None
         return f"{existing(folder)} cannot be written to ({error.strerror})"

@@ -20,8 +20,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
-from stable_rlhf.crashes import WINDOW, standard_error
-
+WINDOW = 20  # rewards in the moving average R, here and in the definition of a reward crash (crashes.py)
+FEWEST = 3
+"""Figures from which the error of their mean is known. Two rewards of 0 or 1 are mostly alike and would have no error:
+where 0.9 are 1, two of 20 runs of 1,000 steps were rolled back at two a step, none at 3, 4 and 8 (docs/LOG.md)."""
 START = 5  # rollouts whose mean is the start: one is noisy, and by ten the policy has begun to move
 ERRORS = 6.0
 """Standard errors of the fall that it must exceed. It is from the best of many windows to the worst of many: 200
@@ -217,7 +219,7 @@ def min_length(config: GuardConfig, state: GuardState, figures: Figures) -> str 
 def max_drawdown(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
     """D > max_drawdown x the reward gained since the start, and D > ERRORS standard errors of D.
 
-    A step that scored one completion is left out of R: its error is not known.
+    A step that scored fewer than FEWEST completions is left out of R: its error is not known.
     """
     fall, gained, error = state.rewards.fall
     if config.max_drawdown is None or fall <= config.max_drawdown * gained or fall <= ERRORS * error or fall <= 0.0:
@@ -288,6 +290,12 @@ def judge(config: GuardConfig, state: GuardState, figures: Figures) -> tuple[Gua
             action=Action.SKIP, rule=skipped_steps.__name__, seen=said, advice=RULES[skipped_steps], suspect=True
         )
     return state, Verdict(action=Action.GO_ON, suspect=any(streaks) or _falls(config, state.rewards))
+
+
+def standard_error(deviation: float | None, count: float | None) -> float | None:
+    """Standard error of the mean of ``count`` figures, from their ``deviation`` (denominator ``count``):
+    deviation / sqrt(count - 1). None for fewer than FEWEST, which do not say how far off they may be."""
+    return None if deviation is None or count is None or count < FEWEST else deviation / math.sqrt(count - 1)
 
 
 def _falls(config: GuardConfig, rewards: Rewards) -> bool:

@@ -53,8 +53,9 @@ def test_after_max_rollbacks_the_run_stops_where_it_was_good(
     assert len(known(again)) == allowed + 1
 
 
-def test_a_stop_is_said_also_where_its_checkpoint_cannot_be_written(
-    tokenizer, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["its line", "its checkpoint"])
+def test_a_stop_is_said_also_where_it_cannot_be_written(
+    tokenizer, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Then the disk's error ends the run, and a person must know of both."""
     happens = Happens(lambda run: multiply(run.model.policy_parameters()), *range(5, 100))
@@ -63,7 +64,7 @@ def test_a_stop_is_said_also_where_its_checkpoint_cannot_be_written(
     def full(*arguments: object, **named: object) -> None:
         raise NoRoomError("the disk is full")
 
-    monkeypatch.setattr(run, "save_checkpoint", full)
+    monkeypatch.setattr(*((incidents, "record") if where == "its line" else (run, "save_checkpoint")), full)
     with pytest.raises(NoRoomError, match="the disk is full"):
         run.train()
     assert capsys.readouterr().err.count("and stopped there, after guard.max_rollbacks=0 roll-backs") == 1

@@ -111,23 +111,28 @@ def test_a_second_sigint_stops_at_once(tiny: Tiny) -> None:
     assert sentence(child.said) == f"interrupted after 1 steps. `stable-rlhf resume {run}` goes on from step 1."
 
 
-def test_a_signal_while_a_reward_server_is_away_is_not_waited_for_by_asking_it_again(tiny: Tiny) -> None:
-    """It has answered the trial and the evaluation, and fails from the first step on; a try more is in ten minutes."""
-    busy = servers.answer(b"", 503, Retry_After="600")
-    with servers.misbehaving(*[servers.score] * 2, busy) as server:
+@pytest.mark.parametrize(
+    "acts",
+    [[servers.answer(b"", 503, Retry_After="600")], [servers.answer(b"", 503, Retry_After="6"), servers.hang]],
+    ids=["asks for ten minutes", "is asked again and hangs"],
+)
+def test_a_signal_while_a_reward_server_is_away_is_not_kept_waiting_by_it(tiny: Tiny, acts: list[servers.Act]) -> None:
+    """It has answered the trial and the evaluation, and fails from the first step on."""
+    name = f"away-{len(acts)}"
+    with servers.misbehaving(*[servers.score] * 2, *acts) as server:
         more = ("--reward.url", server.url, "--reward.functions", '["builtin"]', "--reward.max_wait", "3600")
-        child = children.start(tiny.arguments("away", *more), tiny.folder / "away.txt", int)
+        child = children.start(tiny.arguments(name, *more), tiny.folder / f"{name}.txt", int)
         for _ in range(3000):
-            if len(server.requests) == 3:
+            if len(server.requests) == 2 + len(acts):
                 break
             time.sleep(0.02)
-        time.sleep(0.5)  # the answer is read, and the pause has begun
+        time.sleep(0.5)  # the answer is read, and the pause or the wait has begun
         os.kill(child.pid, signal.SIGTERM)
         assert child.end(SOON) == Exit.TERMINATED
-        assert len(server.requests) == 3
-    run = tiny.folder / "away"
+        assert len(server.requests) == 2 + len(acts)
     told, last = child.said.splitlines()[-2:]
     assert "gives no scores (HTTP 503: ''); waiting, reward.max_wait=3600 s at most" in told
+    run = tiny.folder / name
     assert last == f"stable-rlhf: interrupted after 0 steps. `stable-rlhf resume {run}` goes on from step 0."
 
 

@@ -15,20 +15,27 @@ from stable_rlhf.checkpoint import SaveError
 from tests.runs import broken, settings, trainer
 
 
+class Counts(TrainerCallback, ExportableState):
+    """Steps that began, and steps that ended."""
+
+    def __init__(self, began: int = 0) -> None:
+        self.began, self.ended = began, 0
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.began += 1
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.ended += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"began": self.began, "ended": self.ended}}
+
+
 def test_a_callback_with_a_state_goes_on_counting(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    class Counts(TrainerCallback, ExportableState):
-        seen = 0
-
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            self.seen += 1
-
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"seen": self.seen}}
-
     trainer(settings(tmp_path, max_steps=2), tokenizer, callbacks=[Counts()]).train()
     counter = Counts()
     trainer(settings(tmp_path, max_steps=3), tokenizer, callbacks=[counter]).train(resume_from_checkpoint=True)
-    assert counter.seen == 3
+    assert (counter.began, counter.ended) == (3, 3)
 
 
 CIRCULAR: dict[str, Any] = {}
@@ -53,20 +60,10 @@ def test_a_callback_whose_state_is_no_json_is_named_before_anything_is_trained(
 def test_two_callbacks_of_a_class_each_go_on_with_their_own_state(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    class Counts(TrainerCallback, ExportableState):
-        def __init__(self, seen: int) -> None:
-            self.seen = seen
-
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            self.seen += 1
-
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"seen": self.seen}}
-
-    trainer(settings(tmp_path, max_steps=2), tokenizer, callbacks=[Counts(0), Counts(100)]).train()
-    both = [Counts(0), Counts(0)]
+    trainer(settings(tmp_path, max_steps=2), tokenizer, callbacks=[Counts(), Counts(100)]).train()
+    both = [Counts(), Counts()]
     trainer(settings(tmp_path, max_steps=3), tokenizer, callbacks=both).train(resume_from_checkpoint=True)
-    assert [counter.seen for counter in both] == [3, 103]
+    assert [counter.began for counter in both] == [3, 103]
 
 
 def test_why_a_reward_failed_is_said_also_where_the_checkpoint_cannot_be_written(
@@ -84,17 +81,8 @@ def test_why_a_reward_failed_is_said_also_where_the_checkpoint_cannot_be_written
 
 
 def test_a_callback_counts_a_step_whose_reward_fails_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    class Begun(TrainerCallback, ExportableState):
-        seen = 0
-
-        def on_step_begin(self, args, state, control, **kwargs) -> None:
-            self.seen += 1
-
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"seen": self.seen}}
-
     with pytest.raises(RewardError):
-        trainer(settings(tmp_path, max_steps=4), tokenizer, reward=broken("raises"), callbacks=[Begun()]).train()
-    counter = Begun()
+        trainer(settings(tmp_path, max_steps=4), tokenizer, reward=broken("raises"), callbacks=[Counts()]).train()
+    counter = Counts()
     trainer(settings(tmp_path, max_steps=4), tokenizer, callbacks=[counter]).train(resume_from_checkpoint=True)
-    assert counter.seen == 4
+    assert (counter.began, counter.ended) == (4, 4)

@@ -45,7 +45,7 @@ CUT = 0.01
 TWICE = 0.1
 """Share of prompts that may stand there more than once without a warning: data sets weigh prompts so."""
 TIGHT = 0.8
-"""Share of the free memory above which an estimate is a warning: it leaves out what kernels and libraries take."""
+"""Share of the free memory above which an estimate is a warning: runs took up to 1.23 times theirs (memory.py)."""
 STEPS, CUDA_STEPS = 2, 8
 """Dry steps: one on the longest prompts; on CUDA three more, in which the usual shapes are compiled and captured. The
 middle of those after the first half is the forecast's: on an H100 the first steps of configs/smollm2-hh.yaml took 3.6,
@@ -83,10 +83,8 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
     Raises ConfigError, PromptError or RewardError for what cannot be loaded at all, as the trainer does.
     """
     found = Findings(say)
-    try:
-        config = as_given(
-            config, config.model.name, None, None
-        )  # tries a reward server in seconds, as the trainer does
+    try:  # it tries a reward server in seconds, as the trainer does
+        config = as_given(config, config.model.name, None, None)
     except RewardUnavailable as error:
         found.fail(f"reward: {error}")
         return False

@@ -22,7 +22,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stable_rlhf.attention import SHORT
 from stable_rlhf.config import Config
 from stable_rlhf.decoding import SHORTEST
-from stable_rlhf.models import ValueHead, causal_lm, layers, lm_head, lora_config, policy_dtype, policy_source
+from stable_rlhf.models import (
+    ValueHead,
+    causal_lm,
+    layers,
+    lm_head,
+    lora_config,
+    policy_dtype,
+    policy_source,
+    replays_graphs,
+)
 from stable_rlhf.ops.logprobs import CHUNK_BYTES
 
 FLOAT = 4
@@ -32,8 +41,8 @@ CHUNKS = 3
 KERNELS = {"cpu": 150_000_000, "cuda": 200_000_000}
 """What a process takes beside tensors. On a CPU the kernels that oneDNN makes for every shape, and what the allocator
 keeps: on two cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320. On CUDA
-cuBLAS's workspaces, 34 MB for each stream and thread: 170 MB on an H100, where eight runs took 0.73 to 1.23 times what
-is estimated (docs/LOG.md, 2026-11-26)."""
+cuBLAS's workspaces, of which 68 MB lie on the graphs' stream alone (H100), and what the allocator keeps: with it eight
+runs took 0.73 to 1.23 times the estimate (docs/LOG.md, 2026-11-26)."""
 LESS = "set model.lora_r, lower optim.microbatch_tokens or rollout.batch_size, or set model.gradient_checkpointing"
 """What to do where it is too much."""
 SHORT_OF = ("out of memory", "allocate memory", "_STATUS_ALLOC_FAILED")
@@ -104,7 +113,7 @@ def estimate(policy: Any, config: Config, *, device: torch.device, low: bool, pr
     rows, width = _microbatch(config, prompt)
     activations = _activations(policy, config, device, low, rows, width)
     logits = _logits(policy, rows * config.rollout.max_completion_length)
-    graphs = device.type == "cuda" if config.model.cuda_graphs is None else config.model.cuda_graphs
+    graphs = replays_graphs(config.model, device)
     passing = {
         "KV cache of the rollout": _kv_cache(policy, config, graphs, element, prompt),
         "activations of a microbatch": activations,

@@ -262,6 +262,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def replays_graphs(config: ModelConfig, device: torch.device) -> bool:
+    """Whether passes and sampling are CUDA graphs: as ``cuda_graphs`` says, or else wherever they can be."""
+    return device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     name, arguments = policy_source(config)
     return prepare_tokenizer(AutoTokenizer.from_pretrained(name, **arguments))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from stable_rlhf import graphs, processor
 from stable_rlhf.config import Config, ConfigError
 from stable_rlhf.microbatches import Grain
-from stable_rlhf.models import ActorCritic, Output, causal_lm, compile_layer, context_length, layers
+from stable_rlhf.models import ActorCritic, Output, causal_lm, compile_layer, context_length, layers, replays_graphs
 from stable_rlhf.ops.masked import masked_mean
 from stable_rlhf.ops.objective import approx_kl, kl_penalty, ppo_clip_loss, value_loss
 from stable_rlhf.records import Batch, Tokens
@@ -104,7 +104,7 @@ class Passes:
 
     def __init__(self, model: ActorCritic, config: Config) -> None:
         self.model, self.config = model, config
-        self.graphs = model.device.type == "cuda" if config.model.cuda_graphs is None else config.model.cuda_graphs
+        self.graphs = replays_graphs(config.model, model.device)
         self.compiled = config.model.torch_compile
         if self.compiled:
             compile_layers(model)

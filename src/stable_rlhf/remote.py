@@ -116,11 +116,7 @@ class RemoteReward:
                 retrying = tenacity.AsyncRetrying(
                     retry=tenacity.retry_if_exception(lambda error: isinstance(error, _Failure) and error.again),
                     wait=self._pause,
-                    stop=tenacity.stop_any(
-                        tenacity.stop_after_attempt(self._retries + 1),
-                        tenacity.stop_before_delay(left),
-                        _StopAsked(),
-                    ),
+                    stop=tenacity.stop_after_attempt(self._retries + 1) | tenacity.stop_before_delay(left),
                     before_sleep=say,
                     sleep=_sleep,
                     reraise=True,
@@ -227,15 +223,8 @@ def remote_reward(url: str, config: RewardConfig) -> RewardFunction:
     return RewardFunction(name=urlsplit(url).netloc, function=function)
 
 
-class _StopAsked(tenacity.stop.stop_base):
-    """No further try where the run is asked to stop."""
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        return stopping.asked()
-
-
 async def _sleep(seconds: float) -> None:
-    """A pause. Raises _Failure where a signal to stop comes in it."""
+    """A pause before a further try. Raises _Failure where the run is asked to stop, before it or in it."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         if stopping.asked():

@@ -55,7 +55,7 @@ def run(preset: str, rate: float, seed: int, arguments: argparse.Namespace, stop
         return {**name, "status": "not begun: out of time"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "stable_rlhf.cli", "train", "--preset", preset, "--output_dir", str(out)]
+        command = [sys.executable, "-m", "stable_rlhf", "train", "--preset", preset, "--output_dir", str(out)]
         command += ["--optim.learning_rate", str(rate), "--seed", str(seed), "--max_steps", str(arguments.steps)]
         command += ["--model.device", arguments.device, "--log.progress", "false", "--log.completions_steps", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stable_rlhf import optimize, preview
 from stable_rlhf.models import ActorCritic
-from stable_rlhf.passes import Passes
+from stable_rlhf.passes import make_passes
 from stable_rlhf.records import Tokens
 from tests.oracles import objective as oracle
 from tests.updates import assert_same, decide, make_config, make_model, make_rollout, weights
@@ -62,7 +62,7 @@ def updated(
     optim = {"max_preview_kl": limit, "learning_rate": learning_rate, **(optim or {})}
     config = make_config(optim=optim, **sections)
     model = make_model(tokenizer, config, adapter)
-    made = Passes(model, config)
+    made = make_passes(model, config)
     optimizer = torch.optim.AdamW(optimize.optimizer_groups(model, config), fused=True)
     rollout = make_rollout(len(tokenizer), skipped=(1,))
     measured = optimize.measure(made, rollout, config, 0)

@@ -140,7 +140,7 @@ def test_the_closing_table_ends_no_run_for_a_character_that_the_terminal_lacks(t
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    run = [sys.executable, "-m", "stable_rlhf.cli", *arguments]
+    run = [sys.executable, "-m", "stable_rlhf", *arguments]
     return subprocess.run(run, capture_output=True, env={**os.environ, **environment}, check=False)
 
 

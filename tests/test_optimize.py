@@ -12,7 +12,7 @@ from torch import Tensor
 from stable_rlhf import Config, optimize, passes
 from stable_rlhf.microbatches import permutation
 from stable_rlhf.models import ActorCritic, causal_lm
-from stable_rlhf.passes import Passes
+from stable_rlhf.passes import make_passes
 from stable_rlhf.records import Batch, Tokens
 from tests.updates import (
     ONE_STEP,
@@ -135,7 +135,7 @@ def test_padding_columns_change_no_weight_and_no_metric(tokenizer) -> None:
         config = make_config()
         model = make_model(tokenizer, config)
         metrics, _ = learn(model, given, config, kl_coef=0.3, sgd=0.05)
-        figures = optimize.rollout_metrics(given, optimize.measure(Passes(model, config), given, config, 0))
+        figures = optimize.rollout_metrics(given, optimize.measure(make_passes(model, config), given, config, 0))
         results.append((metrics | figures, weights(model)))
     assert_same(results[1][1], results[0][1], 1e-6)
     assert without_clipped_values(results[1][0]) == pytest.approx(without_clipped_values(results[0][0]), abs=2e-6)
@@ -179,7 +179,7 @@ def test_advantages_and_returns_are_those_of_a_loop_over_tokens(
         kl={"length_neutral": neutral},
     )
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer), skipped=(4,))
-    measured = optimize.measure(Passes(model, config), rollout, config, 0)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
     batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
     expected_advantages, expected_returns = [], []
     ratios = [
@@ -229,7 +229,7 @@ def test_the_kl_in_the_reward_pays_for_no_length_of_its_own(tokenizer) -> None:
     rollout = make_rollout(len(tokenizer))
     config = make_config(optim={"lam": 1.0, "whiten_floor": 1e3})
     model = make_model(tokenizer, config)
-    measured = optimize.measure(Passes(model, config), rollout, config, 0)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
     measured = dataclasses.replace(measured, ref_logp=measured.logp - 0.5)
     without, with_kl = (
         optimize.make_batch(model, measured, rollout.scores, decide(coef), config)[0].returns for coef in (0.0, 1.0)

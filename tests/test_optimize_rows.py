@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stable_rlhf import optimize
-from stable_rlhf.passes import Passes
+from stable_rlhf.passes import make_passes
 from stable_rlhf.records import Rollout
 from tests.updates import (
     ONE_STEP,
@@ -145,7 +145,7 @@ def test_the_controller_sees_the_rows_with_a_reward_alone(tokenizer) -> None:
     fewer = some_rows(whole, [0, 1, 3, 4, 6, 7])
     model = make_model(tokenizer, config)
     seen, expected = (
-        optimize.observe(7, given, optimize.measure(Passes(model, config), given, config, 0))
+        optimize.observe(7, given, optimize.measure(make_passes(model, config), given, config, 0))
         for given in (whole, fewer)
     )
     assert (seen.step, seen.reward) == (7, expected.reward)
@@ -166,7 +166,7 @@ def test_a_rollouts_metrics_are_those_of_loops_over_its_tokens(tokenizer) -> Non
     config = make_config()
     rollout = make_rollout(len(tokenizer), skipped=(2,))
     model = make_model(tokenizer, config)
-    measured = optimize.measure(Passes(model, config), rollout, config, 0)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
     found = optimize.rollout_metrics(rollout, measured)
     sequences = token_rows(measured.logp - measured.ref_logp, rollout)
     ratios = [value for row in sequences for value in row]
@@ -205,7 +205,7 @@ def test_the_kl_part_of_the_reward_is_a_mean_over_the_rows_with_a_reward(tokeniz
     config = make_config()
     rollout = make_rollout(len(tokenizer), skipped=(2,))
     model = make_model(tokenizer, config)
-    measured = optimize.measure(Passes(model, config), rollout, config, 0)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
     _, found = optimize.make_batch(model, measured, rollout.scores, decide(0.4), config)
     sequences = token_rows(measured.logp - measured.ref_logp, rollout)
     assert found["objective/non_score_reward"] == pytest.approx(-0.4 * sum(map(sum, sequences)) / 7, abs=2e-6)
@@ -214,7 +214,7 @@ def test_the_kl_part_of_the_reward_is_a_mean_over_the_rows_with_a_reward(tokeniz
 def test_a_stored_completion_has_its_kl_per_token_and_no_score_where_there_is_none(tokenizer) -> None:
     config = make_config()
     rollout = make_rollout(len(tokenizer), skipped=(2,))
-    measured = optimize.measure(Passes(make_model(tokenizer, config), config), rollout, config, 0)
+    measured = optimize.measure(make_passes(make_model(tokenizer, config), config), rollout, config, 0)
     stored = optimize.completion_rows(rollout, measured)
     assert (stored[2]["score"], stored[2]["kl"], stored[2]["length"]) == (None, None, 4)
     row = token_rows(measured.logp - measured.ref_logp, rollout)[0]

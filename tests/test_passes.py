@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from stable_rlhf import Config, optimize, passes
 from stable_rlhf.config import ConfigError
 from stable_rlhf.models import ActorCritic, Output
-from stable_rlhf.passes import Passes, Scale
+from stable_rlhf.passes import Passes, Scale, make_passes
 from stable_rlhf.records import Batch, Tokens
 from tests import reruns, runs
 from tests.updates import assert_same, decide, make_config, make_model, make_rollout, weights
@@ -137,7 +137,7 @@ def updated(
 ) -> tuple[list[dict[str, float]], ActorCritic, list[dict[str, tuple[int, Tensor]]]]:
     """(metrics of each of some updates on one rollout, the model, addresses and values of gradients at each step)."""
     model = make_model(tokenizer, config, adapter)
-    made = Passes(model, config)
+    made = make_passes(model, config)
     optimizer = torch.optim.SGD(
         [{**group, "lr": 0.05} for group in optimize.optimizer_groups(model, config)], fused=True
     )
@@ -242,7 +242,7 @@ def test_the_first_minibatchs_ratio_is_exactly_1_with_graphs(
     monkeypatch.setattr(passes, "ppo_clip_loss", watched)
     config = make_config(optim={"num_mini_batches": mini_batches, "num_iterations": 1, "learning_rate": 1e-2}, **GRAPHS)
     model, rollout = make_model(tokenizer, config, adapter), make_rollout(len(tokenizer))
-    made = Passes(model, config)
+    made = make_passes(model, config)
     optimizer = torch.optim.AdamW(optimize.optimizer_groups(model, config), fused=True)
     for step in range(4):
         ratios.clear()
@@ -290,8 +290,8 @@ def test_rows_left_over_in_a_shape_change_nothing_whatever_they_hold(
     captured: list[Any], tokenizer: PreTrainedTokenizerFast, rows: int
 ) -> None:
     config = make_config("paper", **GRAPHS)
-    made = Passes(make_model(tokenizer, config), config)
-    direct = Passes(made.model, make_config("paper"))
+    made = make_passes(make_model(tokenizer, config), config)
+    direct = make_passes(made.model, make_config("paper"))
     full = some_batch(8, 32, 8, seed=1)
     # What they leave: ratios of e^90, and values that are not finite.
     wild = dataclasses.replace(full, logp=full.logp - 90, values=full.values * float("inf"), returns=full.returns / 0)
@@ -316,7 +316,7 @@ def test_a_measurement_replays_the_very_forward_that_is_learned_from(
     captured: list[Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     config = make_config(**GRAPHS)
-    made = Passes(make_model(tokenizer, config), config)
+    made = make_passes(make_model(tokenizer, config), config)
     tokens = some_tokens(8, 32, 8)
     for _ in range(2):
         made.measure(tokens, learns_policy=True)
@@ -330,7 +330,7 @@ def test_a_shape_is_captured_when_it_comes_again_and_the_one_not_used_for_longes
 ) -> None:
     monkeypatch.setattr(passes, "GRAPHS", 2)
     config = make_config(**GRAPHS)
-    made = Passes(make_model(tokenizer, config), config)
+    made = make_passes(make_model(tokenizer, config), config)
 
     def comes(width: int, rows: int = 8, learns_policy: bool = True) -> int:
         """Shapes captured, after tokens of this shape."""
@@ -348,7 +348,7 @@ def test_a_shape_is_captured_when_it_comes_again_and_the_one_not_used_for_longes
 
 def test_without_graphs_no_row_is_added_and_no_gradient_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:
     config = make_config()
-    made = Passes(make_model(tokenizer, config), config)
+    made = make_passes(make_model(tokenizer, config), config)
     assert made.grain == (1, 8, 64)  # the tiny policy has 64 positions
     out, _ = made.measure(some_tokens(3, 16, 4), learns_policy=True)
     assert isinstance(out, Output)
@@ -360,7 +360,7 @@ def test_without_graphs_no_row_is_added_and_no_gradient_is_kept(tokenizer: PreTr
 @pytest.mark.parametrize("settings", [{}, GRAPHS], ids=["free", "graphs"])
 def test_a_failed_update_leaves_no_gradient(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> None:
     config = make_config(**settings)
-    made = Passes(make_model(tokenizer, config), config)
+    made = make_passes(make_model(tokenizer, config), config)
 
     def fails() -> None:
         with made.training():

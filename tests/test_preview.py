@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.models import ActorCritic
-from stable_rlhf.passes import Passes
+from stable_rlhf.passes import DirectPasses
 from tests.previews import (
     FULL_OR_LORA,
     HEALTHY,
@@ -169,13 +169,13 @@ def test_a_gradient_that_is_not_finite_costs_its_own_step_and_no_other(
     tokenizer, part: str, limit: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[tuple[list[str], Tensor]] = []
-    real = Passes.learn
+    real = DirectPasses.learn
 
-    def watched(self: Passes, *arguments: Any) -> tuple[list[str], Tensor]:
+    def watched(self: DirectPasses, *arguments: Any) -> tuple[list[str], Tensor]:
         shares.append(real(self, *arguments))
         return shares[-1]
 
-    monkeypatch.setattr(Passes, "learn", watched)
+    monkeypatch.setattr(DirectPasses, "learn", watched)
     seen = updated(tokenizer, limit, TOO_HIGH, prepare=broken(part, 2))
     assert len(shares) == STEPS
     assert_same(seen.states[3], seen.states[2], 0.0)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from stable_rlhf import optimize, preview
 from stable_rlhf.microbatches import Lengths
 from stable_rlhf.models import ActorCritic
-from stable_rlhf.passes import Passes
+from stable_rlhf.passes import make_passes
 from tests import reruns, runs
 from tests.previews import (
     FULL_OR_LORA,
@@ -66,7 +66,7 @@ def test_with_graphs_the_steps_are_those_without(
 def probed(tokenizer: PreTrainedTokenizerFast, response: list[int], step: int = 0, **optim: Any) -> Any:
     """(the probe, the lengths) of a rollout with these responses."""
     config = make_config(optim=optim)
-    made = Passes(make_model(tokenizer, config), config)
+    made = make_passes(make_model(tokenizer, config), config)
     lengths = Lengths(prompt=[3 + row % 5 for row in range(len(response))], response=response)
     return preview.probe(lengths, config, step, made), lengths
 
@@ -80,7 +80,7 @@ def test_a_32nd_of_the_rows_is_looked_at_and_two_at_least(tokenizer, rows: int, 
 def test_the_rows_are_drawn_anew_at_every_step_from_those_with_a_reward(tokenizer) -> None:
     response = [0 if row % 3 == 0 else 1 + row % 7 for row in range(64)]
     config, lengths = make_config(), Lengths(prompt=[4] * 64, response=response)
-    made = Passes(make_model(tokenizer, config), config)
+    made = make_passes(make_model(tokenizer, config), config)
     found = [preview.probe(lengths, config, step, made) for step in range(240)]
     draws = [frozenset(probe.rows.tolist()) for probe in found if probe is not None]
     assert len(set(draws)) > 180  # of 861 pairs
@@ -141,7 +141,7 @@ def test_an_update_after_one_within_the_bound_looks_at_its_end_alone(
 ) -> None:
     config = make_config(optim={"max_preview_kl": limit, "learning_rate": HEALTHY})
     model = make_model(tokenizer, config)
-    made, rollout = Passes(model, config), make_rollout(len(tokenizer))
+    made, rollout = make_passes(model, config), make_rollout(len(tokenizer))
     optimizer = torch.optim.AdamW(optimize.optimizer_groups(model, config), fused=True)
     measured = optimize.measure(made, rollout, config, 0)
     batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(0.3), config)

@@ -121,7 +121,7 @@ def test_another_process_goes_on_bit_for_bit_by_the_command_line(
     )
     SAFETrainer(whole.model.name, args=whole).train()
     SAFETrainer(parts.model.name, args=parts, callbacks=[StopAfter(2)]).train()
-    command = [sys.executable, "-m", "stable_rlhf.cli", "resume", "parts"]
+    command = [sys.executable, "-m", "stable_rlhf", "resume", "parts"]
     environment = {**os.environ, "PYTHONPATH": str(SRC)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

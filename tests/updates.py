@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from stable_rlhf import Config, optimize
 from stable_rlhf.control import Decision
 from stable_rlhf.models import ActorCritic
-from stable_rlhf.passes import Passes
+from stable_rlhf.passes import make_passes
 from stable_rlhf.records import Batch, Rollout, Tokens
 from tests.runs import lora, policy
 
@@ -89,7 +89,7 @@ def decide(kl_coef: float) -> Decision:
 
 
 def prepare(model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float = 0.0) -> Batch:
-    measured = optimize.measure(Passes(model, config), rollout, config, 0)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
     batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
     return batch
 
@@ -107,7 +107,7 @@ def learn(
         lambda *_: steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
     batch = prepare(model, rollout, config, kl_coef)
-    return optimize.update(Passes(model, config), optimizer, batch, decide(kl_coef), config, step).metrics, steps
+    return optimize.update(make_passes(model, config), optimizer, batch, decide(kl_coef), config, step).metrics, steps
 
 
 def weights(model: ActorCritic) -> dict[str, Tensor]:

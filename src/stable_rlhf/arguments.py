@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,20 @@ def _listed(reward_funcs: Any) -> list[Any]:
     return [reward_funcs] if one else list(reward_funcs)
 
 
-def make_scorer(config: Config, reward_funcs: Any, tokenizers: Sequence[Any] | None, device: torch.device) -> Scorer:
+def make_scorer(
+    config: Config,
+    reward_funcs: Any,
+    tokenizers: Sequence[Any] | None,
+    device: torch.device,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Scorer:
+    """``stopping``: whether the run is asked to stop; reward servers that do not answer are then not waited for."""
     specs = _listed(config.reward.functions if reward_funcs is None else reward_funcs)
     tokenizers = [None] * len(specs) if tokenizers is None else _listed(tokenizers)
     if len(tokenizers) != len(specs):
         raise ConfigError(f"reward_processing_classes has {len(tokenizers)} entries for {len(specs)} reward_funcs")
     functions: list[RewardFunction] = [
-        remote_reward(spec, config.reward)
+        remote_reward(spec, config.reward, stopping)
         if is_url(spec)
         else resolve_reward(
             spec,

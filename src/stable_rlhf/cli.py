@@ -389,7 +389,3 @@ def _say(message: object, code: int) -> int:
     text = " ".join(str(message).split()).replace("`stable-rlhf ", f"`{_command()} ")
     print(f"stable-rlhf: {ends(text, SHOWN)}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

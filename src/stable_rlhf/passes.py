@@ -14,7 +14,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -96,48 +96,60 @@ def objective(
     return loss, {name: figure.detach() for name, figure in metrics.items()}
 
 
-class Passes:
+class Passes(Protocol):
     """The passes over a model's microbatches, the same from the first step of a run to its last.
 
     What they return is valid until the next pass: a graph writes where it wrote before.
     """
 
-    def __init__(self, model: ActorCritic, config: Config) -> None:
-        self.model, self.config = model, config
-        self.graphs = replays_graphs(config.model, model.device)
-        self.compiled = config.model.torch_compile
-        if self.compiled:
-            compile_layers(model)
-        self._parameters = [*model.policy_parameters(), *model.critic_parameters()]
-        self._gradients = [torch.zeros_like(p) for p in self._parameters] if self.graphs else []
-        self._shapes: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-        self._seen: dict[tuple[Any, ...], int] = {}
-        self.pool = graphs.pool() if self.graphs else None
-        limit = context_length(model.policy) or Grain().limit
-        self.grain = Grain(ROWS, COLUMNS, limit) if self.graphs else Grain(1, DIRECT_COLUMNS, limit)
-        """What the numbers of rows and of columns are multiples of, whether a pass is replayed or run directly: so both
-        are the same computation."""
+    model: ActorCritic
+    grain: Grain
+    """What the numbers of rows and of columns are multiples of."""
 
-    @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self) -> contextlib.AbstractContextManager[None]:
         """Inside, gradients are collected; on leaving, none is left."""
-        for parameter in self._parameters:
-            parameter.grad = None
-        with self._collecting():
-            self.zero_grad()
-            yield
+        ...
 
-    def zero_grad(self) -> None:
-        if self.graphs:
-            torch._foreach_zero_(self._gradients)  # pyright: ignore[reportPrivateImportUsage]
-            return
-        for parameter in self._parameters:
-            parameter.grad = None
+    def zero_grad(self) -> None: ...
 
     def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
         """(the policy's output, the reference's log-probs [n, T])."""
-        if shape := self._captured(_Shape, tokens, learns_policy):
-            return shape.measure(tokens)
+        ...
+
+    def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
+        """Adds a microbatch's gradient to the parameters'; (names of its metrics, its share of each [K])."""
+        ...
+
+    def logp(self, tokens: Tokens) -> Tensor:
+        """[n, T]: the policy's log-probs alone, nats."""
+        ...
+
+
+class DirectPasses:
+    """Passes that launch every operation."""
+
+    def __init__(self, model: ActorCritic, config: Config) -> None:
+        self.model, self.config = model, config
+        self.compiled = config.model.torch_compile
+        if self.compiled:
+            compile_layers(model)
+        self.parameters = [*model.policy_parameters(), *model.critic_parameters()]
+        self.grain = Grain(1, DIRECT_COLUMNS, context_length(model.policy) or Grain().limit)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        self.zero_grad()
+        try:
+            with self.model.checkpointing(self.config.model.gradient_checkpointing):
+                yield
+        finally:
+            self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
         with processor.exact_products(self.model.device):
             # A compiled forward that keeps what its backward needs rounds otherwise than one that does not.
             with torch.set_grad_enabled(self.compiled):
@@ -145,16 +157,10 @@ class Passes:
             return out, self.reference(tokens)
 
     def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
-        """Adds a microbatch's gradient to the parameters'; (names of its metrics, its share of each [K])."""
-        if shape := self._captured(_Shape, batch.tokens, learns_policy):
-            return shape.learn(batch, scale)
         with processor.exact_products(self.model.device):
             return self.backward(self.forward(batch.tokens, learns_policy), batch, scale, learns_policy)
 
     def logp(self, tokens: Tokens) -> Tensor:
-        """[n, T]: the policy's log-probs alone, nats."""
-        if glance := self._captured(_Glance, tokens):
-            return glance.logp(tokens)
         with processor.exact_products(self.model.device), torch.set_grad_enabled(self.compiled):
             return self.forward(tokens, False).logp.detach()
 
@@ -170,39 +176,83 @@ class Passes:
         loss.backward()
         return list(metrics), torch.stack(list(metrics.values()))
 
+
+class ReplayedPasses:
+    """Passes replayed as CUDA graphs, one set for each shape; a shape that is not captured yet runs directly.
+
+    Rows and columns are rounded up alike in both cases, so both are the same computation.
+    """
+
+    def __init__(self, direct: DirectPasses) -> None:
+        self.direct, self.model = direct, direct.model
+        self.pool = graphs.pool()
+        self.grain = Grain(ROWS, COLUMNS, direct.grain.limit)
+        self._gradients = [torch.zeros_like(p) for p in direct.parameters]
+        self._captures: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._sightings: dict[tuple[Any, ...], int] = {}
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        self.direct.zero_grad()
+        with self._collecting():
+            self.zero_grad()
+            yield
+
+    def zero_grad(self) -> None:
+        torch._foreach_zero_(self._gradients)  # pyright: ignore[reportPrivateImportUsage]
+
+    def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
+        captured = self._captured(_PassGraphs, tokens, learns_policy)
+        return (captured or self.direct).measure(tokens, learns_policy)
+
+    def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
+        captured = self._captured(_PassGraphs, batch.tokens, learns_policy)
+        return (captured or self.direct).learn(batch, scale, learns_policy)
+
+    def logp(self, tokens: Tokens) -> Tensor:
+        return (self._captured(_LogpGraph, tokens) or self.direct).logp(tokens)
+
     @contextlib.contextmanager
     def _collecting(self) -> Iterator[None]:
-        before = [parameter.grad for parameter in self._parameters]
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=self.graphs):
-            parameter.grad = gradient  # a graph adds to these very tensors
+        """Inside, the parameters' gradients are the tensors that the graphs add to."""
+        parameters = self.direct.parameters
+        before = [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+            parameter.grad = gradient
         try:
-            with self.model.checkpointing(self.config.model.gradient_checkpointing):
+            with self.model.checkpointing(self.direct.config.model.gradient_checkpointing):
                 yield
         finally:
-            for parameter, gradient in zip(self._parameters, before, strict=True):
+            for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
 
     def _captured(self, kind: Callable[..., Any], tokens: Tokens, *details: bool) -> Any:
         """The graphs for these tokens, captured if it is time to; None where they are run directly."""
-        if not self.graphs:
-            return None
-        key = (*tokens.ids.shape, tokens.response.shape[1], *details)
-        self._seen[kind, key] = self._seen.get((kind, key), 0) + 1
-        if (kind, key) not in self._shapes:
-            if self._seen[kind, key] < SIGHTINGS:
+        key = (kind, *tokens.ids.shape, tokens.response.shape[1], *details)
+        self._sightings[key] = self._sightings.get(key, 0) + 1
+        if key not in self._captures:
+            if self._sightings[key] < SIGHTINGS:
                 return None
-            if len(self._shapes) == GRAPHS:
-                self._shapes.popitem(last=False)
+            if len(self._captures) == GRAPHS:
+                self._captures.popitem(last=False)
             with self._collecting():
-                self._shapes[kind, key] = kind(self, *key)
-        self._shapes.move_to_end((kind, key))
-        return self._shapes[kind, key]
+                self._captures[key] = kind(self.direct, self.pool, *key[1:])
+        self._captures.move_to_end(key)
+        return self._captures[key]
 
 
-class _Shape:
+def make_passes(model: ActorCritic, config: Config) -> Passes:
+    """Replayed where ``model.cuda_graphs`` says so, or, without a word of it, where the device is CUDA; else direct."""
+    direct = DirectPasses(model, config)
+    return ReplayedPasses(direct) if replays_graphs(config.model, model.device) else direct
+
+
+class _PassGraphs:
     """The graphs of one shape, and the tensors that they read."""
 
-    def __init__(self, passes: Passes, rows: int, width: int, length: int, learns_policy: bool) -> None:
+    def __init__(
+        self, passes: DirectPasses, pool: Any, rows: int, width: int, length: int, learns_policy: bool
+    ) -> None:
         model, device = passes.model, passes.model.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -230,17 +280,17 @@ class _Shape:
             # Under an empty mask: what this adds to the gradients is 0.
             graphs.warm_up(lambda: (forward(), backward(), reference()), device)
             # One pool for all: they are replayed one after another, and what one leaves is read before the next runs.
-            self._forward = graphs.capture(forward, device, passes.pool)
-            self._backward = graphs.capture(backward, device, passes.pool)
-            self._reference = graphs.capture(reference, device, passes.pool)
+            self._forward = graphs.capture(forward, device, pool)
+            self._backward = graphs.capture(backward, device, pool)
+            self._reference = graphs.capture(reference, device, pool)
 
-    def measure(self, tokens: Tokens) -> tuple[Output, Tensor]:
+    def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
         _copy(self.batch.tokens, tokens)
         self._forward.replay()
         self._reference.replay()
         return self._forward.result, self._reference.result
 
-    def learn(self, batch: Batch, scale: Scale) -> tuple[list[str], Tensor]:
+    def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
         _copy(self.batch, batch)
         _copy(self.scale, scale)
         self._forward.replay()
@@ -248,10 +298,10 @@ class _Shape:
         return self.names, self._backward.result.clone()
 
 
-class _Glance:
+class _LogpGraph:
     """The graph of the policy's log-probs alone, of one shape."""
 
-    def __init__(self, passes: Passes, rows: int, width: int, length: int) -> None:
+    def __init__(self, passes: DirectPasses, pool: Any, rows: int, width: int, length: int) -> None:
         device = passes.model.device
         self.tokens = tokens = _no_tokens(rows, width, length, device)
 
@@ -260,7 +310,7 @@ class _Glance:
 
         with torch.set_grad_enabled(passes.compiled):
             graphs.warm_up(look, device)
-            self._look = graphs.capture(look, device, passes.pool)
+            self._look = graphs.capture(look, device, pool)
 
     def logp(self, tokens: Tokens) -> Tensor:
         _copy(self.tokens, tokens)

@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 import httpx2
 import tenacity
 
-from stable_rlhf import stopping
 from stable_rlhf.answers import Message, RewardError, RewardUnavailable, Text, plain_text, shown
 from stable_rlhf.scoring import RewardFunction
 from stable_rlhf.sections import RewardConfig
@@ -68,6 +67,7 @@ class RemoteReward:
     time-out, statuses 408, 425, 429 (Retry-After is waited for) and 5xx, an answer that is no JSON object with one
     reward a sample. max_wait: seconds for one call, all requests and pauses together. token_env: see RewardConfig.
     columns: of the data set, sent as fields of their names. first_pause: seconds before the first retry.
+    stopping: whether the run is asked to stop; then no failed request is made again.
 
     Calling it raises RewardUnavailable where it gets no scores, with the URL, tries, seconds, cause and remedy.
     """
@@ -83,10 +83,11 @@ class RemoteReward:
         token_env: str | None = None,
         columns: Sequence[str] = (),
         first_pause: float = FIRST_PAUSE,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.url, self.columns = url, tuple(columns)
         self._batch_size, self._timeout, self._retries, self._max_wait = batch_size, timeout, retries, max_wait
-        self._token_env = token_env
+        self._token_env, self._stopping = token_env, stopping
         self._bounds = f"reward.timeout={timeout:g}, reward.retries={retries}, reward.max_wait={max_wait:g}"
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         self._headers["Accept-Encoding"] = "identity"  # so that the limit on an answer is one on what it unfolds to
@@ -118,7 +119,7 @@ class RemoteReward:
                     wait=self._pause,
                     stop=tenacity.stop_after_attempt(self._retries + 1) | tenacity.stop_before_delay(left),
                     before_sleep=say,
-                    sleep=_sleep,
+                    sleep=self._sleep,
                     reraise=True,
                 )
                 try:
@@ -186,7 +187,7 @@ class RemoteReward:
         allowed = max(0.0, min(self._timeout, self._max_wait - (time.monotonic() - started)))
         try:
             async with asyncio.timeout(allowed) as bound:
-                watch = asyncio.create_task(_cut(bound)) if known["attempt_number"] > 1 else None
+                watch = asyncio.create_task(self._cut(bound)) if known["attempt_number"] > 1 else None
                 try:
                     async with client.stream("POST", self.url, content=body) as response:
                         content = await _content(response)
@@ -208,8 +209,22 @@ class RemoteReward:
             f"{failure}{asked}. Start or mend the server, or correct its URL."
         )
 
+    async def _sleep(self, seconds: float) -> None:
+        """A pause before a further try. Raises _Failure where the run is asked to stop, before it or in it."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if self._stopping():
+                raise _Failure("the run is asked to stop, and does not ask again", again=False)
+            await asyncio.sleep(min(left, GLANCE))
 
-def remote_reward(url: str, config: RewardConfig) -> RewardFunction:
+    async def _cut(self, request: asyncio.Timeout) -> None:
+        """Ends a request once the run is asked to stop."""
+        while not self._stopping():
+            await asyncio.sleep(GLANCE)
+        request.reschedule(asyncio.get_running_loop().time())
+
+
+def remote_reward(url: str, config: RewardConfig, stopping: Callable[[], bool] = lambda: False) -> RewardFunction:
     """The server at a URL as a reward function, by its host and port as name. Raises RewardError for its token."""
     function = RemoteReward(
         url,
@@ -219,24 +234,9 @@ def remote_reward(url: str, config: RewardConfig) -> RewardFunction:
         max_wait=config.max_wait,
         token_env=config.token_env,
         columns=config.columns,
+        stopping=stopping,
     )
     return RewardFunction(name=urlsplit(url).netloc, function=function)
-
-
-async def _sleep(seconds: float) -> None:
-    """A pause before a further try. Raises _Failure where the run is asked to stop, before it or in it."""
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        if stopping.asked():
-            raise _Failure("the run is asked to stop, and does not ask again", again=False)
-        await asyncio.sleep(min(left, GLANCE))
-
-
-async def _cut(request: asyncio.Timeout) -> None:
-    """Ends a request once the run is asked to stop."""
-    while not stopping.asked():
-        await asyncio.sleep(GLANCE)
-    request.reschedule(asyncio.get_running_loop().time())
 
 
 def _token(variable: str) -> str:

@@ -20,13 +20,6 @@ from stable_rlhf.answers import RewardUnavailable
 from stable_rlhf.config import ConfigError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_stops: list[GracefulStop] = []
-"""Those that have signals' handlers now."""
-
-
-def asked() -> bool:
-    """Whether a signal waits for the end of the step in hand: what cannot be had now is then not waited for."""
-    return any(stop.signum is not None for stop in _stops)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,17 +43,20 @@ class GracefulStop:
         self._waits = False
         self._before: dict[signal.Signals, Any] = {}
 
+    def asked(self) -> bool:
+        """Whether a signal waits for the end of the step in hand: what cannot be had now is then not waited for."""
+        return self.signum is not None
+
     def __enter__(self) -> GracefulStop:
+        self.signum = None
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-            _stops.append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._before:
-            _stops.remove(self)
+        self._before = {}
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

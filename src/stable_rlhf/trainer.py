@@ -35,8 +35,9 @@ from stable_rlhf.models import (
     load_tokenizer,
     prepare_tokenizer,
     refuse_many_processes,
+    replays_graphs,
 )
-from stable_rlhf.passes import Passes
+from stable_rlhf.passes import make_passes
 from stable_rlhf.prompts import EncodedPrompts, PromptStream, encode_prompts
 from stable_rlhf.recovery import Recovery
 from stable_rlhf.rollout import Sampler
@@ -93,14 +94,21 @@ class SAFETrainer:
             load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
         )
         self.model = ActorCritic(policy, config.critic, autocast=low)
-        self.passes = Passes(self.model, config)
-        self.scorer = make_scorer(config, reward_funcs, reward_processing_classes, self.model.device)
+        self.passes = make_passes(self.model, config)
+        self._stop = GracefulStop()
+        self.scorer = make_scorer(
+            config, reward_funcs, reward_processing_classes, self.model.device, stopping=self._stop.asked
+        )
         self.sampler = Sampler(
             tokenizer=self.processing_class,
             scorer=self.scorer,
             config=config.rollout,
             eos_token_ids=eos_token_ids(policy, self.processing_class),
-            decoder=Decoder(self.model, cuda_graphs=self.passes.graphs, torch_compile=config.model.torch_compile),
+            decoder=Decoder(
+                self.model,
+                cuda_graphs=replays_graphs(config.model, self.model.device),
+                torch_compile=config.model.torch_compile,
+            ),
         )
         self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)
         self.eval_dataset = eval_dataset
@@ -131,7 +139,7 @@ class SAFETrainer:
         be had; both with a checkpoint once the first step has begun.
         """
         try:
-            with GracefulStop() as stop:
+            with self._stop as stop:
                 self._open_run(resume_from_checkpoint)
                 self.state.max_steps, self.state.global_step = self.args.max_steps, self.step
                 self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)

@@ -86,3 +86,50 @@ def test_rules_without_phases_say_so() -> None:
         decision = make_controller(name).observe(seen(0, 0.1))
         assert (decision.phase, decision.gate, decision.entropy_floor) == ("NONE", 1.0, None)
     assert Phase.NONE not in MULTIPLIER
+
+
+@pytest.mark.parametrize("name", ["none", "fixed", "adaptive", "asymmetric"])
+def test_every_rule_reports_the_averages_after_its_own_step(name: str) -> None:
+    controller = make_controller(name)
+    decisions = [controller.observe(seen(step, kl)) for step, kl in enumerate((1.0, 2.0, -1.0))]
+    assert [each.kl_short for each in decisions] == pytest.approx([0.1, 0.29, 0.161], rel=1e-12)
+    assert [each.kl_long for each in decisions] == pytest.approx([0.01, 0.0299, 0.019601], rel=1e-12)
+
+
+def test_adaptive_uses_a_beta_before_it_moves_it() -> None:
+    """Horizon 10: each step multiplies by 1 + 0.2 / 10 at most, and by 1 - 0.2 / 10 at least."""
+    controller = make_controller("adaptive", init_beta=1.0, target=0.2, horizon=10.0)
+    decisions = [controller.observe(seen(step, kl)) for step, kl in enumerate((9.0, 0.0, 0.1))]
+    assert [each.kl_coef for each in decisions] == pytest.approx([1.0, 1.02, 1.02 * 0.98], rel=1e-12)
+    assert [each.excess for each in decisions] == pytest.approx([8.8, 0.0, 0.0], rel=1e-12)  # of the KL just seen
+    assert [each.threshold for each in decisions] == [0.2] * 3
+
+
+def test_the_asymmetric_rule_in_numbers() -> None:
+    """Window 4. The fourth KL exceeds by 0.5 - 0.3 and grows by (0.5 - 0.1) / 4: 2 x 0.1 x 0.2 and 2 x 5 x 0.1 / 4.
+
+    The fifth KL is no higher than the second, and the sixth, 0.3, is at the threshold and 0.2 above the third.
+    """
+    controller = make_controller("asymmetric", window=4)
+    decisions = [controller.observe(seen(step, kl)) for step, kl in enumerate((0.1, 0.1, 0.1, 0.5, 0.1, 0.3))]
+    assert [each.excess for each in decisions] == pytest.approx([0, 0, 0, 0.2, 0, 0], abs=1e-15)
+    expected = [0, 0, 0, 0.04 + 0.25, 0, 2 * 5 * 0.2 / 4 / 4]
+    assert [each.kl_coef for each in decisions] == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert {each.threshold for each in decisions} == {0.3}
+    halved = make_controller("asymmetric", window=4, momentum_scale=2.5, penalty_scale=0.05, threshold=0.1)
+    last = [halved.observe(seen(step, kl)) for step, kl in enumerate((0.1, 0.1, 0.1, 0.5))][-1]
+    assert last.kl_coef == pytest.approx(2 * 0.05 * 0.4 + 2 * 2.5 * 0.1 / 4, rel=1e-12)
+
+
+def test_a_falling_kl_costs_nothing_and_gives_nothing() -> None:
+    """Above the threshold but lower than at the window's other end: the first term stands alone."""
+    controller = make_controller("asymmetric", window=2)
+    decisions = [controller.observe(seen(step, kl)) for step, kl in enumerate((0.9, 0.8))]
+    assert decisions[-1].kl_coef == pytest.approx(2 * 0.1 * 0.5, rel=1e-12)
+    assert sum(asymmetric_penalty(AsymmetricSettings(window=2), (0.9, 0.8))) == pytest.approx(0.1 * 0.25, rel=1e-12)
+
+
+def test_the_penalty_is_two_squares() -> None:
+    """0.1 x (0.7 - 0.3)^2 and 5 x ((0.7 - 0.2) / 2)^2."""
+    found = asymmetric_penalty(AsymmetricSettings(window=2), (0.2, 0.7))
+    assert found == pytest.approx((0.016, 0.3125), rel=1e-12)

@@ -127,6 +127,74 @@ def test_a_wrong_setting_is_named_with_its_value_and_a_remedy(
 
 
 @pytest.mark.parametrize(
+    ("name", "key", "allowed", "refused"),
+    [
+        ("fixed", "beta", 0.0, -5e-324),  # >= 0
+        ("fixed", "beta", 1e300, math.inf),
+        ("adaptive", "target", 5e-324, 0.0),  # > 0
+        ("safe", "lead", 3.0, math.nextafter(3.0, 4)),  # <= 3
+        ("safe", "gate_fraction", 1.0, math.nextafter(1.0, 2)),
+        ("safe", "gate_max", 1.0, math.nextafter(1.0, 0)),
+        ("safe", "window", 10, 9),
+        ("safe", "window", 1000, 1001),
+        ("safe", "window", 10, True),  # a bool is no number
+        ("asymmetric", "threshold", -3.0, -math.inf),  # no range, yet finite
+        ("paper", "velocity_keep", 1.0, math.nan),
+    ],
+)
+def test_the_bounds_of_a_setting_belong_to_its_range_or_do_not(
+    name: str, key: str, allowed: float, refused: float
+) -> None:
+    assert controller_settings(name, {key: allowed})[key] == allowed
+    with pytest.raises(ValueError, match=rf"^controller '{name}': {key}="):
+        controller_settings(name, {key: refused})
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    """Those of `safe` have their reasons in its source; those of the others are published."""
+    assert {name: controller_settings(name, {}) for name in CONTROLLERS} == {
+        "none": {},
+        "fixed": {"beta": 0.05},
+        "adaptive": {"init_beta": 0.05, "target": 0.3, "horizon": 16.0},
+        "asymmetric": {"threshold": 0.3, "penalty_scale": 0.1, "momentum_scale": 5.0, "window": 50},
+        "safe": {
+            "budget": 0.3,
+            "initial_coef": 0.05,
+            "min_coef": 1e-4,
+            "max_coef": 100.0,
+            "gain": 3.5,
+            "lead": 0.7,
+            "gate_on": True,
+            "gate_fraction": 0.6,
+            "gate_power": 2.0,
+            "gate_max": 8.0,
+            "threshold_on": True,
+            "threshold_min": 0.5,
+            "threshold_max": 1.5,
+            "threshold_rate": 0.01,
+            "window": 40,
+            "pid_kp": 0.1,
+            "pid_ki": 0.01,
+            "pid_kd": 0.1,
+        },
+        "paper": {
+            "penalty_scale": 0.1,
+            "base_threshold": 0.3,
+            "threshold_min": 0.1,
+            "threshold_max": 0.6,
+            "entropy_floor": 2.0,
+            "gate_min": 0.5,
+            "velocity_keep": 0.95,
+            "velocity_target": 0.001,
+            "pid_kp": 0.3,
+            "pid_ki": 0.01,
+            "pid_kd": 0.05,
+            "pid_integral_limit": 1.0,
+        },
+    }
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ((0, math.nan, 0.0, 1.0), r"Observation\.reward is nan at step 0: a controller needs a finite number"),
@@ -165,6 +233,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             controller.load_state_dict(bad)
+        assert controller.state_dict() == good
+    with pytest.raises(ValueError, match="expected a mapping"):
+        controller.load_state_dict({**good, "next_step": 7, "state": None})  # a good step with a bad state
     assert controller.state_dict() == good
 
 

@@ -18,7 +18,6 @@ from stable_rlhf.control.guard import (
     AT_ONCE,
     RULES,
     START,
-    WINDOW,
     Action,
     Figures,
     GuardState,
@@ -231,35 +230,6 @@ def test_a_rule_that_is_due_is_heard_before_one_that_only_begins() -> None:
 
 
 # -- the drawdown ---------------------------------------------------------------------------------------------------
-
-
-def naive_fall(rewards: list[float], errors: list[float]) -> tuple[float, float, float]:
-    """Of whole lists: best average - last average, best - mean of the first five, and the error of the first of
-    them, by the weight that each step's reward has in the difference."""
-    if len(rewards) < 20:
-        return 0.0, 0.0, 0.0
-    averages = [sum(rewards[i - 20 : i]) / 20 for i in range(20, len(rewards) + 1)]
-    best = max(i for i, average in enumerate(averages) if average >= max(averages))
-    last = len(averages) - 1
-    weights = [(best <= i < best + 20) / 20 - (last <= i < last + 20) / 20 for i in range(len(rewards))]
-    error = math.sqrt(sum((weight * e) ** 2 for weight, e in zip(weights, errors, strict=True)))
-    return averages[best] - averages[-1], averages[best] - sum(rewards[:5]) / 5, error
-
-
-@given(
-    st.lists(st.integers(-8, 8), max_size=70),
-    st.lists(st.integers(0, 6), min_size=70, max_size=70),
-)
-def test_the_fall_and_its_error_are_those_of_the_whole_history(steps: list[int], errors: list[int]) -> None:
-    """Random walks in eighths, whose sums are exact: the first of two equal bests is not taken for the last."""
-    walk = [sum(steps[: i + 1]) / 8 for i in range(len(steps))]
-    kept = Rewards()
-    for i, reward in enumerate(walk):
-        kept = kept.after(reward, float(errors[i]))
-        expected = naive_fall(walk[: i + 1], [float(e) for e in errors[: i + 1]])
-        assert kept.fall == pytest.approx(expected, rel=1e-12, abs=1e-12)
-        assert len(kept.recent) <= WINDOW
-        assert len(kept.best_errors) in (0, WINDOW)
 
 
 def drawn(rewards: list[float], deviation: float, rows: int = 64) -> list[Figures]:

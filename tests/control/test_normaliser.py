@@ -117,3 +117,48 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         with pytest.raises(ValueError, match=message):
             normaliser.load_state_dict(bad)
     assert normaliser.moments == before
+
+
+def test_the_published_rule_in_numbers() -> None:
+    """From mean 0, variance 1 and count 1/10,000: a batch of 1 and 3 has mean 2 and variance 2 (denominator 1)."""
+    normaliser = RewardNormaliser("paper")
+    normaliser.update([1.0, 3.0])
+    count = 2.0001
+    mean = 2 * 2 / count
+    variance = (1 * 0.0001 + 2 * 2 + 2**2 * 0.0001 * 2 / count) / count
+    moments = normaliser.moments
+    assert (moments.count, moments.mean, moments.variance) == pytest.approx((count, mean, variance), rel=1e-14)
+    unit = math.sqrt(variance) + 1e-8
+    assert normaliser.normalise([5.0, 0.0]) == pytest.approx([(5 - mean) / unit, -mean / unit], rel=1e-14)
+    assert normaliser.unit == pytest.approx(unit, rel=1e-14)
+
+
+def test_the_unit_is_what_a_normalised_reward_is_counted_in() -> None:
+    none, running = RewardNormaliser("none"), RewardNormaliser("running")
+    for normaliser in (none, running):
+        normaliser.update([1.0, 7.0])
+    assert (none.unit, running.unit) == (1.0, 3.0)
+    assert RewardNormaliser("running").unit == 0.0
+    # where all rewards are nearly alike the constant is all that is left of the published unit
+    paper = RewardNormaliser("paper")
+    paper.load_state_dict({"version": 1, "kind": "paper", "moments": {"mean": 0.0, "variance": 0.0, "count": 4.0}})
+    assert paper.unit == 1e-8
+    assert paper.normalise([1.0]) == pytest.approx([1e8], rel=1e-14)
+
+
+def test_two_batches_are_merged_by_their_counts() -> None:
+    """1, 3 and then 5, 5, 5, 9: mean 28 / 6, squares 166 / 6 less the mean's."""
+    normaliser = RewardNormaliser("running")
+    normaliser.update([1.0, 3.0])
+    normaliser.update([5.0, 5.0, 5.0, 9.0])
+    assert normaliser.moments.mean == pytest.approx(28 / 6, rel=1e-14)
+    assert normaliser.moments.variance == pytest.approx(166 / 6 - (28 / 6) ** 2, rel=1e-13)
+
+
+@pytest.mark.parametrize("value", [-0.1, -1e6 - 0.1])
+def test_equal_negative_rewards_normalise_to_zero_too(value: float) -> None:
+    normaliser = RewardNormaliser("running")
+    for size in (3, 7, 4):
+        normaliser.update([value] * size)
+    assert normaliser.normalise([value, value - 1.0]) == [0.0, 0.0]
+    assert normaliser.unit == 0.0

@@ -1,0 +1,220 @@
+"""`safe`, its regulator and `paper` once more, naively: whole histories in lists, plain loops, literal numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Row = tuple[float, float, float]  # reward, kl, entropy
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def squares(values: list[float]) -> float:
+    """Sum of the squares of the differences from the mean."""
+    centre = mean(values)
+    return math.fsum((value - centre) ** 2 for value in values)
+
+
+def deviation(values: list[float]) -> float:
+    """Population deviation; 0 where it is only the rounding of equal values."""
+    found = math.sqrt(squares(values) / len(values))
+    return found if found > 1e-12 * abs(mean(values)) else 0.0
+
+
+def halves(values: list[float]) -> tuple[float, float, float]:
+    """(rise of the mean from the older half to the newer, its standard error, mean of the newer half)."""
+    n = len(values) // 2
+    newer = [values[len(values) - 1 - i] for i in range(n)]
+    older = [values[len(values) - 1 - n - i] for i in range(n)]
+    error = math.sqrt((squares(newer) + squares(older)) / (n - 1) / n)
+    return mean(newer) - mean(older), error, mean(newer)
+
+
+def phase(previous: str, rewards: list[float], kls: list[float], spread: float, budget: float) -> str:
+    if len(rewards) < 10:
+        return "WARMUP"
+    rise, error, _ = halves(rewards)
+    kl_rise, kl_error, kl_now = halves(kls)
+    errors, least = (1.5, 0.05 * spread) if previous == "CLIMBING" else (3.0, 0.1 * spread)
+    if rise > 0 and rise > errors * error and rise > least:
+        return "CLIMBING"
+    errors, least = (1.5, 0.05 * spread) if previous == "FALLING" else (3.0, 0.1 * spread)
+    kl_falls = -kl_rise > 3 * kl_error and -kl_rise > 0.05 * budget
+    if -rise > 0 and -rise > errors * error and -rise > least and not kl_falls:
+        return "FALLING"
+    if kl_now >= 0.9 * budget and kl_rise > 3 * kl_error and kl_rise > 0.1 * budget:
+        return "OVEROPTIMISED"
+    return "PLATEAU"
+
+
+def thresholds(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Multiple of the budget, phase and PID terms of every step."""
+    multiple, name, total, last = 1.0, "WARMUP", 0.0, 0.0
+    found = []
+    for step in range(len(rows)):
+        start = max(0, step + 1 - settings["window"])
+        rewards, kls = [row[0] for row in rows[start : step + 1]], [row[1] for row in rows[start : step + 1]]
+        spread = deviation([row[0] for row in rows[: step + 1]])
+        name = phase(name, rewards, kls, spread, settings["budget"] * multiple)
+        velocity = 0.0
+        if len(rewards) >= 10 and spread > 0:
+            rise, error, _ = halves(rewards)
+            if rise >= 0 or name == "FALLING":
+                velocity = math.copysign(min(3.0, max(0.0, abs(rise) - 3 * error) / spread), rise)
+        p, d = settings["pid_kp"] * velocity, settings["pid_kd"] * (velocity - last)
+        kept = 0.95 * total
+        output = p + settings["pid_ki"] * kept + d
+        pushes_on = (output >= 0.25 and velocity > 0) or (output <= -0.25 and velocity < 0)
+        total = kept if pushes_on else sorted((-5.0, kept + velocity, 5.0))[1]
+        i, last = settings["pid_ki"] * total, velocity
+        asked = {"WARMUP": 1.0, "CLIMBING": 1.2, "PLATEAU": 1.0, "FALLING": 0.75, "OVEROPTIMISED": 0.75}[name]
+        wanted = asked + sorted((-0.25, p + i + d, 0.25))[1]
+        wanted = sorted((settings["threshold_min"], wanted, settings["threshold_max"]))[1]
+        rate = settings["threshold_rate"]
+        up = 0.25 * rate if name == "PLATEAU" and multiple < 1 else rate
+        multiple = sorted((multiple * (1 - rate), wanted, multiple * (1 + up)))[1]
+        found.append({"multiple": multiple, "phase": name, "pid_p": p, "pid_i": i, "pid_d": d})
+    return found
+
+
+def gates(rows: list[Row], settings: dict[str, Any]) -> list[tuple[float, float | None]]:
+    """Gate and floor of every step."""
+    found: list[tuple[float, float | None]] = []
+    for step in range(len(rows)):
+        start = mean([row[2] for row in rows[:5]])
+        if not settings["gate_on"] or step < 5 or settings["gate_fraction"] * start <= 0:
+            found.append((1.0, None))
+            continue
+        floor, recent = settings["gate_fraction"] * start, start
+        for row in rows[5 : step + 1]:
+            recent = 0.5 * recent + 0.5 * row[2]
+        gate = settings["gate_max"] if recent <= 0 else (floor / recent) ** settings["gate_power"]
+        found.append((max(1.0, min(settings["gate_max"], gate)), floor))
+    return found
+
+
+def regulated(kls: list[float], budgets: list[float], relaxes: list[bool], settings: dict[str, Any]) -> list[Any]:
+    """Of every step: coefficient before fading and gate, fade, quick and slow filter of the KL, predicted KL."""
+    log_coef, speed, risen, rising = math.log(settings["initial_coef"]), 20.0, False, 0
+    side, since, trust = 0, 0, 1.0
+    found = []
+    for step, (kl, budget, may_relax) in enumerate(zip(kls, budgets, relaxes, strict=True)):
+        quick, slow = sorted((0.25, speed / 40, 8.0))[1], sorted((1.25, speed / 9, 40.0))[1]
+        if step == 0:
+            short = long = kl
+            velocity = 0.0
+            risen = short >= 0.3 * budget
+        else:
+            short = (short * quick + kl) / (1 + quick)
+            long = (long * slow + kl) / (1 + slow)
+            velocity = (short - long) / (slow - quick)
+            share = short / budget
+            if not risen and share < 0.0625:
+                rising = 0
+            elif not risen and share < 0.3:
+                rising += 1
+            elif not risen:
+                risen, speed = True, min(200.0, 3.7 * (rising + 0.5))
+            else:
+                trust, since = min(1.0, trust * 1.002), since + 1
+                now = 1 if share > 1.2 else -1 if share < 1 / 1.2 else 0
+                if now != 0 and now == -side:
+                    trust, speed = max(0.1, 0.75 * trust), min(speed, since)
+                if now != 0:
+                    side, since = now, 0
+        predicted = short + (settings["lead"] * speed + quick + 2.5) * velocity
+        error = 2.0 if predicted > budget * math.e**2 else -1.0 if predicted < budget / math.e else None
+        error = math.log(predicted / budget) if error is None else error
+        rate = trust * settings["gain"] / (speed + 13)
+        if error > 0 and velocity > 0:
+            rate *= 1.6
+        elif error <= 0 and not may_relax:
+            rate = 0.0
+        elif error <= 0 and not risen:
+            rate = 0.02 if short + 200 * velocity < budget else 0.0
+        elif error <= 0 and short <= 0.7 * budget and short + 2 * speed * velocity >= budget:
+            rate = 0.0
+        log_coef += rate * error
+        log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
+        fade = sorted((0.0, max(short, predicted) / (0.5 * budget), 1.0))[1]
+        found.append((math.exp(log_coef), fade, short, long, predicted))
+    return found
+
+
+def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every figure of every decision, without its reason."""
+    moving = thresholds(rows, settings) if settings["threshold_on"] else []
+    still = {"multiple": 1.0, "phase": "NONE", "pid_p": 0.0, "pid_i": 0.0, "pid_d": 0.0}
+    moving = moving or [still] * len(rows)
+    gated = gates(rows, settings)
+    budgets = [settings["budget"] * each["multiple"] for each in moving]
+    parts = regulated([row[1] for row in rows], budgets, [gate == 1 for gate, _ in gated], settings)
+    found = []
+    for each, budget, (gate, floor), (coefficient, fade, short, long, _) in zip(
+        moving, budgets, gated, parts, strict=True
+    ):
+        acts = max(fade, min(gate - 1, 1.0))
+        found.append(
+            {
+                "kl_coef": gate * acts * coefficient,
+                "threshold": budget,
+                "excess": max(0.0, short - budget),
+                "kl_short": short,
+                "kl_long": long,
+                "gate": gate,
+                "phase": each["phase"],
+                "pid_p": each["pid_p"],
+                "pid_i": each["pid_i"],
+                "pid_d": each["pid_d"],
+                "entropy_floor": floor,
+            }
+        )
+    return found
+
+
+def paper(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every figure of every decision of `paper`, without its reason."""
+    short = long = velocity = total = error = 0.0
+    found = []
+    for step, (reward, kl, entropy) in enumerate(rows):
+        short, long = 0.9 * short + 0.1 * kl, 0.99 * long + 0.01 * kl
+        p = i = d = 0.0
+        if step > 0:
+            share = settings["velocity_keep"]
+            velocity = share * velocity + (1 - share) * (reward - rows[step - 1][0])
+            last, error = error, velocity - settings["velocity_target"]
+            limit = settings["pid_integral_limit"]
+            total = sorted((-limit, total + error, limit))[1]
+            p, i, d = settings["pid_kp"] * error, settings["pid_ki"] * total, settings["pid_kd"] * (error - last)
+        seen = [row[0] for row in rows[: step + 1]]
+        name, multiplier = "PLATEAU", 0.8
+        if step + 1 < 50:
+            name, multiplier = "WARMUP", 1.5
+        elif step + 1 >= 100 and mean(seen[-50:]) - mean(seen[-100:-50]) > 0.01:
+            name, multiplier = "CLIMBING", 1.2
+        elif math.sqrt(squares(seen[-50:]) / 50) < 0.02 and mean(seen[-50:]) > 0.7:
+            name, multiplier = "CONVERGED", 1.0
+        wanted = (settings["base_threshold"] + p + i + d) * multiplier
+        threshold = sorted((settings["threshold_min"], wanted, settings["threshold_max"]))[1]
+        excess, gate = max(0.0, short - threshold), 1.0
+        if excess > 0:
+            gate = max(settings["gate_min"], settings["entropy_floor"] / (entropy + 0.1))
+        found.append(
+            {
+                "kl_coef": 2 * settings["penalty_scale"] * gate * excess,
+                "threshold": threshold,
+                "excess": excess,
+                "kl_short": short,
+                "kl_long": long,
+                "gate": gate,
+                "phase": name,
+                "pid_p": p,
+                "pid_i": i,
+                "pid_d": d,
+                "entropy_floor": settings["entropy_floor"],
+            }
+        )
+    return found

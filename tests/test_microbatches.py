@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stable_rlhf import Config
-from stable_rlhf.microbatches import PASS_COST, Grain, Lengths, cuts, permutation, plan, up
+from stable_rlhf.microbatches import PASS_COST, Grain, Lengths, cuts, filled, permutation, plan, up
 
 CPU = torch.device("cpu")
 reproducible = settings(deadline=None, derandomize=True, database=None)
@@ -162,6 +162,24 @@ def test_the_order_is_of_seed_step_and_iteration_alone() -> None:
     state = torch.random.get_rng_state()
     assert all(tuple(permutation(64, *key).tolist()) == order for key, order in orders.items())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_rows_fill_a_shape_up_to_the_very_last_token_of_the_budget() -> None:
+    assert [filled(5, 10, budget, 8) for budget in (79, 80, 81)] == [5, 8, 8]
+    assert filled(8, 10, 80, 8) == 8
+    lengths = Lengths(prompt=[10] * 5, response=[1] * 5)
+    sizes = [
+        [len(micro.rows) for micro in next(plan(lengths, make_config(1, budget), 0, 0, CPU, Grain(8, 1)))]
+        for budget in (80, 79)
+    ]
+    assert sizes == [[8], [5]]
+
+
+def test_a_width_is_rounded_up_to_the_models_positions_and_never_below_its_rows() -> None:
+    for longest, width in ((33, 64), (65, 90), (90, 90), (95, 95)):
+        lengths = Lengths(prompt=[longest - 4, 3], response=[5, 5])
+        (first, *_), *_ = plan(lengths, make_config(1), 0, 0, CPU, Grain(1, 32, 90))
+        assert first.width == width
 
 
 @pytest.mark.parametrize("width", [600, 1100, 2048, 8000, 9000])

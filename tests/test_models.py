@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from stable_rlhf import SAFETrainer
 from stable_rlhf.config import ConfigError, CriticConfig, ModelConfig
 from stable_rlhf.models import ActorCritic, check_lm_head, load_policy, load_tokenizer, wrap_policy
 from stable_rlhf.records import Tokens
+from tests.oracles import objective as oracle
 from tests.runs import lora
 
 
@@ -105,6 +107,43 @@ def test_target_heads_follow_as_a_polyak_average(llama: LlamaForCausalLM) -> Non
     assert not model.target_heads[1].out.weight.requires_grad
 
 
+def test_target_heads_start_as_the_heads_and_stay_where_no_step_was_taken(llama: LlamaForCausalLM) -> None:
+    model = ActorCritic(llama, CriticConfig(target_tau=0.25))
+    out = model(some_tokens(llama.config.vocab_size), temperature=1.0)
+    assert torch.equal(model.target_values(out.state), out.values)
+    with torch.no_grad():
+        for parameter in model.critic_parameters():
+            parameter.add_(1.0)
+    model.update_targets(torch.tensor(False))
+    assert torch.equal(model.target_values(out.state), out.values)
+    moved = torch.stack([head(out.state) for head in model.heads])
+    assert (moved - out.values).abs().min() > 0.1
+
+
+def test_a_value_is_that_of_a_normalised_state_through_two_layers(llama: LlamaForCausalLM) -> None:
+    model = ActorCritic(llama, CriticConfig())
+    with torch.no_grad():
+        for parameter in model.critic_parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    out = model(some_tokens(llama.config.vocab_size), temperature=0.5)
+    for number, head in enumerate(model.heads):
+        norm, up, last = ([p.detach().double() for p in part.parameters()] for part in (head.norm, head.up, head.out))
+        x = out.state[1, 0].double()
+        x = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * norm[0] + norm[1]
+        x = up[0] @ x + up[1]
+        x = x * 0.5 * (1 + torch.erf(x / 2**0.5))
+        expected = (last[0] @ x + last[1]).item()
+        assert out.values[number, 1, 0].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 2.0])
+def test_two_heads_are_combined_at_the_critics_temperature(llama: LlamaForCausalLM, temperature: float) -> None:
+    model = ActorCritic(llama, CriticConfig(temperature=temperature))
+    pairs = [(0.5, -0.25), (-1.0, 0.0), (2.0, 2.0)]
+    combined = model.combine(torch.tensor(pairs, dtype=torch.float64).T[:, None])
+    assert combined[0].tolist() == pytest.approx([oracle.soft_min(*pair, temperature) for pair in pairs], abs=1e-12)
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(llama: LlamaForCausalLM, adapted: bool) -> None:
     model = ActorCritic(lora(llama) if adapted else llama, CriticConfig())
@@ -147,6 +186,40 @@ def test_the_trained_state_round_trips_and_another_models_is_refused(llama: Llam
         model.load_trained_state({"x": torch.zeros(1)})
 
 
+def test_the_trained_state_is_the_trained_policy_the_heads_and_their_targets(llama: LlamaForCausalLM) -> None:
+    everything = {name for name, _ in ActorCritic(copy.deepcopy(llama), CriticConfig()).named_parameters()}
+    full = ActorCritic(copy.deepcopy(llama), CriticConfig()).trained_state()
+    assert full.keys() == everything
+    adapted = ActorCritic(lora(copy.deepcopy(llama)), CriticConfig())
+    names = {name for name, _ in adapted.named_parameters() if not name.startswith("policy.") or "lora_" in name}
+    assert adapted.trained_state().keys() == names
+    assert len([name for name in names if name.startswith("target_heads.")]) == 2 * 6
+    assert not any(tensor.requires_grad for tensor in full.values())
+
+
+def test_the_norm_is_over_every_number_of_the_trained_state(llama: LlamaForCausalLM) -> None:
+    model = ActorCritic(lora(llama), CriticConfig())
+    numbers = [number for tensor in model.trained_state().values() for number in tensor.flatten().tolist()]
+    assert model.norm() == pytest.approx(math.sqrt(math.fsum(number**2 for number in numbers)), rel=1e-5)
+    model.target_heads[0].out.bias.data.fill_(torch.inf)
+    assert model.norm() == math.inf
+
+
+def test_a_trained_state_with_a_name_or_a_shape_that_differs_is_refused_before_anything_is_copied(
+    llama: LlamaForCausalLM,
+) -> None:
+    model = ActorCritic(llama, CriticConfig())
+    own = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    last = list(own)[-1]
+    others = [{**own, "more": torch.zeros(1)}, {name: tensor for name, tensor in own.items() if name != last}]
+    for other in others:
+        with pytest.raises(ValueError, match="another model or adapter"):
+            model.load_trained_state({name: tensor + 1 for name, tensor in other.items()})
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.trained_state().items())
+    with pytest.raises(ValueError, match=r"heads.0.up.weight is \(1, 16\) in the checkpoint, \(4, 16\) here"):
+        model.load_trained_state({**own, "heads.0.up.weight": torch.zeros(1, 16)})
+
+
 def test_the_fingerprint_tells_references_apart_and_ignores_the_adapter(llama: LlamaForCausalLM) -> None:
     base = ActorCritic(copy.deepcopy(llama), CriticConfig()).reference_fingerprint()
     assert ActorCritic(lora(copy.deepcopy(llama), seed=1), CriticConfig()).reference_fingerprint() != ""
@@ -155,6 +228,27 @@ def test_the_fingerprint_tells_references_apart_and_ignores_the_adapter(llama: L
     with torch.no_grad():
         llama.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     assert ActorCritic(llama, CriticConfig()).reference_fingerprint() != base
+
+
+@pytest.mark.parametrize("row", [0, 1, -1])
+def test_the_fingerprint_sees_a_change_in_any_part_of_a_small_weight(llama: LlamaForCausalLM, row: int) -> None:
+    model = ActorCritic(llama, CriticConfig())
+    before = model.reference_fingerprint()
+    with model.reference() as reference, torch.no_grad():
+        reference.model.layers[1].mlp.up_proj.weight[row, -1] += 1e-3
+    assert model.reference_fingerprint() != before
+
+
+def test_the_fingerprint_ignores_a_module_that_is_trained_whole_with_the_adapter(llama: LlamaForCausalLM) -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["input_layernorm"], task_type="CAUSAL_LM")
+    model = ActorCritic(get_peft_model(llama, settings), CriticConfig())
+    before = model.reference_fingerprint()
+    trained = [p for name, p in model.named_parameters() if ".modules_to_save." in name and p.requires_grad]
+    assert len(trained) == 2
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(1.0)
+    assert model.reference_fingerprint() == before
 
 
 def test_a_head_that_the_chunked_lm_head_does_not_compute_is_refused() -> None:

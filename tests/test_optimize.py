@@ -14,6 +14,7 @@ from stable_rlhf.microbatches import permutation
 from stable_rlhf.models import ActorCritic, causal_lm
 from stable_rlhf.passes import make_passes
 from stable_rlhf.records import Batch, Tokens
+from tests.oracles.update import in_float64
 from tests.updates import (
     ONE_STEP,
     ROWS,
@@ -294,12 +295,12 @@ def test_gradients_are_those_of_the_loss_written_token_by_token(
     config = make_config(optim={**ONE_STEP, "entropy_coef": 0.3}, critic=critic, kl=kl)
     model, rollout = make_model(tokenizer, config, adapter), make_rollout(len(tokenizer))
     batch = prepare(model, rollout, config, kl_coef=0.8)
-    naive_loss(model, batch, config, kl_coef=0.8).backward()
-    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+    wide = in_float64(model)
+    naive_loss(wide, batch, config, kl_coef=0.8).backward()
+    expected = {name: p.grad.float() for name, p in wide.named_parameters() if p.grad is not None}
     _, steps = learn(model, rollout, config, kl_coef=0.8)
     assert max(gradient.abs().max() for gradient in expected.values()) > 0.05
-    assert_same(steps[0], expected, 2e-6)
+    assert_same(steps[0], expected, 5e-6)  # float32 rounds gradients of 1 and more
 
 
 @pytest.mark.parametrize("in_loss", ["k2", "exact"])

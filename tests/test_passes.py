@@ -14,11 +14,20 @@ from transformers import PreTrainedTokenizerFast
 
 from stable_rlhf import Config, optimize, passes
 from stable_rlhf.config import ConfigError
-from stable_rlhf.models import ActorCritic, Output
-from stable_rlhf.passes import Passes, Scale, make_passes
-from stable_rlhf.records import Batch, Tokens
+from stable_rlhf.models import ActorCritic, Output, causal_lm
+from stable_rlhf.passes import Passes, Scale
+from stable_rlhf.records import Batch
 from tests import reruns, runs
-from tests.updates import assert_same, decide, make_config, make_model, make_rollout, weights
+from tests.updates import (
+    assert_same,
+    decide,
+    make_config,
+    make_model,
+    make_rollout,
+    some_batch,
+    some_tokens,
+    weights,
+)
 
 GRAPHS = {"model": {"cuda_graphs": True}}
 RUNS: dict[str, dict[str, Any]] = {
@@ -255,27 +264,6 @@ def test_the_first_minibatchs_ratio_is_exactly_1_with_graphs(
 # -- shapes ---------------------------------------------------------------------------------------------------------
 
 
-def some_tokens(rows: int, width: int, length: int, seed: int = 0) -> Tokens:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 97, (rows, width), generator=generator)
-    start = torch.randint(1, width - length + 1, (rows,), generator=generator)
-    at = start[:, None] + torch.arange(length)
-    counts = torch.randint(1, length + 1, (rows, 1), generator=generator)
-    mask = torch.arange(length) < counts
-    return Tokens(ids=ids, start=start, response=ids.gather(1, at.clamp(max=width - 1)), mask=mask)
-
-
-def some_batch(rows: int, width: int, length: int, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-
-    def grid(*shape: int) -> Tensor:
-        return torch.randn(*shape, rows, length, generator=generator)
-
-    names = ("logp", "ref_logp", "entropy", "advantages", "returns")
-    grids = {name: grid() - (4.0 if name.endswith("logp") else 0.0) for name in names}
-    return Batch(tokens=some_tokens(rows, width, length, seed), values=grid(2), **grids)
-
-
 def learned(made: Passes, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     """(figures, gradients) of one microbatch."""
     tokens = batch.tokens.mask.sum().float()
@@ -354,6 +342,50 @@ def test_without_graphs_no_row_is_added_and_no_gradient_is_kept(tokenizer: PreTr
     assert isinstance(out, Output)
     assert out.logp.shape == (3, 4)
     assert not out.logp.requires_grad
+
+
+@pytest.mark.usefixtures("captured")
+@pytest.mark.parametrize("settings", [{}, GRAPHS], ids=["free", "graphs"])
+def test_gradients_left_by_others_are_not_added_to(tokenizer: PreTrainedTokenizerFast, settings: dict) -> None:
+    config = make_config(**settings)
+    made = Passes(make_model(tokenizer, config), config)
+    batch = some_batch(4, 32, 8)
+    _, expected = learned(made, batch)
+    trained = [p for p in made.model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.full_like(parameter, 7.0)
+    _, gradients = learned(made, batch)
+    torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=0)
+    assert all(p.grad is None for p in trained)
+
+
+def test_the_warm_up_measures_and_learns_by_the_same_graphs(
+    captured: list[Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = make_config(critic={"warmup_steps": 1}, optim={"num_iterations": 1, "num_mini_batches": 1}, **GRAPHS)
+    updated(tokenizer, config, adapter=False, times=2)
+    assert len(captured) == 3
+
+
+@pytest.mark.parametrize("in_loss", ["k2", "exact"])
+def test_the_reference_runs_for_the_kl_over_the_vocabulary_only_while_the_policy_learns(
+    tokenizer: PreTrainedTokenizerFast, in_loss: str
+) -> None:
+    config = make_config(kl={"in_reward": False, "in_loss": in_loss})
+    model = make_model(tokenizer, config, adapter=True)  # policy and reference are one decoder
+    made, batch = Passes(model, config), some_batch(3, 16, 4)
+    scale = Scale(kl_coef=torch.tensor(0.3), tokens=torch.tensor(9.0))
+    ran: list[int] = []
+    causal_lm(model.policy).get_decoder().register_forward_pre_hook(lambda *_: ran.append(1))
+    counts = []
+    for learns_policy in (False, True):
+        ran.clear()
+        with made.training():
+            made.learn(batch, scale, learns_policy)
+        counts.append(len(ran))
+    ran.clear()
+    made.logp(batch.tokens)
+    assert (counts, len(ran)) == ([1, 2 if in_loss == "exact" else 1], 1)
 
 
 @pytest.mark.usefixtures("captured")

@@ -76,6 +76,32 @@ def test_a_scaled_step_is_that_share_of_the_proposed_one_for_the_policy_alone(to
         assert_same(one, two, 0.0)  # AdamW's are of the step that it proposed
 
 
+@pytest.mark.parametrize(
+    ("adapter", "limit", "times", "scalings"), [(False, 0.5, 100, 3), (False, 2.0, 300, 2), (True, 2.0, 300, 4)]
+)
+def test_a_step_that_is_scaled_again_is_the_product_of_its_shares_of_the_proposed_one(
+    tokenizer, adapter: bool, limit: float, times: int, scalings: int
+) -> None:
+    """Each share is the bound over the KL measured last."""
+    optim = {"num_iterations": 1, "num_mini_batches": 1}
+    seen = updated(tokenizer, limit, times * HEALTHY, adapter=adapter, optim=optim)
+    before, taken = seen.states
+
+    def part(scale: float) -> dict[str, Tensor]:
+        return {name: start + scale * (seen.proposed[0][name] - start) for name, start in before.items()}
+
+    scale = 1.0
+    for number in range(scalings + 1):
+        kl = estimated(seen, before, part(scale))
+        assert (kl <= limit) == (number == scalings)
+        scale *= limit / kl if kl > limit else 1.0
+    assert seen.metrics["safe/step_scale"] == pytest.approx(scale, rel=2e-3)
+    assert seen.metrics["safe/scaled_steps"] == 1
+    wanted = part(seen.metrics["safe/step_scale"])
+    for name, tensor in of("policy.", taken).items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-6, rtol=1e-5)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
@@ -145,6 +171,43 @@ def test_a_step_that_is_beyond_the_bound_after_every_scaling_is_not_taken(tokeni
     assert 0 < estimated(seen, seen.states[2], seen.states[STEPS]) <= 2 * 2.0
 
 
+def test_a_step_is_looked_at_once_as_proposed_and_after_each_of_four_scalings(tokenizer) -> None:
+    """The first step of the test above, which no scaling brings within the bound."""
+    looks: list[int] = []
+    steps: list[int] = []
+
+    def prepare(model: ActorCritic, optimizer: torch.optim.Optimizer) -> None:
+        def note(_: Any, inputs: Any) -> None:
+            if not torch.is_grad_enabled():
+                looks.append(len(steps))
+
+        model.register_forward_pre_hook(note)
+        optimizer.register_step_post_hook(lambda *_: steps.append(0))
+
+    updated(tokenizer, 2.0, 1e4 * HEALTHY, adapter=True, prepare=prepare)
+    assert looks.count(1) == 1 + 4
+
+
+def test_a_policy_that_one_proposal_breaks_has_no_largest_kl(tokenizer) -> None:
+    """The others are finite, and none of them is the largest."""
+
+    def prepare(model: ActorCritic, optimizer: torch.optim.Optimizer) -> None:
+        rates = iter([TOO_HIGH, 1e38, TOO_HIGH, TOO_HIGH])
+
+        def turn(*_: Any) -> None:
+            optimizer.param_groups[0]["lr"] = next(rates)
+
+        optimizer.register_step_pre_hook(turn)
+
+    seen = updated(tokenizer, LIMIT, TOO_HIGH, prepare=prepare)
+    assert_same(of("policy.", seen.states[2]), of("policy.", seen.states[1]), 0.0)
+    assert seen.metrics["safe/preview_kl"] is None
+    assert seen.metrics["safe/scaled_steps"] == STEPS
+    kls = [estimated(seen, seen.states[i], seen.states[i + 1]) for i in range(STEPS)]
+    assert kls[1] == 0.0
+    assert all(0 < kl <= LIMIT * (1 + 1e-6) for kl in (kls[0], kls[2], kls[3]))
+
+
 def broken(part: str, *at: int) -> Callable[[ActorCritic, torch.optim.Optimizer], None]:
     """Makes a gradient of the policy or the critic infinite at these optimiser steps."""
 
@@ -204,6 +267,24 @@ def test_a_step_that_was_not_taken_is_in_no_mean_of_the_shares(tokenizer) -> Non
     share = seen.metrics["safe/step_scale"]
     assert share is not None
     assert share < 1e-3
+
+
+def test_steps_that_are_looked_at_together_are_bounded_by_as_many_as_were_taken(tokenizer) -> None:
+    """Three wait for the last look, and one of them is passed over: the bound is that of two."""
+    whole = updated(tokenizer, 10.0, HEALTHY, prepare=broken("policy", 2))
+    first, others = (estimated(whole, whole.states[a], whole.states[b]) for a, b in ((0, 1), (1, STEPS)))
+    assert whole.metrics["safe/preview_kl"] == pytest.approx(max(first, others), rel=1e-4)
+    assert (whole.metrics["safe/step_scale"], whole.metrics["safe/scaled_steps"]) == (1.0, 0)
+    limit = others / 2.5
+    assert first < limit
+    seen = updated(tokenizer, limit, HEALTHY, prepare=broken("policy", 2))
+    assert 0 < estimated(seen, seen.states[1], seen.states[STEPS]) <= 2 * limit * (1 + 1e-6)
+    assert seen.metrics["safe/scaled_steps"] == 2
+    assert seen.metrics["policy/skipped_steps"] == 1
+    share = 3 * seen.metrics["safe/step_scale"] - 1  # of the first step all, of the two others this
+    for name, start in of("policy.", seen.states[1]).items():
+        wanted = start + share / 2 * (seen.proposed[-1][name] - start)
+        torch.testing.assert_close(seen.states[STEPS][name], wanted, atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [None, LIMIT], ids=["no preview", "preview"])

@@ -44,6 +44,17 @@ def test_it_costs_two_forwards_a_scaled_step_two_an_update_where_little_moves_an
     assert len(rows) == STEPS + looks
 
 
+def test_a_step_whose_logits_are_not_finite_is_looked_at_once(tokenizer) -> None:
+    """No share of it could be found by its KL, which is not a number."""
+    rows: list[int] = []
+
+    def prepare(model: ActorCritic, _: torch.optim.Optimizer) -> None:
+        model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].ids)))
+
+    updated(tokenizer, LIMIT, 1e38, prepare=prepare)
+    assert rows[:4] == [4, preview.FEWEST, 3, preview.FEWEST]  # two minibatches, a row of which has no reward
+
+
 @FULL_OR_LORA
 @pytest.mark.parametrize("learning_rate", [HEALTHY, TOO_HIGH])
 def test_with_graphs_the_steps_are_those_without(
@@ -102,6 +113,13 @@ def test_the_pass_is_as_wide_as_its_longest_row_and_within_the_bound_on_a_passs_
     assert few.rows.tolist() == found.rows.tolist()
     one, _ = probed(tokenizer, [1 + row for row in range(64)], microbatch_tokens=2 * exact - 1)
     assert one.rows.tolist() == found.rows[:1].tolist()
+
+
+def test_the_share_is_of_all_rows_of_the_rollout_and_one_row_is_looked_at_whatever_the_bound(tokenizer) -> None:
+    third = [0 if row % 3 == 0 else 5 for row in range(96)]
+    assert probed(tokenizer, third)[0].count == 3
+    one, _ = probed(tokenizer, [5] * 64, microbatch_tokens=1)
+    assert one.count == len(one.rows) == 1
 
 
 # -- whole runs -----------------------------------------------------------------------------------------------------

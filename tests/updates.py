@@ -21,10 +21,16 @@ ONE_STEP = {"num_iterations": 1, "num_mini_batches": 1, "max_grad_norm": 1e9}
 """One unclipped optimiser step on the whole rollout."""
 
 
-def make_config(preset: str = "safe", optim: dict | None = None, critic: dict | None = None, **sections: Any) -> Config:
+def make_config(
+    preset: str = "safe",
+    optim: dict | None = None,
+    critic: dict | None = None,
+    rollout: dict | None = None,
+    **sections: Any,
+) -> Config:
     return Config.from_preset(
         preset,
-        rollout={"batch_size": ROWS},
+        rollout={"batch_size": ROWS, **(rollout or {})},
         optim={"max_preview_kl": None, **(optim or {})},
         critic={"max_grad_norm": 1e9, **(critic or {})},
         **sections,
@@ -81,6 +87,29 @@ def some_rows(rollout: Rollout, keep: list[int]) -> Rollout:
     return dataclasses.replace(rollout, indices=keep, tokens=Tokens(**tokens), per_function=per_function, **lists)
 
 
+def some_tokens(rows: int, width: int, length: int, seed: int = 0) -> Tokens:
+    """Random tokens of this shape."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (rows, width), generator=generator)
+    start = torch.randint(1, width - length + 1, (rows,), generator=generator)
+    at = start[:, None] + torch.arange(length)
+    counts = torch.randint(1, length + 1, (rows, 1), generator=generator)
+    mask = torch.arange(length) < counts
+    return Tokens(ids=ids, start=start, response=ids.gather(1, at.clamp(max=width - 1)), mask=mask)
+
+
+def some_batch(rows: int, width: int, length: int, seed: int = 0) -> Batch:
+    """Random tokens with random figures of two heads."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def grid(*shape: int) -> Tensor:
+        return torch.randn(*shape, rows, length, generator=generator)
+
+    names = ("logp", "ref_logp", "entropy", "advantages", "returns")
+    grids = {name: grid() - (4.0 if name.endswith("logp") else 0.0) for name in names}
+    return Batch(tokens=some_tokens(rows, width, length, seed), values=grid(2), **grids)
+
+
 def decide(kl_coef: float) -> Decision:
     return Decision(
         kl_coef=kl_coef, threshold=None, excess=0.0, kl_short=0.0, kl_long=0.0, gate=1.0, phase="NONE",
@@ -88,8 +117,8 @@ def decide(kl_coef: float) -> Decision:
     )  # fmt: skip
 
 
-def prepare(model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float = 0.0) -> Batch:
-    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
+def prepare(model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float = 0.0, step: int = 0) -> Batch:
+    measured = optimize.measure(Passes(model, config), rollout, config, step)
     batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
     return batch
 
@@ -106,8 +135,8 @@ def learn(
     optimizer.register_step_pre_hook(
         lambda *_: steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
-    batch = prepare(model, rollout, config, kl_coef)
-    return optimize.update(make_passes(model, config), optimizer, batch, decide(kl_coef), config, step).metrics, steps
+    batch = prepare(model, rollout, config, kl_coef, step)
+    return optimize.update(Passes(model, config), optimizer, batch, decide(kl_coef), config, step).metrics, steps
 
 
 def weights(model: ActorCritic) -> dict[str, Tensor]:

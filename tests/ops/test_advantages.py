@@ -84,6 +84,13 @@ def test_every_token_pays_its_log_ratio_and_the_last_one_earns_the_score(seed, l
     torch.testing.assert_close(result, expected, rtol=1e-14, atol=0)
 
 
+def test_the_score_is_at_the_last_response_token_alone_where_the_mask_has_a_hole():
+    mask = torch.tensor([[True, False, True, False], [False, True, False, False]])
+    log_ratio = torch.tensor([[1.0, 9.0, -2.0, 9.0], [9.0, 0.5, 9.0, 9.0]])
+    rewards = advantages.token_rewards(torch.tensor([3.0, -1.0]), log_ratio, 0.5, mask)
+    assert rewards.tolist() == [[-0.5, 0.0, 4.0, 0.0], [0.0, -1.25, 0.0, 0.0]]
+
+
 def test_targets_carry_no_gradient():
     x = torch.ones(1, 2, requires_grad=True)
     mask = torch.ones(1, 2, dtype=torch.bool)

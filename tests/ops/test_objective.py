@@ -163,6 +163,16 @@ def test_what_stands_outside_the_mask_reaches_neither_the_losses_nor_their_gradi
         assert gradient[0, 1:].tolist() == [0.0, 0.0]
 
 
+def test_of_what_a_loss_returns_the_loss_alone_carries_a_gradient():
+    logp = f64(-1.0, -2.0).view(1, 2).requires_grad_()
+    other, mask = f64(-1.5, -1.0).view(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    policy = objective.ppo_clip_loss(logp, other, other, mask, 0.2)
+    assert [x.requires_grad for x in policy] == [True, False, False]
+    for cliprange in (None, 0.2):
+        value = objective.value_loss(logp, other, other, mask, cliprange=cliprange)
+        assert [x.requires_grad for x in value] == [True, False]
+
+
 def test_an_infinite_ratio_is_seen_in_the_loss():
     mask = torch.ones(1, 1, dtype=torch.bool)
     result = objective.ppo_clip_loss(torch.zeros(1, 1), torch.full((1, 1), -200.0), -torch.ones(1, 1), mask, 0.2)
@@ -199,6 +209,12 @@ def test_values_inside_the_clip_range_count_as_unclipped_whatever_their_rounding
     values = old + torch.tensor([[0.1, 0.3]]).repeat(1, 500)  # every second one is outside 0.2
     mask = torch.ones_like(old, dtype=torch.bool)
     assert objective.value_loss(values, old, old, mask, cliprange=0.2).clip_fraction.item() == 0.5
+
+
+def test_a_value_exactly_on_the_clip_range_is_not_clipped():
+    old, mask = f64(0.0, 0.0, 0.0, 0.0).view(1, 4), torch.ones(1, 4, dtype=torch.bool)
+    values = f64(0.25, -0.25, 0.2501, -0.2501).view(1, 4)
+    assert objective.value_loss(values, old, old, mask, cliprange=0.25).clip_fraction.item() == 0.5
 
 
 @given(

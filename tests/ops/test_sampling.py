@@ -162,6 +162,13 @@ def test_bfloat16_logits_are_drawn_from_as_well() -> None:
     assert draw(logits, uniform(0.9 * edge, 0.5, 1 - 0.9 * edge)).tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("vocabulary", [3, BLOCK + 5])
+def test_logits_that_are_not_numbers_draw_a_token_of_the_vocabulary(vocabulary: int) -> None:
+    """One that means nothing, and that an embedding can still look up: the figures tell that the policy is broken."""
+    drawn = draw(torch.full((3, vocabulary), math.nan), uniform(0.0, 0.5, LAST))
+    assert all(0 <= token < vocabulary for token in drawn.tolist())
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_a_temperature_that_is_not_positive_is_refused_by_its_value(temperature: float) -> None:
     with pytest.raises(ValueError, match=f"temperature is {temperature}: give a positive number"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -83,6 +84,24 @@ def test_a_window_as_long_as_the_text_or_a_token_shorter(
     for window in (12, 20):
         model = make_model("mistral", sliding_window=window, initializer_range=0.5)
         assert_same(sample(made(model), prompt, mask, few), naive(model, prompt, mask, few))
+
+
+@pytest.mark.parametrize(("window", "fixed"), [(28, False), (32, True)])
+def test_a_text_that_just_fits_the_window_is_drawn_by_our_own_loop(
+    window: int, fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 columns of prompts, or 16 in a graph, and 16 more: Transformers' loop would draw other tokens."""
+    if fixed:
+        reruns.use(monkeypatch)
+        monkeypatch.setattr(decoding, "SHORTEST", 4)
+    model, (prompt, mask) = make_model("mistral", sliding_window=window), make_prompts(*LENGTHS)
+    assert_same(sample(Decoder(model, cuda_graphs=fixed), prompt, mask), naive(model, prompt, mask))
+
+
+def test_a_model_whose_texts_may_be_left_to_transformers_is_not_compiled() -> None:
+    model = make_model("mistral", sliding_window=4)
+    decoder, (prompt, mask) = Decoder(model, torch_compile=True), make_prompts(*LENGTHS)
+    assert_same(sample(decoder, prompt, mask, COLD), naive(model, prompt, mask, COLD))
 
 
 @pytest.mark.parametrize("name", PECULIAR)
@@ -262,11 +281,42 @@ def test_another_number_of_rows_or_another_sampling_is_captured_anew(captured: l
     decoder = Decoder(model, cuda_graphs=True)
     short = Sampling(max_new_tokens=5, temperature=1.0, eos_token_ids=(2,), pad_token_id=0)
     grew = []
-    for lengths, sampling in (((2, 3), SAMPLING), ((2, 3, 4), SAMPLING), ((2, 3), short), ((2, 3), SAMPLING)):
+    hotter, other = (
+        dataclasses.replace(SAMPLING, **change) for change in ({"temperature": 2.0}, {"eos_token_ids": (2,)})
+    )
+    cases = [((2, 3), SAMPLING), ((2, 3, 4), SAMPLING), *(((2, 3), each) for each in (short, hotter, other, SAMPLING))]
+    for lengths, sampling in cases:
         before, (prompt, mask) = len(captured), make_prompts(*lengths)
         assert_same(sample(decoder, prompt, mask, sampling), naive(model, prompt, mask, sampling))
         grew.append(len(captured) > before)
-    assert grew == [True, True, True, False]
+    assert grew == [True, True, True, True, True, False]
+
+
+def test_the_shape_not_used_for_longest_is_the_one_captured_anew(
+    captured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "ROOMS", 2)
+    model = make_model("qwen2")
+    decoder, grew = Decoder(model, cuda_graphs=True), []
+    for rows in (1, 2, 1, 3, 1, 2):  # three rows take the place of two
+        before, (prompt, mask) = len(captured), make_prompts(*[3] * rows)
+        assert_same(sample(decoder, prompt, mask), naive(model, prompt, mask))
+        grew.append(len(captured) > before)
+    assert grew == [True, True, False, True, False, True]
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_rollout_leaves_the_prompts_and_the_tokens_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SHORTEST", 4)
+    model = make_model("qwen2")
+    decoder = Decoder(model, cuda_graphs=True)
+    first, mask = make_prompts(4, 4, 4)
+    drawn = sample(decoder, first, mask)
+    given, expected = first.clone(), drawn.clone()
+    second, _ = make_prompts(4, 4, 4, seed=1)
+    assert sample(decoder, second, mask, seed=6).tolist() != expected.tolist()
+    assert_same(drawn, expected)
+    assert_same(first, given)
 
 
 def test_without_graphs_nothing_is_captured(captured: list[Any]) -> None:

@@ -67,6 +67,15 @@ def test_two_active_adapters_add_up(made: Made) -> None:
     assert_same(sample(made(model), prompt, mask), naive(model, prompt, mask))
 
 
+def test_an_adapter_that_is_not_active_adds_nothing(made: Made) -> None:
+    model = make_model("qwen2", {})
+    second = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model.policy.add_adapter("second", second)
+    assert model.policy.active_adapters == ["default"]
+    prompt, mask = make_prompts(*LENGTHS)
+    assert_same(sample(made(model), prompt, mask), naive(model, prompt, mask))
+
+
 def own_weights(decoder: Decoder) -> dict[str, Tensor]:
     """What is sampled from, by the policy's names: parameters, and the parts of joined layers."""
     found: dict[str, Tensor] = dict(decoder.lm.named_parameters())
@@ -110,6 +119,19 @@ def test_what_is_not_merged_is_the_policys_own_memory(family: str, lora: dict | 
     biases = {f"{name}.bias" for name in adapted if name.endswith(("q_proj", "k_proj", "v_proj"))}  # small: joined
     merged = {f"{name}.weight" for name in adapted} | biases
     assert copied == (merged if (family, lora) == ("qwen2", {}) else set())
+
+
+def test_under_autocast_what_is_bfloat16_already_is_the_policys_own_memory() -> None:
+    model = make_model("qwen2", {"target_modules": ["q_proj"]})
+    for name, parameter in model.policy.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    model.autocast = True
+    policys = {parameter.data_ptr() for parameter in model.policy.parameters()}
+    found = own_weights(Decoder(model))
+    copied = {name for name, weight in found.items() if weight.data_ptr() not in policys}
+    assert copied == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)}
+    assert {weight.dtype for weight in found.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])

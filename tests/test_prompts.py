@@ -91,6 +91,36 @@ def test_a_csv_prompt_that_looks_like_a_number_stays_text(tmp_path):
     assert load_prompts(write(tmp_path / "a.csv", "prompt\n42\n007\n"))["prompt"][:] == ["42", "007"]
 
 
+def test_a_csv_prompt_may_span_lines(tmp_path):
+    path = write(tmp_path / "a.csv", 'prompt,label\n"first\nsecond, third",1\nb,2\n')
+    assert load_prompts(path).to_list() == [{"prompt": "first\nsecond, third", "label": 1}, {"prompt": "b", "label": 2}]
+
+
+def test_a_prompt_column_is_taken_before_dialogues_and_dialogues_come_in_pairs(tmp_path):
+    dialogue = "\n\nHuman: a\n\nAssistant: b"
+    both = {"prompt": "own", "chosen": dialogue, "rejected": dialogue}
+    assert load_prompts(write(tmp_path / "a.jsonl", json.dumps(both))).to_list() == [both]
+    with pytest.raises(PromptError, match="columns 'chosen'; the format 'prompt' needs 'prompt'"):
+        load_prompts(write(tmp_path / "b.jsonl", json.dumps({"chosen": dialogue})))
+
+
+def test_a_hub_data_set_is_asked_for_by_its_config_folder_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **named):
+        asked.append((arguments, named))
+        return datasets.Dataset.from_list(ROWS) if named["split"] == "train" else datasets.DatasetDict()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_prompts("owner/name", config_name="part", data_dir="folder", limit=2).to_list() == ROWS[:2]
+    with pytest.raises(PromptError, match=r"'owner/name', split 'all', gave a DatasetDict; name one plain split"):
+        load_prompts("owner/name", split="all")
+    assert asked == [
+        (("owner/name", "part"), {"data_dir": "folder", "split": "train"}),
+        (("owner/name", None), {"data_dir": None, "split": "all"}),
+    ]
+
+
 def test_columns_that_only_later_rows_have_are_kept(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "label": 1}\n')
     assert load_prompts(path).to_list() == [{"prompt": "a", "label": None}, {"prompt": "b", "label": 1}]
@@ -119,6 +149,7 @@ def test_hh_turns_of_one_speaker_in_a_row_are_joined_and_empty_ones_dropped():
         {"role": "assistant", "content": "d\n\ne"},
     ]
     assert hh_prompt(dialogue) == [{"role": "user", "content": "a\n\nb\n\nc"}]
+    assert parse_hh("\n\nHuman: a\n\nHuman:\n\nAssistant: b")[0] == {"role": "user", "content": "a"}
     assert parse_hh("\n\nHuman: a\n\nAssistant:")[-1] == {"role": "assistant", "content": ""}
 
 
@@ -152,6 +183,8 @@ REFUSED = [
     ('{"chosen": "no dialogue", "rejected": "b"}\n', r"row 1: the dialogue 'no dialogue' is not a dialogue of"),
     ('{"chosen": "\\n\\nAssistant: a", "rejected": "b"}\n', r"row 1: .* no Assistant turn after a Human turn"),
     ('{"chosen": 5, "rejected": "b"}\n', r"row 1: 'chosen' is 5"),
+    ('{"prompt": "a"}\n{"prompt": "\\ud800"}\n', r"row 2 is not JSON: .*surrogates not allowed"),
+    ('{"prompt": ' + "[" * 100_000 + "\n", r"row 1 is not JSON: .*recursion"),
 ]
 
 
@@ -172,6 +205,13 @@ def test_a_bad_source_is_refused(tmp_path):
         load_prompts(write(tmp_path / "a.csv", "prompt\na,b\n"))
     with pytest.raises(PromptError, match="could not be read"):
         load_prompts(write(tmp_path / "a.jsonl.gz", "not gzip"))
+    (tmp_path / "wide.json").write_bytes('[{"prompt": "a"}]'.encode("utf-16"))
+    with pytest.raises(PromptError, match=r"wide\.json is not JSON: 'utf-8' codec"):
+        load_prompts(tmp_path / "wide.json")
+    table = pyarrow.table({"prompt": pyarrow.array([b"a", b"\xff"], pyarrow.binary()).view(pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "bytes.parquet")
+    with pytest.raises(PromptError, match=r"bytes\.parquet could not be read: .*Invalid UTF8"):
+        load_prompts(tmp_path / "bytes.parquet")
     with pytest.raises(PromptError, match="must be an array of objects"):
         load_prompts(write(tmp_path / "a.json", '{"prompt": "a"}'))
     with pytest.raises(PromptError, match="format 'hh' needs 'chosen'"):
@@ -240,8 +280,11 @@ def test_prompts_that_cannot_be_encoded_are_refused():
     plain = word_tokenizer(bos=False, chat=False)
     with pytest.raises(PromptError, match=r"row 2 has 4 tokens.*context of 8.*Set data\.max_prompt_length to 3"):
         encode(["a", "a b c d e"], plain, max_completion_length=5)
-    with pytest.raises(PromptError, match=r"each be at least 1"):
-        encode(["a"], plain, max_prompt_length=0)
+    with pytest.raises(PromptError, match=r"row 1 has 1 tokens.*context of 4.*Set data\.max_prompt_length to 1 "):
+        encode(["a"], plain, context_length=4, max_completion_length=5)
+    for name in ("max_prompt_length", "max_completion_length"):
+        with pytest.raises(PromptError, match=r"each be at least 1"):
+            encode(["a"], plain, **{name: 0})
     with pytest.raises(PromptError, match="row 1 is a chat, but the tokenizer has no chat template"):
         encode([CHAT], plain)
     with pytest.raises(PromptError, match="row 2: the prompt is empty"):
@@ -265,7 +308,13 @@ def test_every_epoch_of_the_stream_is_a_new_permutation():
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second != list(range(50))
     assert PromptStream(50, seed=3).take(50) == first
-    assert PromptStream(50, seed=4).take(50) != first
+    assert PromptStream(50, seed=4).take(50) not in (first, second)  # the order of no epoch of the seed before
+
+
+@pytest.mark.parametrize("seed", [2**40, 2**63 - 1, 2**64])
+def test_a_seed_may_be_any_number(seed):
+    stream = PromptStream(5, seed=seed)
+    assert [sorted(stream.take(5)) for _ in range(2)] == [list(range(5))] * 2
 
 
 def test_the_stream_does_not_depend_on_how_it_is_taken():
@@ -293,6 +342,7 @@ def test_a_restored_stream_goes_on_where_it_was(taken):
         ({"seed": 2}, "saved with seed 2, here it is 1"),
         ({"version": 2}, "saved with version 2"),
         ({"position": 8}, "out of range"),
+        ({"position": -1}, "out of range"),
         ({"epoch": -1}, "out of range"),
         ({"position": "3"}, "integers"),
         ({"extra": 1}, "is not"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from stable_rlhf import incidents
+from tests import flushes
 
 INCIDENT: dict[str, Any] = {
     "step": 7,
@@ -168,3 +169,34 @@ def test_what_a_person_must_know_is_on_the_terminal_beside_a_bar_and_without_one
                 shown += piece
     os.close(ours)
     assert b"step 1: gone back" in shown
+
+
+# -- the disk and a resume ------------------------------------------------------------------------------------------
+
+
+def test_an_incident_is_on_the_disk_whole_before_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = flushes.recorded(monkeypatch)
+    lengths = []
+    for step in (7, 9):
+        incidents.record(tmp_path, of_step(step))
+        lengths.append((tmp_path / "incidents.jsonl").stat().st_size)
+    assert events == [f"incidents.jsonl: {length} bytes flushed" for length in lengths]
+
+
+def test_truncated_incidents_are_written_aside_and_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (4, 5):
+        incidents.record(tmp_path, of_step(step))
+    events = flushes.recorded(monkeypatch)
+    incidents.truncate(tmp_path, 5)
+    assert events == flushes.as_replaced(tmp_path / "incidents.jsonl")
+
+
+def test_a_stop_is_recorded_and_left_to_the_error_to_say(tmp_path: Path, capsys) -> None:
+    stop = {**INCIDENT, "action": "stop", "step": 0}
+    incidents.record(tmp_path, stop)
+    assert incidents.read(tmp_path) == [stop]
+    assert capsys.readouterr() == ("", "")
+    assert incidents.sentence(stop) == (
+        "step 0: the KL is 6 nats per token, above its ceiling of 2: went back to the state after 4 steps. In a new "
+        "run: lower optim.learning_rate."
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stable_rlhf import optimize
 from stable_rlhf.microbatches import permutation
-from stable_rlhf.passes import Passes
+from stable_rlhf.passes import make_passes
 from stable_rlhf.prompts import prompt_text
 from stable_rlhf.records import Batch
 from tests.oracles import reductions
@@ -57,7 +57,7 @@ def updated(tokenizer, case: str, adapter: bool) -> tuple[Any, Batch, dict[str, 
     """(model, batch, metrics, steps, configuration) of an update of 2 passes of 2 minibatches."""
     config = settings(case)
     model = make_model(tokenizer, config, adapter)
-    made, rollout = Passes(model, config), make_rollout(len(tokenizer), SKIPPED)
+    made, rollout = make_passes(model, config), make_rollout(len(tokenizer), SKIPPED)
     measured = optimize.measure(made, rollout, config, 3)
     batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(KL_COEF), config)
     optimizer = torch.optim.AdamW(optimize.optimizer_groups(model, config), fused=True)
@@ -122,7 +122,7 @@ def test_gradients_and_figures_of_every_step_are_those_of_the_loss_token_by_toke
 def test_a_rollout_is_measured_at_the_temperature_that_it_was_sampled_at(tokenizer, adapter: bool) -> None:
     config = settings("exact")
     model, rollout = make_model(tokenizer, config, adapter), make_rollout(len(tokenizer), SKIPPED)
-    measured = optimize.measure(Passes(model, config), rollout, config, 3)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 3)
     seen = 0
     for row, t, expected in oracle.measured(oracle.in_float64(model), measured.tokens, TEMPERATURE):
         for name in ("logp", "ref_logp", "entropy"):
@@ -139,7 +139,7 @@ def test_the_figures_of_a_batch_are_those_of_loops_over_its_tokens(tokenizer, he
     optim = {"gamma": 0.9, "lam": 0.8}
     config = make_config(optim=optim, critic={"bootstrap": bootstrap, "heads": heads, "lam": 0.7})
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer), SKIPPED)
-    measured = optimize.measure(Passes(model, config), rollout, config, 0)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
     batch, found = optimize.make_batch(model, measured, rollout.scores, decide(KL_COEF), config)
     mask = measured.tokens.mask
     heads_of = [measured.values[head].double() for head in range(heads)]
@@ -169,7 +169,7 @@ def test_the_figures_of_a_batch_are_those_of_loops_over_its_tokens(tokenizer, he
 def test_the_kl_part_of_the_reward_is_0_where_the_kl_acts_in_the_loss(tokenizer) -> None:
     config = make_config(kl={"in_reward": False, "in_loss": "k2"})
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer))
-    measured = optimize.measure(Passes(model, config), rollout, config, 0)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
     _, found = optimize.make_batch(model, measured, rollout.scores, decide(KL_COEF), config)
     assert found["objective/non_score_reward"] == 0.0
 
@@ -177,7 +177,7 @@ def test_the_kl_part_of_the_reward_is_0_where_the_kl_acts_in_the_loss(tokenizer)
 def test_the_controller_is_given_the_signed_kl_and_the_entropy_at_the_temperature(tokenizer) -> None:
     config = settings("safe")
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer), SKIPPED)
-    measured = optimize.measure(Passes(model, config), rollout, config, 0)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
     rows = [figures for *_, figures in oracle.measured(oracle.in_float64(model), measured.tokens, TEMPERATURE)]
     seen = optimize.observe(11, rollout, measured)
     ratios = [figures["logp"] - figures["ref_logp"] for figures in rows]
@@ -232,7 +232,7 @@ def test_what_a_rollout_says_of_itself_is_in_its_figures(tokenizer) -> None:
         },
     )
     found = optimize.rollout_metrics(
-        rollout, optimize.measure(Passes(make_model(tokenizer, config), config), rollout, config, 0)
+        rollout, optimize.measure(make_passes(make_model(tokenizer, config), config), rollout, config, 0)
     )
     assert found["prompts/truncated"] == 3
     assert found["completions/clipped_ratio"] == 2 / 8
@@ -246,7 +246,7 @@ def test_lengths_are_of_all_completions_and_the_kl_of_those_with_a_reward(tokeni
     config = make_config(rollout={"temperature": TEMPERATURE})
     rollout = make_rollout(len(tokenizer), skipped=(1,))
     model = make_model(tokenizer, config)
-    measured = optimize.measure(Passes(model, config), rollout, config, 0)
+    measured = optimize.measure(make_passes(model, config), rollout, config, 0)
     found = optimize.rollout_metrics(rollout, measured)
     rows: dict[int, list[tuple[float, float]]] = {}
     for row, _, figures in oracle.measured(oracle.in_float64(model), measured.tokens, TEMPERATURE):
@@ -268,7 +268,7 @@ def test_a_stored_completion_of_a_chat_has_its_messages_as_text(tokenizer) -> No
     rollout = make_rollout(len(tokenizer))
     chat = [{"role": "user", "content": "a question"}]
     rollout = dataclasses.replace(rollout, prompts=[chat, *rollout.prompts[1:]])
-    measured = optimize.measure(Passes(make_model(tokenizer, config), config), rollout, config, 0)
+    measured = optimize.measure(make_passes(make_model(tokenizer, config), config), rollout, config, 0)
     stored = optimize.completion_rows(rollout, measured)
     assert stored[0]["prompt"] == prompt_text(chat) != str(chat)
     mask = measured.tokens.mask
@@ -301,7 +301,7 @@ def test_the_first_figure_that_is_not_finite_is_named_with_the_step(odd: float) 
 def test_a_controller_is_given_no_figure_that_is_not_finite(tokenizer, figure: str) -> None:
     config = make_config()
     rollout = make_rollout(len(tokenizer))
-    measured = optimize.measure(Passes(make_model(tokenizer, config), config), rollout, config, 0)
+    measured = optimize.measure(make_passes(make_model(tokenizer, config), config), rollout, config, 0)
     broken = getattr(measured, figure).clone()
     broken[3, 1] = math.inf
     with pytest.raises(optimize.DivergenceError, match=r"step 2: objective/(kl|entropy) is inf"):

@@ -118,7 +118,7 @@ def decide(kl_coef: float) -> Decision:
 
 
 def prepare(model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float = 0.0, step: int = 0) -> Batch:
-    measured = optimize.measure(Passes(model, config), rollout, config, step)
+    measured = optimize.measure(make_passes(model, config), rollout, config, step)
     batch, _ = optimize.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
     return batch
 
@@ -136,7 +136,7 @@ def learn(
         lambda *_: steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
     batch = prepare(model, rollout, config, kl_coef, step)
-    return optimize.update(Passes(model, config), optimizer, batch, decide(kl_coef), config, step).metrics, steps
+    return optimize.update(make_passes(model, config), optimizer, batch, decide(kl_coef), config, step).metrics, steps
 
 
 def weights(model: ActorCritic) -> dict[str, Tensor]:

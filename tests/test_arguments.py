@@ -89,7 +89,15 @@ def test_rewards_given_as_objects_leave_no_server(tmp_path: Path) -> None:
     config = Config.from_preset("safe", reward={"url": "http://127.0.0.1:9"})
     given = as_given(config, "m", letters, None)
     assert (given.reward.functions, given.reward.url) == (["tests.runs:letters"], None)
-    assert complete_settings(given, tmp_path)["reward"]["url"] is None
+
+
+def test_a_server_stands_once_in_a_runs_settings_among_the_rewards(tmp_path: Path) -> None:
+    """So that config.yaml can be read again, which refuses to be given both."""
+    config = Config.from_preset("safe", reward={"url": "http://127.0.0.1:9"})
+    written = complete_settings(config, tmp_path)
+    assert (written["reward"]["functions"], written["reward"]["url"]) == (["http://127.0.0.1:9"], None)
+    assert written["output_dir"] == str(tmp_path)
+    assert Config.from_preset(**written).reward.functions == ["http://127.0.0.1:9"]
 
 
 @pytest.mark.parametrize("name", ["timeout", "retries", "max_wait"])

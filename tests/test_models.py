@@ -136,6 +136,16 @@ def test_a_value_is_that_of_a_normalised_state_through_two_layers(llama: LlamaFo
         assert out.values[number, 1, 0].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("reaches", [False, True])
+def test_the_heads_read_a_bfloat16_policys_state_in_float32(llama: LlamaForCausalLM, reaches: bool) -> None:
+    model = ActorCritic(lora(llama.bfloat16()), CriticConfig(backbone_gradient=reaches), autocast=True)
+    out = model(some_tokens(llama.config.vocab_size), temperature=1.0)
+    assert out.state.dtype == out.values.dtype == torch.float32
+    wide = copy.deepcopy(model.heads).double()
+    expected = torch.stack([head(out.state.double()) for head in wide])
+    torch.testing.assert_close(out.values.double(), expected, atol=1e-6, rtol=0)  # bfloat16 would be off by 1e-3
+
+
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 2.0])
 def test_two_heads_are_combined_at_the_critics_temperature(llama: LlamaForCausalLM, temperature: float) -> None:
     model = ActorCritic(llama, CriticConfig(temperature=temperature))

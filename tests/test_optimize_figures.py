@@ -201,6 +201,7 @@ def test_a_rollout_is_measured_by_the_passes_that_the_first_of_its_update_makes_
     metrics, _ = learn(model, make_rollout(len(tokenizer)), config, step=step)
     assert len(passes) > 4
     assert passes[: len(passes) // 2] == passes[len(passes) // 2 :]
+    assert {len(row) % 8 for rows in passes for row in rows} == {0}  # whole groups of columns: few shapes
     assert metrics["policy/approxkl_avg"] == 0.0
 
 

@@ -91,9 +91,12 @@ def test_a_csv_prompt_that_looks_like_a_number_stays_text(tmp_path):
     assert load_prompts(write(tmp_path / "a.csv", "prompt\n42\n007\n"))["prompt"][:] == ["42", "007"]
 
 
-def test_a_csv_prompt_may_span_lines(tmp_path):
-    path = write(tmp_path / "a.csv", 'prompt,label\n"first\nsecond, third",1\nb,2\n')
-    assert load_prompts(path).to_list() == [{"prompt": "first\nsecond, third", "label": 1}, {"prompt": "b", "label": 2}]
+def test_a_csv_prompt_may_span_lines_also_where_the_file_is_read_in_blocks(tmp_path):
+    """Blocks of 1 MB: a reader that looks for the last line's end would cut inside a prompt."""
+    rows = [{"prompt": f"{number}, first\n" + "line\n" * 20_000, "label": number} for number in range(30)]
+    csv = "prompt,label\n" + "".join(f'"{row["prompt"]}",{row["label"]}\n' for row in rows)
+    assert len(csv) > 2 * 2**20
+    assert load_prompts(write(tmp_path / "a.csv", csv)).to_list() == rows
 
 
 def test_a_prompt_column_is_taken_before_dialogues_and_dialogues_come_in_pairs(tmp_path):

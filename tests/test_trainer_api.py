@@ -124,6 +124,30 @@ def test_callbacks_see_the_step_and_the_row_and_may_save_or_stop(tokenizer, tmp_
     assert record.logs == written
 
 
+def test_a_save_that_is_asked_for_once_is_done_once_and_the_last_step_is_always_saved(
+    tokenizer, tmp_path: Path
+) -> None:
+    class Asks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 2:
+                control.should_save = True
+
+    for every, expected in ((0, ["step-000002", "step-000005"]), (3, ["step-000002", "step-000003", "step-000005"])):
+        config = settings(tmp_path / f"every {every}", max_steps=5, save_steps=every, save_total_limit=9)
+        run = finished(config, tokenizer, callbacks=[Asks()])
+        assert sorted(path.name for path in (run.run_dir / "checkpoints").iterdir()) == expected
+
+
+def test_a_resumed_run_counts_its_steps_and_epochs_for_callbacks_from_where_it_was(tokenizer, tmp_path: Path) -> None:
+    """Batches of 4 of 8 prompts: half an epoch a step."""
+    smaller = {"rollout": {"batch_size": 4}}
+    finished(settings(tmp_path / "run", max_steps=2, **smaller), tokenizer)
+    record = Record()
+    run = trainer(settings(tmp_path / "run", max_steps=3, **smaller), tokenizer, callbacks=[record])
+    run.train(resume_from_checkpoint=True)
+    assert record.events == [("begin", 2, 3), ("step", 3, 1.5), ("save", 3), ("end", 3)]
+
+
 def test_tensorboard_has_every_number_of_the_metrics(
     tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -121,17 +121,23 @@ def test_what_is_not_merged_is_the_policys_own_memory(family: str, lora: dict | 
     assert copied == (merged if (family, lora) == ("qwen2", {}) else set())
 
 
-def test_under_autocast_what_is_bfloat16_already_is_the_policys_own_memory() -> None:
+def test_under_autocast_what_is_bfloat16_already_is_the_policys_own_memory_and_is_left_as_it_is() -> None:
+    """Where all of it is bfloat16 there is nothing for autocast to do, which would cost a look at every operation."""
     model = make_model("qwen2", {"target_modules": ["q_proj"]})
     for name, parameter in model.policy.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.bfloat16()
     model.autocast = True
     policys = {parameter.data_ptr() for parameter in model.policy.parameters()}
-    found = own_weights(Decoder(model))
+    decoder = Decoder(model)
+    found = own_weights(decoder)
     copied = {name for name, weight in found.items() if weight.data_ptr() not in policys}
     assert copied == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)}
     assert {weight.dtype for weight in found.values()} == {torch.bfloat16}
+    narrowing: list[bool] = []
+    decoder.lm.get_decoder().register_forward_pre_hook(lambda *_: narrowing.append(torch.is_autocast_enabled("cpu")))
+    sample(decoder, *make_prompts(3, 5))
+    assert set(narrowing) == {False}
 
 
 @pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])

@@ -196,12 +196,16 @@ def test_a_rollout_is_measured_by_the_passes_that_the_first_of_its_update_makes_
         rollout={"temperature": TEMPERATURE},
     )
     model = make_model(tokenizer, config)
-    passes: list[list[list[int]]] = []
-    model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].ids.tolist()))
+    passes: list[tuple[list[list[int]], list[list[int]]]] = []
+    model.register_forward_pre_hook(
+        lambda _, inputs: passes.append((inputs[0].ids.tolist(), inputs[0].response.tolist()))
+    )
     metrics, _ = learn(model, make_rollout(len(tokenizer)), config, step=step)
     assert len(passes) > 4
     assert passes[: len(passes) // 2] == passes[len(passes) // 2 :]
-    assert {len(row) % 8 for rows in passes for row in rows} == {0}  # whole groups of columns: few shapes
+    assert {len(row) % 8 for grids in passes for rows in grids for row in rows} == {
+        0
+    }  # whole groups of columns: few shapes
     assert metrics["policy/approxkl_avg"] == 0.0
 
 

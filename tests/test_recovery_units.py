@@ -89,6 +89,19 @@ def test_a_suspect_step_ends_the_candidate_and_is_none_itself(tokenizer, tmp_pat
     assert run.recovery.snapshot_due  # the state gone back to is one to keep: 8 is a multiple of 2
 
 
+@ADAPTER
+def test_a_candidate_that_a_suspect_step_ended_is_not_confirmed_by_a_later_good_one(
+    tokenizer, tmp_path: Path, lora_r: int
+) -> None:
+    """That of 2 is unsure at step 3, and nothing is kept after step 4: step 5 has no candidate to confirm."""
+    run = begun(tokenizer, tmp_path, lora_r)
+    for step, figures in enumerate([GOOD, GOOD, UNSURE, UNSURE, GOOD], start=1):
+        after(run, figures, float(step))
+    after(run, BAD, 6.0)
+    assert incidents.read(tmp_path)[-1]["done"].startswith("went back to the state after 0 steps")
+    assert not filled_with(run, 2.0)
+
+
 def test_a_failure_before_anything_was_confirmed_goes_back_to_the_beginning(tokenizer, tmp_path: Path) -> None:
     run = begun(tokenizer, tmp_path)
     first = weight(run).clone()
@@ -103,6 +116,7 @@ def test_a_roll_back_leaves_steps_prompts_draws_schedule_and_callbacks_as_they_h
     run = begun(tokenizer, tmp_path, rollback_factor=0.25)
     counter = next(callback for callback in run.handler.callbacks if isinstance(callback, Counts))
     taken = run.stream.take(3)
+    torch.rand(2)
     run.step, run.episode, counter.count = 4, 35, 5
     run.controller.load_state_dict({**run.controller.state_dict(), "next_step": 5})
     prompts, drawn = run.stream.state_dict(), torch.get_rng_state()

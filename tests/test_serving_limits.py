@@ -124,7 +124,7 @@ def test_an_empty_text_is_named_by_its_row_from_one() -> None:
 
 
 def commanded(client: Callable[[str], None], *arguments: str) -> int:
-    """The code of the command, which is stopped by SIGTERM once the client is done with its URL."""
+    """The code of the command, which SIGTERM stops, where it serves, once the client is done with its URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     failed: list[BaseException] = []
@@ -146,7 +146,7 @@ def commanded(client: Callable[[str], None], *arguments: str) -> int:
     code = cli.main(["serve-reward", *arguments, "--port", str(port)])
     ended.set()
     thread.join()
-    if failed:
+    if failed and code == 0:
         raise failed[0]
     return code
 
@@ -199,7 +199,7 @@ def test_the_commands_batch_size_is_that_of_its_model(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_a_device_that_is_not_there_is_refused_by_its_number(device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = cli.main(["serve-reward", "tests.test_serving:awkward", "--port", "0", "--device", device])
+    code = commanded(lambda url: None, "tests.test_serving:awkward", "--device", device)
     assert code == cli.Exit.BAD_INPUT
     assert f"--device='{device}': this machine has 0 CUDA devices; give auto" in capsys.readouterr().err
 

@@ -43,13 +43,13 @@ def test_a_signal_in_a_step_is_raised_at_its_end(number: signal.Signals) -> None
     done: list[str] = []
     with pytest.raises(Interrupted), GracefulStop() as stop:  # noqa: PT012
         with stop.waiting():
-            assert not stopping.asked()
+            assert not stop.asked()
             send(number)
-            assert stopping.asked()
+            assert stop.asked()
             done.append("the step")
         done.append("after it")
     assert done == ["the step"]
-    assert not stopping.asked()
+    assert not stop.asked()
 
 
 def test_after_a_step_signals_stop_at_once_again() -> None:
@@ -108,22 +108,31 @@ def test_handlers_are_put_back_and_an_ended_stop_is_not_asked_any_more() -> None
 
     for number in stopping.SIGNALS:
         signal.signal(number, handler)
-    with pytest.raises(Interrupted), GracefulStop():
+    with pytest.raises(Interrupted), GracefulStop() as ended:
         send(signal.SIGTERM)
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == [handler, handler]
-    assert not stopping.asked()
+    assert not ended.asked()
     with GracefulStop() as stop, pytest.raises(Interrupted), stop.waiting():  # noqa: PT012
         send(signal.SIGINT)
-        assert stopping.asked()
+        assert stop.asked()
 
 
 def test_nobody_is_asked_to_stop_where_nobody_listens_or_no_signal_came() -> None:
-    assert not stopping.asked()
-    with GracefulStop():
-        assert not stopping.asked()
+    assert not GracefulStop().asked()
+    with GracefulStop() as outer:
+        assert not outer.asked()
         with pytest.raises(Interrupted), GracefulStop() as inner, inner.waiting():  # noqa: PT012
             send(signal.SIGTERM)
-            assert stopping.asked()  # one of two
+            assert inner.asked()
+            assert not outer.asked()  # the signal went to the inner one
+
+
+def test_a_stop_that_is_used_again_has_forgotten_its_signal() -> None:
+    stop = GracefulStop()
+    for _ in range(2):
+        with pytest.raises(Interrupted), stop, stop.waiting():  # noqa: PT012
+            assert not stop.asked()
+            send(signal.SIGTERM)
 
 
 # -- the lock -------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class GracefulStop:
 
     def asked(self) -> bool:
         """Whether a signal waits for the end of the step in hand: what cannot be had now is then not waited for."""
-        return self.signum is not None
+        return bool(self._before) and self.signum is not None
 
     def __enter__(self) -> GracefulStop:
         self.signum = None

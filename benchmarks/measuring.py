@@ -17,7 +17,7 @@ from typing import Any
 import shapes
 import torch
 
-from stable_rlhf.memory import shortage
+from stable_rlhf.hardware.memory import shortage
 
 PARTS = {
     "rollout": "rollout_s",

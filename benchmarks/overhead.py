@@ -34,9 +34,9 @@ import torch
 from measuring import MIB, peak_resident, provenance, split, spread
 from transformers.utils import logging
 
-from stable_rlhf.config import Config
-from stable_rlhf.models import resolve_device
-from stable_rlhf.trainer import SAFETrainer
+from stable_rlhf.config.config import Config
+from stable_rlhf.hardware.device import resolve_device
+from stable_rlhf.training.trainer import SAFETrainer
 
 STILL = 1e-9  # learning rate: Adam moves a weight by at most this a step, and weights are 1e-2 and more
 RESAMPLES = 10_000  # of the bootstrap: its own error on an end of the interval is then far below the interval

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from measuring import provenance
 
-from stable_rlhf.incidents import read
-from stable_rlhf.report import headline, read_run
-from stable_rlhf.telemetry import read_rows
+from stable_rlhf.report.run import headline, read_run
+from stable_rlhf.runs.incidents import read
+from stable_rlhf.runs.metrics import read_rows
 
 COLUMNS = {
     "reward before": "reward_before",

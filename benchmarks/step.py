@@ -36,8 +36,8 @@ import yaml
 from measuring import MeasurementError, add_sizes, check_sizes, memory, out_of_memory, provenance, split, spread
 from transformers.utils import logging
 
-from stable_rlhf.config import Config
-from stable_rlhf.trainer import SAFETrainer
+from stable_rlhf.config.config import Config
+from stable_rlhf.training.trainer import SAFETrainer
 
 STILL = 1e-9  # learning rate: AdamW moves a weight by at most this a step, so that the last step is like the first
 OPTIONS = {

@@ -4,7 +4,7 @@
     python scripts/train_reward_model.py --data pairs.jsonl --format pairs --model MODEL --output reward-model
 
 The model is trained by TRL's RewardTrainer on the Bradley-Terry loss -log sigmoid(r(x, y+) - r(x, y-)), on exactly the
-token ids that `stable_rlhf.scoring.RewardModel` reads when it scores. Some prompts are held out; the table says how
+token ids that `stable_rlhf.RewardModel` reads when it scores. Some prompts are held out; the table says how
 often the chosen answer scores higher, before and after. The output folder holds the model in safetensors, its tokenizer
 and `reward_model.json` with the settings and figures. It needs `pip install 'stable-rlhf[reward]'`.
 """
@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from stable_rlhf.prompts import Prompt, hh_prompt, parse_hh
-from stable_rlhf.scoring import RewardModel, resolve_reward
+from stable_rlhf.data.chat import Prompt, hh_prompt, parse_hh
+from stable_rlhf.rewards.functions import resolve_reward
+from stable_rlhf.rewards.model import RewardModel
 
 # The loader of the `datasets` library for each file ending.
 LOADERS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

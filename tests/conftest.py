@@ -14,9 +14,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stable_rlhf.decoding import Decoder
-from stable_rlhf.models import ActorCritic
-from tests import reruns
+from stable_rlhf.policy.actor_critic import ActorCritic
+from stable_rlhf.rollout.decoder import Decoder
+from tests import graphs_on_cpu as reruns
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from stable_rlhf.cli import Exit, load_config
-from stable_rlhf.config import PRESETS, SECTIONS, Config
+from stable_rlhf.config.config import Config
+from stable_rlhf.config.loading import load_config
+from stable_rlhf.config.presets import PRESETS
+from stable_rlhf.config.sections import SECTIONS
 from stable_rlhf.control import CONTROLLERS, controller_settings, guard, paper, safe
+from stable_rlhf.errors import Exit
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "stable_rlhf"

@@ -7,29 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stable_rlhf.config import Config as Config
-    from stable_rlhf.config import ConfigError as ConfigError
     from stable_rlhf.control import Decision as Decision
     from stable_rlhf.control import Observation as Observation
     from stable_rlhf.control import make_controller as make_controller
-    from stable_rlhf.prompts import PromptError as PromptError
-    from stable_rlhf.prompts import load_prompts as load_prompts
+    from stable_rlhf.data import load_prompts as load_prompts
+    from stable_rlhf.errors import ConfigError as ConfigError
+    from stable_rlhf.errors import PromptError as PromptError
+    from stable_rlhf.errors import RewardError as RewardError
     from stable_rlhf.report import write_report as write_report
-    from stable_rlhf.scoring import RewardError as RewardError
-    from stable_rlhf.scoring import RewardModel as RewardModel
-    from stable_rlhf.trainer import SAFETrainer as SAFETrainer
+    from stable_rlhf.rewards import RewardModel as RewardModel
+    from stable_rlhf.training import SAFETrainer as SAFETrainer
 
 _ROOMS = {
     "Config": "config",
-    "ConfigError": "config",
+    "ConfigError": "errors",
     "Decision": "control",
     "Observation": "control",
     "make_controller": "control",
-    "PromptError": "prompts",
-    "load_prompts": "prompts",
+    "PromptError": "errors",
+    "load_prompts": "data",
     "write_report": "report",
-    "RewardError": "scoring",
-    "RewardModel": "scoring",
-    "SAFETrainer": "trainer",
+    "RewardError": "errors",
+    "RewardModel": "rewards",
+    "SAFETrainer": "training",
 }
 __all__ = [
     "Config",

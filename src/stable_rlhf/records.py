@@ -123,3 +123,20 @@ def on(record: Any, device: torch.device) -> Any:
     parts = {field.name: getattr(record, field.name) for field in fields(record)}
     moved = {n: part.to(device) if isinstance(part, Tensor) else on(part, device) for n, part in parts.items()}
     return type(record)(**moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The policy, reference and critic on a rollout, as they were when it was sampled; on the CPU.
+
+    [B, T] float32 unless said."""
+
+    tokens: Tokens
+    """``mask`` is all False in rows whose reward is None."""
+    logp: Tensor
+    ref_logp: Tensor
+    entropy: Tensor
+    values: Tensor
+    """[H, B, T]"""
+    targets: Tensor
+    """[H, B, T]"""

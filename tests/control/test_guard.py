@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stable_rlhf.config.algorithm import GuardConfig
 from stable_rlhf.control.base import from_dict
 from stable_rlhf.control.guard import (
     AT_ONCE,
@@ -28,7 +29,6 @@ from stable_rlhf.control.guard import (
     max_drawdown,
     standard_error,
 )
-from stable_rlhf.learning import GuardConfig
 
 HEALTHY: dict[str, float | None] = {
     "objective/kl": 0.25,

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from stable_rlhf.config.algorithm import GuardConfig
 from stable_rlhf.control.guard import START, WINDOW, Action, Figures, GuardState, Rewards, Verdict, judge, max_drawdown
-from stable_rlhf.learning import GuardConfig
 
 
 def naive_fall(rewards: list[float], errors: list[float]) -> tuple[float, float, float]:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_rlhf import checkpoint
-from stable_rlhf.checkpoint import CheckpointError, NoRoomError
+from stable_rlhf.checkpoints import store
+from stable_rlhf.errors import CheckpointError, NoRoomError
 from tests.faults.children import CHILDREN
 from tests.faults.counts import Counts
 
@@ -47,12 +47,12 @@ def content(step: int, attempt: int = 0) -> tuple[dict[str, dict[str, Tensor]], 
 
 def save(folder: Path, step: int, attempt: int = 0, keep: int = 2) -> Path:
     tensors, state = content(step, attempt)
-    return checkpoint.save(folder, step, tensors, state, keep)
+    return store.save(folder, step, tensors, state, keep)
 
 
 def read(path: Path) -> tuple[int, int]:
     """(step, attempt) of a checkpoint. Raises AssertionError unless all of it is what was saved for these."""
-    tensors, state = checkpoint.load(path)
+    tensors, state = store.load(path)
     step, attempt = state.pop("step"), state["attempt"]
     expected, expected_state = content(step, attempt)
     assert state == expected_state
@@ -102,9 +102,9 @@ def _damage(count: int, seed: int, change: Callable[[Path, random.Random], str])
             before = file.read_bytes()
             what = change(file, chance)
             with contextlib.suppress(CheckpointError):
-                checkpoint.load(newer)
+                store.load(newer)
                 lost.append(f"{what}: loaded")
-            path, damaged = checkpoint.newest(folder)
+            path, damaged = store.newest(folder)
             if path == older and len(damaged) == 1 and str(newer) in damaged[0] and read(path) == (2, 0):
                 survived += 1
             else:
@@ -138,7 +138,7 @@ def kill_saves(count: int, seed: int) -> Counts:
                 assert done > last, "it did not save"
                 assert child.exitcode == -signal.SIGKILL, f"it ended with {child.exitcode}"
                 # Whole, and no older than the last that was said to be saved.
-                path, damaged = checkpoint.newest(folder)
+                path, damaged = store.newest(folder)
                 assert read(path) in (done, _next(done)), f"{path.name} after {done} were saved"
                 assert not damaged, damaged
                 survived += 1
@@ -177,18 +177,18 @@ def kill_at_every_operation() -> Counts:
                 child.start()
                 child.join()
                 if child.exitcode == 0:  # it has fewer operations than that
-                    assert read(checkpoint.newest(folder)[0]) == (step, attempt)
+                    assert read(store.newest(folder)[0]) == (step, attempt)
                     break
                 number += 1
                 try:
                     assert child.exitcode == -signal.SIGKILL, f"it ended with {child.exitcode}"
-                    path, damaged = checkpoint.newest(folder)
+                    path, damaged = store.newest(folder)
                     assert read(path) in ((4, 0), (step, attempt)), path
                     assert not damaged, damaged
                     save(folder, 8)  # the run goes on, and clears what was left
                     whole = [(4, 0), (4, 1), (6, 0)]
-                    assert [read(path) for path in checkpoint.found(folder)] in [[at, (8, 0)] for at in whole]
-                    assert sorted(folder.iterdir()) == checkpoint.found(folder), sorted(folder.iterdir())
+                    assert [read(path) for path in store.found(folder)] in [[at, (8, 0)] for at in whole]
+                    assert sorted(folder.iterdir()) == store.found(folder), sorted(folder.iterdir())
                     survived += 1
                 except (AssertionError, CheckpointError) as error:
                     lost.append(f"saving {(step, attempt)}, killed at operation {operation}: {error}")
@@ -208,7 +208,7 @@ def _save_and_die(folder: Path, step: int, attempt: int, operation: int) -> None
 
     tensors, state = content(step, attempt)
     sys.addaudithook(count)
-    checkpoint.save(folder, step, tensors, state, 2)
+    store.save(folder, step, tensors, state, 2)
     os._exit(0)  # whatever Python opens at its end is no operation of the save
 
 
@@ -270,12 +270,12 @@ def _without_room(
                 assert "it needs " in sentence, sentence
                 assert "what was saved before is as it was" in sentence, sentence
                 assert [path.name for path in sorted(folder.iterdir())] == ["step-000002", "step-000004"]
-                assert [read(path) for path in checkpoint.found(folder)] == [(2, 0), (4, 0)]
+                assert [read(path) for path in store.found(folder)] == [(2, 0), (4, 0)]
             survived += 1
         except (AssertionError, CheckpointError, OSError) as error:
             lost.append(f"room for {room} bytes: {error!r}")
     save(folder, 6)  # with room it goes on
-    assert read(checkpoint.newest(folder)[0]) == (6, 0)
+    assert read(store.newest(folder)[0]) == (6, 0)
     return Counts(len(rooms), survived, tuple(lost))
 
 

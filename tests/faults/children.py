@@ -1,6 +1,6 @@
 """Commands as processes of their own, which can be killed: they start in milliseconds, from a server that has torch.
 
-They run `stable_rlhf.cli.main` with one thread, and end with its exit code; what they say goes to a file.
+They run `stable_rlhf.cli.main.main` with one thread, and end with its exit code; what they say goes to a file.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def run(arguments: list[str], output: Path, *prepare: Callable[[], None]) -> tup
 def _command(arguments: list[str], output: Path, prepare: tuple[Callable[[], None], ...]) -> None:
     import torch
 
-    from stable_rlhf import cli
+    from stable_rlhf.cli.main import main
 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2)
     torch.set_num_threads(1)
     for step in prepare:
         step()
-    sys.exit(cli.main(arguments))
+    sys.exit(main(arguments))

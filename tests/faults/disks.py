@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from stable_rlhf.checkpoint import newest, steps_of
-from stable_rlhf.cli import Exit
+from stable_rlhf.checkpoints.store import newest, steps_of
+from stable_rlhf.errors import Exit
 from tests.faults import injections
 from tests.faults.checkpoints import MEMORY, small_disk
 from tests.faults.counts import Counts

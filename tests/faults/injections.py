@@ -15,8 +15,9 @@ from typing import Any
 import matplotlib.pyplot  # noqa: F401  here, not in each child
 import torch
 
-from stable_rlhf import doctor, optimize, passes, report, trainer  # noqa: F401
-from tests.runs import letters
+from stable_rlhf.learner import passes
+from stable_rlhf.training import trainer
+from tests.tiny_runs import letters
 
 YEAR = 365.25 * 86400
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "os.link")
@@ -49,10 +50,10 @@ def nan(where: str, steps: Collection[int]) -> None:
         return
     module, name, act = {
         "loss": (passes, "objective", _spoil_loss),
-        "gradient": (optimize, "_clipped_step", _spoil_gradient),
-        "value head": (optimize, "measure", _spoil_head),
-        "log-prob": (optimize, "measure", _spoil_logp),
-        "weight": (optimize, "update", _spoil_weight),
+        "gradient": (sys.modules["stable_rlhf.learner.update"], "_clipped_step", _spoil_gradient),
+        "value head": (trainer, "measure", _spoil_head),
+        "log-prob": (trainer, "measure", _spoil_logp),
+        "weight": (trainer, "update", _spoil_weight),
     }[where]
     real = getattr(module, name)
 

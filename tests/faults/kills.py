@@ -9,7 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from stable_rlhf.cli import Exit
+from stable_rlhf.errors import Exit
 from tests.faults import children, injections
 from tests.faults.checkpoints import MEMORY
 from tests.faults.counts import Counts

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from stable_rlhf import incidents
-from stable_rlhf.checkpoint import newest
-from stable_rlhf.cli import Exit
+from stable_rlhf.checkpoints.store import newest
+from stable_rlhf.errors import Exit
+from stable_rlhf.runs import incidents
 from tests.faults import injections, servers
 from tests.faults.checkpoints import MEMORY
 from tests.faults.counts import Counts
 from tests.faults.servers import answer, misbehaving
 from tests.faults.training import LOSSES, STEPS, Tiny, assert_finite, assert_same, result, sentence
-from tests.runs import letters
+from tests.tiny_runs import letters
 
 WHERE = ("reward", "loss", "gradient", "value head", "log-prob", "weight")
 WHEN = ((0,), (2,), (3,), (STEPS - 1,), (1, 2), tuple(range(2, 50)))
@@ -68,7 +68,7 @@ def _with_nan(tiny: Tiny, name: str, where: str, steps: tuple[int, ...], expecte
 
 
 def scored(handler: servers.Handler) -> None:
-    """What tests.runs:letters gives."""
+    """What tests.tiny_runs:letters gives."""
     sent = handler.sent
     texts = [query[len(prompt) :] for query, prompt in zip(sent["query"], sent["prompts"], strict=True)]
     handler.give(200, json.dumps({"rewards": letters(sent["prompts"], texts)}).encode())

@@ -11,13 +11,13 @@ from pathlib import Path
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
-from stable_rlhf import checkpoint, incidents
-from stable_rlhf.checkpoint import CheckpointError
-from stable_rlhf.cli import Exit
-from stable_rlhf.telemetry import read_rows
+from stable_rlhf.checkpoints import store
+from stable_rlhf.errors import CheckpointError, Exit
+from stable_rlhf.runs import incidents
+from stable_rlhf.runs.metrics import read_rows
 from tests.conftest import byte_tokenizer
 from tests.faults import children
-from tests.runs import PROMPTS, policy
+from tests.tiny_runs import PROMPTS, policy
 
 STEPS = 6
 COMPARED = ("metrics.jsonl", "incidents.jsonl", "evaluation.json")
@@ -82,7 +82,7 @@ def assert_finite(run: Path) -> None:
     """No row, incident or weight that is on the disk has a number that is not finite."""
     assert not read_rows(run / "metrics.jsonl")[1]
     incidents.read(run)
-    saved = checkpoint.found(run / "checkpoints")
+    saved = store.found(run / "checkpoints")
     assert saved
     for file in [*(path / "model.safetensors" for path in saved), *run.glob("final/*.safetensors")]:
         for name, tensor in load_file(file).items():

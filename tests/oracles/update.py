@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from stable_rlhf import Config
-from stable_rlhf.models import ActorCritic, causal_lm
+from stable_rlhf.policy.actor_critic import ActorCritic
+from stable_rlhf.policy.transformer import causal_lm
 from stable_rlhf.records import Batch, Tokens
 
 

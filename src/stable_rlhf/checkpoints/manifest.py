@@ -1,0 +1,108 @@
+"""What a folder holds, by name, length and SHA-256: so that a file that is torn, changed, missing or new is noticed.
+
+``manifest.json`` lists every other file and ends with a digest of itself. There is one way to write it, byte for byte,
+so that no change to it passes for another spelling. The digests find damage; they are no signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from stable_rlhf.files import parsed
+
+VERSION = 2
+"""Of the format of checkpoints. 1 had no digest of the manifest, and no length: it is refused."""
+
+
+NAME = "manifest.json"
+
+
+LONGEST = 1 << 20
+"""Bytes. Ours have about a thousand; a manifest is read before anything is known of it, so not at any length."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    step: int
+    """Steps done when the folder was written."""
+    files: dict[str, tuple[int, str]]
+    """Length in bytes and SHA-256 of every other file, by name."""
+
+    @classmethod
+    def of(cls, folder: Path, step: int) -> Manifest:
+        """From the files as they are."""
+        return cls(step, {file.name: (file.stat().st_size, sha256(file)) for file in sorted(folder.iterdir())})
+
+    def encoded(self) -> bytes:
+        """Content of its file."""
+        files = {name: {"bytes": length, "sha256": digest} for name, (length, digest) in sorted(self.files.items())}
+        content = {"version": VERSION, "step": self.step, "files": files}
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return json.dumps({**content, "sha256": digest}, indent=1).encode()
+
+    @property
+    def length(self) -> int:
+        """Bytes of all files that it lists."""
+        return sum(length for length, _ in self.files.values())
+
+
+def check(folder: Path, hashed: bool = True) -> Manifest:
+    """The manifest of a folder that is as it was saved; ValueError says what is not, OSError what cannot be read.
+
+    Without ``hashed`` the files' names and lengths are compared alone, and the manifest with its own digest.
+    """
+    with os.scandir(folder) as entries:
+        there = {entry.name: entry for entry in entries}
+    for name, entry in there.items():
+        if not entry.is_file(follow_symlinks=False):
+            raise ValueError(f"{name!r} is not a plain file")
+    if NAME not in there:
+        raise ValueError(f"{NAME} is missing")
+    manifest = _read(folder / NAME)
+    if missing := sorted(manifest.files.keys() - there.keys()):
+        raise ValueError(f"{missing[0]} is missing")
+    if added := sorted(there.keys() - manifest.files.keys() - {NAME}):
+        raise ValueError(f"{added[0]!r} was not saved with it; take it out of the folder")
+    for name, (length, _) in manifest.files.items():
+        if (found := there[name].stat(follow_symlinks=False).st_size) != length:
+            raise ValueError(f"{name} has {found:,} bytes, {length:,} were saved")
+    for name, (_, digest) in manifest.files.items() if hashed else ():
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{name} has changed since it was saved")
+    return manifest
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read(file: Path) -> Manifest:
+    changed = f"{NAME} has changed since it was saved"
+    with file.open("rb") as opened:
+        content = opened.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise ValueError(f"{NAME} is longer than {LONGEST:,} bytes")
+    try:
+        given = parsed(content)
+    except ValueError as error:
+        raise ValueError(f"{changed}: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(changed)
+    version = given.get("version", 1 if all(isinstance(value, str) for value in given.values()) else None)
+    if isinstance(version, int) and version != VERSION:
+        raise ValueError(f"it has format {version}, this release reads {VERSION}")
+    try:
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in given["files"].items()}
+        manifest = Manifest(given["step"], files)
+        whole = manifest.encoded() == content
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(changed) from error
+    types = {type(manifest.step), *(type(length) for length, _ in files.values())}
+    if not whole or types != {int} or "state.json" not in files:
+        raise ValueError(changed)
+    return manifest

@@ -1,0 +1,126 @@
+"""The command `serve-reward`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from transformers.utils import logging
+
+from stable_rlhf.cli.parser import Parser
+from stable_rlhf.config import is_url, require
+from stable_rlhf.errors import ConfigError, RewardError
+from stable_rlhf.rewards import resolve_reward
+from stable_rlhf.rewards.server import CONNECTIONS, SHOWN, STOP_SECONDS, Limits, RewardServer, is_loopback
+from stable_rlhf.text import printable
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serves until SIGTERM (returns 0) or SIGINT (returns 130). Raises ConfigError for what cannot be served."""
+    made = Parser(prog="stable-rlhf serve-reward", allow_abbrev=False)
+    made.add_argument("model", help="builtin, a sequence-classification model's folder or hub name, or module:function")
+    made.add_argument("--host", default="127.0.0.1", help="address to listen at; any but loopback needs --token-env")
+    made.add_argument("--port", type=int, default=8000, help="0 takes a free one and prints it")
+    made.add_argument("--token-env", metavar="NAME", help="environment variable that holds the token clients must send")
+    made.add_argument("--batch-size", type=int, default=64, help="texts that the model reads at once")
+    made.add_argument("--max-batch", type=int, default=1024, help="texts a request")
+    made.add_argument("--max-body-bytes", type=int, default=16 * 2**20, help="bytes a request; 1024 texts of 16 KiB")
+    made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
+    made.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    given = made.parse_args(list(arguments))
+    for name in ("batch_size", "max_batch", "max_body_bytes"):
+        require(getattr(given, name) > 0, f"--{name.replace('_', '-')}", getattr(given, name), "must be 1 or more")
+    require(0 <= given.port < 2**16, "--port", given.port, "give 1 to 65535, or 0 for any that is free")
+    require(not is_url(given.model), "MODEL", given.model, "is a server itself; name a model or a function")
+    token = _token(given.token_env)
+    if token is None and not is_loopback(given.host):
+        remedy = "others can reach this address: set --token-env to an environment variable with a token, or listen at "
+        raise ConfigError(f"--host={given.host!r}: {remedy}127.0.0.1")
+    logging.disable_progress_bar()
+    with _listening(given.host, given.port) as listening:
+        try:
+            reward = resolve_reward(
+                given.model,
+                device=_device(given.device),
+                batch_size=given.batch_size,
+                trust_remote_code=given.trust_remote_code,
+            )
+        except RewardError as error:
+            raise ConfigError(str(error)) from error
+        limits = Limits(max_body_bytes=given.max_body_bytes, max_batch=given.max_batch, token=token)
+        server = RewardServer(reward, limits, _print)
+        code = _serve(listening, server.app, reward.name)
+    if server.scoring:  # Python would wait for the batch at its end, and the batch may never end
+        _print(f"the batch being scored did not end within {STOP_SECONDS:g} s, and is lost")
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _serve(listening: socket.socket, app: Starlette, name: str) -> int:
+    host, port = listening.getsockname()[:2]
+    _print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    stopped: list[int] = []
+    # uvicorn stops on these signals, and then raises them again for whoever handled them before.
+    before = {
+        number: signal.signal(number, lambda n, _: stopped.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + signal.SIGINT if signal.SIGINT in stopped else 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+    except OSError as error:
+        what = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else error.strerror
+        raise ConfigError(f"--host={host!r} --port={port}: {what}; choose another address or port") from error
+
+
+def _device(name: str) -> torch.device:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(chosen)
+    except RuntimeError as error:
+        raise ConfigError(f"--device={name!r}: give auto, cpu, cuda or cuda:NUMBER") from error
+    here = f"this machine has {torch.cuda.device_count()} CUDA devices; give auto"
+    require(device.type != "cuda" or (device.index or 0) < torch.cuda.device_count(), "--device", name, here)
+    return device
+
+
+def _token(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    token = os.environ.get(variable, "")
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(f"--token-env={variable!r}: holds no token of printable ASCII without spaces; export one")
+    return token
+
+
+def _print(line: str) -> None:
+    print(f"stable-rlhf serve-reward: {printable(' '.join(line.split()), SHOWN)}", flush=True)

@@ -1,0 +1,120 @@
+"""Checks of settings: types, ranges and conflicts, each with the sentence that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.text import valid_unicode
+
+
+def require(ok: bool, setting: str, value: object, remedy: str) -> None:
+    """Raises ConfigError with setting, value and remedy unless ``ok``."""
+    if not ok:
+        raise ConfigError(f"{setting}={value!r}: {remedy}")
+
+
+def positive(section: str, config: object, *names: str) -> None:
+    """Requires finite numbers above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0 and math.isfinite(value), f"{section}.{name}", value, "must be greater than 0")
+
+
+def not_negative(section: str, config: object, *names: str) -> None:
+    """Requires finite numbers of 0 or more."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0 and math.isfinite(value), f"{section}.{name}", value, "must be 0 or more")
+
+
+def only_with(section: str, config: Any, name: str, acts: bool, condition: str) -> None:
+    """Refuses another value than the default in a field that has no effect, which is when ``acts`` is False."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = getattr(config, name)
+    require(acts or value == default, f"{section}.{name}", value, f"has no effect unless {condition}; leave it out")
+
+
+def is_url(text: object) -> bool:
+    """Whether a reward is named by the address of a server."""
+    return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
+
+
+def url_without_secrets(url: str) -> str:
+    """Scheme, host, port and path: what may be shown of a URL whose name, password or query may be a secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def check_url(setting: str, url: str) -> None:
+    """Requires a URL that can be called and holds no password, which config.yaml would keep."""
+    try:
+        parts = urlsplit(url)
+        fits = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an IPv6 address without its bracket
+        raise ConfigError(
+            f"{setting}: {url.rpartition('@')[2].split('?')[0]!r} is no URL; give http://HOST:PORT/PATH"
+        ) from None
+    shown = url_without_secrets(url)
+    require(fits and url.isprintable() and " " not in url, setting, shown, "give http://HOST:PORT/PATH")
+    remedy = "has a name or password in it, which config.yaml would keep; set reward.token_env instead"
+    require("@" not in parts.netloc, setting, shown, remedy)
+    require(not parts.fragment, setting, shown, "has a part after '#', which no server sees; leave that out")
+
+
+def check_types(section: str, config: Any) -> None:
+    """Requires every field of a dataclass to hold what its annotation says; an int is a float, True is no number."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        setting = f"{section}.{field.name}" if section else field.name
+        require(_fits(value, hint), setting, value, wanted(hint))
+        for text in value if isinstance(value, list) else [value]:
+            ok = not isinstance(text, str) or ("\0" not in text and text == valid_unicode(text))
+            require(
+                ok, setting, text, "holds a NUL or a byte that is not UTF-8, which no file can hold; choose another"
+            )
+
+
+def wanted(hint: Any) -> str:
+    """What an annotation asks for, as a remedy: ``int | None`` gives "give a whole number, or null"."""
+    options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return f"{wanted(next(option for option in options if option is not types.NoneType))}, or null"
+    if typing.get_origin(hint) is Literal:
+        return f"choose one of {', '.join(map(str, options))}"
+    if dataclasses.is_dataclass(hint):
+        return f"give {typing.cast(type, hint).__name__}(...); Config.from_preset takes dictionaries"
+    sentences = {
+        bool: "give true or false",
+        int: "give a whole number",
+        float: "give a finite number",
+        str: "give a text",
+        list[str]: "give a list, such as [first, second]",
+        list[float]: "give a list of numbers, such as [1.0, 0.5]",
+        dict[str, Any]: "give a mapping, such as {name: value}",
+    }
+    return sentences[hint]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    options, origin = typing.get_args(hint), typing.get_origin(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in options)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in options)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

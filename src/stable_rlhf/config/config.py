@@ -1,0 +1,104 @@
+"""Every setting of a run: frozen, keyword-only dataclasses, checked before any model loads.
+
+``Config(preset="ppo")`` and ``stable-rlhf train --preset ppo`` give the same object: a section that is not given is the
+preset's. ``Config.from_preset`` takes partial overrides, as the command line does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stable_rlhf.config.algorithm import CriticConfig, GuardConfig, KLConfig, OptimConfig
+from stable_rlhf.config.checks import check_types, require
+from stable_rlhf.config.presets import PRESETS, preset_section
+from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig, RolloutConfig
+from stable_rlhf.control import controller_settings
+
+
+def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Every setting of a run, the controller's own included: what config.yaml and the checkpoints hold."""
+    complete = {**config.to_dict(), "output_dir": str(run_dir)}
+    complete["kl"]["settings"] = controller_settings(config.kl.controller, config.kl.settings)
+    complete["reward"]["url"] = None  # it is in functions
+    return complete
+
+
+_FROM_PRESET: Any = None
+"""Marks a section that the caller did not give: ``Config.__post_init__`` puts the preset's there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. A section left out is the preset's; a section given replaces the preset's."""
+
+    preset: str = "safe"
+    """Where the settings that are not given come from: safe, paper, ppo, ppo-adaptive, ppo-nokl, asymmetric, or safe
+    without one layer: safe-single-critic, safe-no-regulation, safe-no-gate, safe-no-threshold, safe-no-preview,
+    safe-no-guard."""
+    output_dir: str | None = None
+    """Run folder; None makes one under runs/, named after the preset and the time."""
+    max_steps: int = 60
+    """Rollouts to train on."""
+    save_steps: int = 20
+    """Save a checkpoint every this many steps, and at the end; 0 saves only at the end."""
+    save_total_limit: int = 2
+    """Checkpoints kept; the oldest go first."""
+    seed: int = 0
+    """Seed of everything random: value heads, prompt order, sampling, minibatches."""
+    model: ModelConfig = _FROM_PRESET
+    data: DataConfig = _FROM_PRESET
+    reward: RewardConfig = _FROM_PRESET
+    rollout: RolloutConfig = _FROM_PRESET
+    optim: OptimConfig = _FROM_PRESET
+    critic: CriticConfig = _FROM_PRESET
+    kl: KLConfig = _FROM_PRESET
+    guard: GuardConfig = _FROM_PRESET
+    log: LogConfig = _FROM_PRESET
+
+    def __post_init__(self) -> None:
+        require(self.preset in PRESETS, "preset", self.preset, f"choose one of {', '.join(PRESETS)}")
+        for name, section in SECTIONS.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, section(**preset_section(self.preset, name, {})))
+        check_types("", self)
+        for name in ("max_steps", "save_total_limit"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be greater than 0")
+        require(self.save_steps >= 0, "save_steps", self.save_steps, "must be 0 or more")
+        # 2^63: the seeds of permutations and generators are signed 64-bit numbers.
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or more, and below 2^63")
+        minibatches = self.optim.num_mini_batches
+        nearest = max(1, round(self.rollout.batch_size / minibatches)) * minibatches
+        remedy = f"must be divisible by optim.num_mini_batches={minibatches}: try {nearest}"
+        require(self.rollout.batch_size % minibatches == 0, "rollout.batch_size", self.rollout.batch_size, remedy)
+        remedy = f"the policy would never learn in max_steps={self.max_steps}: make it smaller"
+        require(self.critic.warmup_steps < self.max_steps, "critic.warmup_steps", self.critic.warmup_steps, remedy)
+        remedy = "divides by the number of rewards less 1: set rollout.batch_size to 2 or more"
+        fits = self.reward.normalise != "paper" or self.rollout.batch_size > 1
+        require(fits, "reward.normalise", self.reward.normalise, remedy)
+
+    @classmethod
+    def from_preset(cls, preset: str = "safe", **overrides: Any) -> Config:
+        """The preset with overrides: top-level settings as they are, a section as a dictionary of fields to change.
+
+        ``Config.from_preset("ppo", max_steps=10, optim={"learning_rate": 1e-4})``. Raises ConfigError on unknown names.
+        """
+        require(preset in PRESETS, "preset", preset, f"choose one of {', '.join(PRESETS)}")
+        top = [f.name for f in dataclasses.fields(cls)]
+        for name, value in overrides.items():
+            require(name in top, name, value, f"unknown setting; the top level has {', '.join(top)}")
+        arguments = {"preset": preset, **{k: v for k, v in overrides.items() if k not in SECTIONS}}
+        for name, section in SECTIONS.items():
+            given = overrides.get(name, {})
+            require(isinstance(given, dict), name, given, "a section is a dictionary of the fields to change")
+            known = [f.name for f in dataclasses.fields(section)]
+            for field, value in given.items():
+                require(field in known, f"{name}.{field}", value, f"unknown setting; {name} has {', '.join(known)}")
+            arguments[name] = section(**preset_section(preset, name, given))
+        return cls(**arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain dictionaries, complete and reusable as input."""
+        return dataclasses.asdict(self)

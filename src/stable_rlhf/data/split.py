@@ -1,0 +1,57 @@
+"""Which prompts are trained on and which are held out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+
+from stable_rlhf.config import Config
+from stable_rlhf.data.sources import load_prompts
+from stable_rlhf.errors import ConfigError
+
+
+def split_datasets(config: Config, train: Any, evaluation: Any) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """(training prompts, held-out prompts or None).
+
+    ``train`` and ``evaluation`` are data sets or lists of rows; None takes what ``config.data`` names, where rows are
+    held out of the training set if no other are named. Raises ConfigError when the training set is too small for that.
+    """
+    data, size = config.data, config.data.eval_size
+    if train is not None:
+        return _as_dataset(train), None if evaluation is None else _as_dataset(evaluation)
+    train = load_prompts(data.train, format=data.format, split=data.split, limit=data.limit)
+    if evaluation is not None:
+        return train, _as_dataset(evaluation)
+    if size == 0:
+        return train, None
+    if data.eval is not None or data.train == "builtin":
+        source = "builtin" if data.eval is None else data.eval
+        return train, load_prompts(source, format=data.format, split=data.eval_split, limit=size)
+    if len(train) <= size:
+        raise ConfigError(
+            f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval"
+        )
+    held_out = train.train_test_split(test_size=size, seed=config.seed)["test"]
+    # Data sets hold one conversation at several lengths, and prompts twice: none of a held-out one is trained on.
+    begun = {_beginning(prompt) for prompt in held_out["prompt"]}
+    kept = [row for row, prompt in enumerate(train["prompt"]) if _beginning(prompt) not in begun]
+    if not kept:
+        raise ConfigError(f"data.eval_size={size}: no training prompt begins otherwise than those held out; lower it")
+    return train.select(kept), held_out
+
+
+def _beginning(prompt: Any) -> str:
+    """What tells conversations apart: the first thing that the user says."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((message["content"] for message in prompt if message["role"] == "user"), prompt[0]["content"])
+
+
+def _as_dataset(rows: Any) -> datasets.Dataset:
+    """A data set as it is; a list of rows with every column that any row has."""
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    rows = list(rows)
+    columns = {name: None for row in rows for name in row}  # a dict keeps the order of first appearance
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})

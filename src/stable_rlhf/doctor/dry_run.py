@@ -1,0 +1,128 @@
+"""A few real steps in a folder that is removed afterwards, and the forecast."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from stable_rlhf.config import Config, DataConfig, GuardConfig, RewardConfig
+from stable_rlhf.data import EncodedPrompts, PromptStream
+from stable_rlhf.doctor.findings import Findings
+from stable_rlhf.errors import DivergenceError, RewardError
+from stable_rlhf.hardware import memory, resolve_device
+from stable_rlhf.text import readable_size
+from stable_rlhf.training import SAFETrainer
+
+STEPS, CUDA_STEPS = 2, 8
+"""Dry steps: one on the longest prompts; on CUDA three more, in which the usual shapes are compiled and captured. The
+middle of those after the first half is the forecast's: on an H100 the first steps of configs/smollm2-hh.yaml took 3.6,
+0.9, 1.2, 1.7, 1.4, 0.8 and then mostly 0.7 s (docs/LOG.md, 2026-11-26)."""
+
+
+PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_s", "update": "update_s"}
+
+
+class _DryRun(SAFETrainer):
+    """The trainer, but for what it would leave on disk."""
+
+    def save_checkpoint(self) -> Path:
+        return self.run_dir
+
+    def save_final(self) -> None:
+        pass
+
+
+class _Order(PromptStream):
+    """The stream of the dry steps' prompts: the first ``size`` rows first, then the others again and again."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(2 * size, seed=0)
+        self._left, self._then = [list(range(size))], list(range(size, 2 * size))
+
+    def take(self, k: int) -> list[int]:
+        return self._left.pop() if self._left else self._then
+
+
+def dry_steps(
+    found: Findings,
+    config: Config,
+    functions: list[Any],
+    train: datasets.Dataset,
+    encoded: EncodedPrompts,
+    held_out: int,
+    checkpoint: int,
+) -> None:
+    """Trains for a few steps, first on the longest prompts, then on the run's first batch, which is timed."""
+    device, size = resolve_device(config.model.device), config.rollout.batch_size
+    by_length = sorted(range(len(encoded)), key=lambda row: -len(encoded.input_ids[row]))
+    longest = [by_length[i % len(by_length)] for i in range(size)]
+    usual = PromptStream(len(train), config.seed).take(size)
+    with tempfile.TemporaryDirectory(prefix="stable-rlhf-doctor-") as folder:
+        dry = dataclasses.replace(
+            config,
+            output_dir=str(Path(folder) / "run"),
+            max_steps=number_of_steps(device, config.max_steps),
+            save_steps=0,
+            data=DataConfig(max_prompt_length=config.data.max_prompt_length),  # the rows are chosen already
+            critic=dataclasses.replace(config.critic, warmup_steps=0),  # longer than these steps; without, all learns
+            reward=RewardConfig(  # what is rewarded is loaded already, and given as objects
+                weights=config.reward.weights,
+                missing_eos_penalty=config.reward.missing_eos_penalty,
+                normalise=config.reward.normalise,
+            ),
+            guard=GuardConfig(enabled=False),  # a figure that is not finite is to be named, not rolled back
+            log=dataclasses.replace(config.log, report_to=[], completions_steps=0, progress=False),
+        )
+        try:
+            with memory.measured(device) as peak:
+                rows = train.select([*longest, *usual])
+                trainer = _DryRun(config.model.name, functions, args=dry, train_dataset=rows)
+                trainer.stream = _Order(size)
+                trainer.train()
+        except (RewardError, DivergenceError) as error:
+            found.fail(f"step: {error}")
+            return
+        except RuntimeError as error:
+            if (said := memory.shortage(error)) is None:
+                raise
+            found.fail(f"step: {said}; {memory.LESS}")
+            return
+        lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
+    timing = usual_step([json.loads(line) for line in lines])
+    taken = "" if peak.taken is None else f"; the steps took {readable_size(peak.taken)} at most"
+    parts = ", ".join(f"{name} {timing[key]:.3g} s" for name, key in PARTS.items())
+    found.ok(f"step: {timing['total_s']:.3g} s ({parts}), {timing['tokens_per_s']:.0f} tokens/s{taken}")
+    found.ok(forecast(config, timing, held_out, checkpoint))
+
+
+def number_of_steps(device: torch.device, most: int) -> int:
+    """How many dry steps; on CUDA no more than the run's ``most``, but STEPS at least."""
+    return max(STEPS, min(CUDA_STEPS, most)) if device.type == "cuda" else STEPS
+
+
+def usual_step(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The median of each figure over the second half of the steps."""
+    timed, names = rows[len(rows) // 2 :], (*PARTS.values(), "total_s", "tokens_per_s")
+    return {name: statistics.median(row[name] for row in timed) for name in names}
+
+
+def forecast(config: Config, timing: dict[str, float], held_out: int, checkpoint: int) -> str:
+    """How long the run takes, and when it saves; ``timing``: a step's seconds by part, ``held_out``: prompts."""
+    evaluating = sum(timing[part] for part in ("rollout_s", "scoring_s", "logprobs_s"))
+    evaluating *= 2 * math.ceil(held_out / config.rollout.batch_size)  # before and after
+    seconds = config.max_steps * timing["total_s"] + evaluating
+    every = config.save_steps
+    when = f"every {every} steps and at the end" if 0 < every < config.max_steps else "at the end"
+    return (
+        f"forecast: {config.max_steps} steps x {timing['total_s']:.3g} s and {evaluating:.3g} s of evaluation = "
+        f"{timedelta(seconds=round(seconds))}; checkpoints of {readable_size(checkpoint)} {when}"
+    )

@@ -1,0 +1,59 @@
+"""Rewards per token, advantages and returns of a measured rollout."""
+
+from __future__ import annotations
+
+import torch
+
+from stable_rlhf.config import Config
+from stable_rlhf.control import Decision
+from stable_rlhf.learner.figures import plain
+from stable_rlhf.ops.advantages import gae, token_rewards
+from stable_rlhf.ops.masked import masked_mean, whiten
+from stable_rlhf.ops.objective import explained_variance
+from stable_rlhf.policy import ActorCritic
+from stable_rlhf.records import Batch, Measured
+
+
+@torch.no_grad()
+def make_batch(
+    model: ActorCritic, measured: Measured, scores: list[float], decision: Decision, config: Config
+) -> tuple[Batch, dict[str, float | None]]:
+    """(batch to learn from, its metrics): rewards per token, GAE, whitening over the batch.
+
+    ``scores`` [B] are normalised. critic.bootstrap says whose values stand on which side of delta.
+    """
+    mask = measured.tokens.mask
+    log_ratio = measured.logp - measured.ref_logp
+    kl_coef = decision.kl_coef if config.kl.in_reward else 0.0
+    score = torch.tensor(scores, dtype=torch.float32)
+    # With c = E sum_t l_t / E T, the gradient of E sum_t (l_t - c) is E T times that of c, the mean per token.
+    level = masked_mean(log_ratio, mask) if config.kl.length_neutral else 0.0
+    rewards = token_rewards(score, log_ratio - level, kl_coef, mask)
+    online, target = model.combine(measured.values), model.combine(measured.targets)
+    values = target if config.critic.bootstrap == "target" else online
+    bootstrap = online if config.critic.bootstrap == "online" else target
+    optim = config.optim
+    advantages, returns = gae(rewards, values, bootstrap, mask, optim.gamma, optim.lam)
+    if config.critic.lam is not None:
+        _, returns = gae(rewards, values, bootstrap, mask, optim.gamma, config.critic.lam)
+    batch = Batch(
+        tokens=measured.tokens,
+        logp=measured.logp,
+        ref_logp=measured.ref_logp,
+        entropy=measured.entropy,
+        values=measured.values,
+        advantages=whiten(advantages, mask, optim.whiten_floor),
+        returns=returns,
+    )
+    rows = mask.any(1).sum()
+    penalty = (-kl_coef * log_ratio * mask).sum() / rows
+    metrics = {
+        "objective/non_score_reward": penalty,
+        "val/explained_variance": explained_variance(returns, online, mask),
+        "val/mean": masked_mean(online, mask),
+        "val/returns_mean": masked_mean(returns, mask),
+        "safe/target_gap": masked_mean((online - target).abs(), mask),
+    }
+    if len(measured.values) == 2:
+        metrics["safe/head_gap"] = masked_mean((measured.values[0] - measured.values[1]).abs(), mask)
+    return batch, plain(metrics)

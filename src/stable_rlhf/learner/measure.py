@@ -1,0 +1,73 @@
+"""Log-probs, reference, values and entropy of a rollout, before anything is learned from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+
+from stable_rlhf.config import Config
+from stable_rlhf.control import Observation
+from stable_rlhf.errors import DivergenceError
+from stable_rlhf.learner.microbatches import Lengths, plan
+from stable_rlhf.learner.passes import Passes
+from stable_rlhf.ops.masked import masked_mean
+from stable_rlhf.records import Measured, Rollout, Tokens, on
+
+
+@torch.no_grad()
+def measure(passes: Passes, rollout: Rollout, config: Config, step: int) -> Measured:
+    """The forward of the update and the reference's over the rollout, in the microbatches of the first pass.
+
+    The same rows go through the same computation again in the first update, so its ratio is exactly 1. The result is on
+    the CPU, copied there at once: what follows on it is small, and would wait for the device at every figure.
+    """
+    model, device = passes.model, passes.model.device
+    tokens = dataclasses.replace(rollout.tokens, mask=rollout.tokens.mask & torch.tensor(rollout.valid)[:, None])
+    tokens = tokens.padded(passes.grain.columns)
+    shape, heads = tokens.response.shape, len(model.heads)
+    names = ("logp", "ref_logp", "entropy")
+    figures = torch.zeros(len(names) + 2 * heads, *shape, device=device)
+    there = on(tokens, device)
+    for minibatch in plan(lengths(tokens), config, step, 0, device, passes.grain):
+        for micro in minibatch:
+            rows = micro.rows.to(device)
+            part = there.rows(rows, micro.width, micro.length, micro.count)
+            out, ref_logp = passes.measure(part, learns_policy(config, step))
+            parts = [out.logp[None], ref_logp[None], out.entropy[None], out.values, model.target_values(out.state)]
+            figures[:, rows[: micro.count], : micro.length] = torch.cat(parts)[:, : micro.count]
+    figures = figures.cpu()
+    named = dict(zip(names, figures, strict=False))
+    return Measured(tokens=tokens, values=figures[3 : 3 + heads], targets=figures[3 + heads :], **named)
+
+
+def lengths(tokens: Tokens) -> Lengths:
+    return Lengths(prompt=tokens.start.tolist(), response=tokens.mask.sum(1).tolist())
+
+
+def learns_policy(config: Config, step: int) -> bool:
+    """Whether the step is past the critic's warm-up."""
+    return step >= config.critic.warmup_steps
+
+
+def observe(step: int, rollout: Rollout, measured: Measured) -> Observation:
+    """What the controller is given: mean reward of the valid rows, mean k1 and mean entropy over response tokens."""
+    scores = [score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid]
+    mask = measured.tokens.mask
+    kl = masked_mean((measured.logp - measured.ref_logp).double(), mask).item()
+    entropy = masked_mean(measured.entropy.double(), mask).item()
+    check_finite(step, {"objective/kl": kl, "objective/entropy": entropy})
+    return Observation(step=step, reward=sum(scores) / len(scores), kl=kl, entropy=entropy)
+
+
+def check_finite(step: int, figures: Mapping[str, float | None]) -> None:
+    """Raises DivergenceError, with the step, the figure and the remedy, for the first that is NaN or infinite."""
+    for name, figure in figures.items():
+        if figure is not None and not math.isfinite(figure):
+            raise DivergenceError(
+                f"step {step}: {name} is {figure}, so the policy has diverged and the step is not recorded; resume "
+                "from the last checkpoint, or start anew with a lower optim.learning_rate",
+                figures,
+            )

@@ -1,0 +1,38 @@
+"""The policy with its value heads and its reference, and how they are loaded."""
+
+from stable_rlhf.policy.actor_critic import ActorCritic, Output, ValueHead, compile_layers, detached
+from stable_rlhf.policy.loading import (
+    check_model,
+    given_policy,
+    load_policy,
+    load_tokenizer,
+    lora_config,
+    not_a_model,
+    policy_dtype,
+    policy_source,
+    prepare_tokenizer,
+)
+from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_length, eos_token_ids, layers, lm_head
+
+__all__ = [
+    "ActorCritic",
+    "Output",
+    "ValueHead",
+    "causal_lm",
+    "check_model",
+    "compile_layer",
+    "compile_layers",
+    "context_length",
+    "detached",
+    "eos_token_ids",
+    "given_policy",
+    "layers",
+    "lm_head",
+    "load_policy",
+    "load_tokenizer",
+    "lora_config",
+    "not_a_model",
+    "policy_dtype",
+    "policy_source",
+    "prepare_tokenizer",
+]

@@ -1,0 +1,251 @@
+"""The policy, its value heads and the reference in one module with one forward."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stable_rlhf.config import CriticConfig
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.hardware import UNBOUNDED, UNMASKED, attending, attention_span
+from stable_rlhf.ops.logprobs import token_statistics
+from stable_rlhf.ops.objective import soft_min
+from stable_rlhf.policy.transformer import causal_lm, compile_layer, layers, lm_head
+from stable_rlhf.records import Tokens
+
+
+class ValueHead(nn.Module):
+    """LayerNorm -> Linear(h, h/4) -> GELU -> Linear(1), float32 (the published code's head): [..., h] -> [...]."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, hidden_size // 4)
+        self.out = nn.Linear(hidden_size // 4, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out(nn.functional.gelu(self.up(self.norm(hidden)))).squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What one forward gives, [B, T] float32 unless said otherwise. Entries outside the mask mean nothing."""
+
+    logp: Tensor
+    """log pi(a_t | s_t) at the sampling temperature, nats."""
+    entropy: Tensor
+    """Entropy of pi(. | s_t), nats."""
+    values: Tensor
+    """[H, B, T] each head's V(s_t)."""
+    state: Tensor
+    """[B, T, h] what the heads read: the last hidden state, without a gradient unless critic.backbone_gradient."""
+    exact_kl: Tensor | None
+    """KL(pi || pi_ref) at s_t over the whole vocabulary, where asked for."""
+
+
+class ActorCritic(nn.Module):
+    """Policy, value heads and Polyak target heads. Dropout is off always, so that a ratio is of one policy.
+
+    ``policy`` is a causal language model or a PEFT model around one. With PEFT the reference is the policy with its
+    adapter off; otherwise it is a frozen copy of the policy as given.
+    """
+
+    def __init__(self, policy: PreTrainedModel | PeftModel, critic: CriticConfig, *, autocast: bool = False) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+        self.autocast = autocast
+        device = next(policy.parameters()).device
+        hidden_size = causal_lm(policy).get_output_embeddings().weight.shape[1]
+        self.heads = nn.ModuleList(ValueHead(hidden_size) for _ in range(critic.heads)).to(device, torch.float32)
+        self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
+        self.peft = isinstance(policy, PeftModel)
+        self.span = attention_span(causal_lm(policy))
+        own = causal_lm(policy).config._attn_implementation
+        self.attention = UNMASKED if own == "sdpa" and self.span == UNBOUNDED else own
+        for module in policy.modules():
+            if autocast and hasattr(module, "cast_input_dtype_enabled"):
+                # PEFT would widen an adapter's input to the float32 of its weights, and autocast narrow it again.
+                setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010
+        # A list hides the copy from state dicts, optimisers and wrappers: it never changes.
+        self._policy_parameters = [p for p in policy.parameters() if p.requires_grad]
+        self._reference = [] if self.peft else [copy.deepcopy(policy).requires_grad_(False).eval()]
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.heads.parameters()).device
+
+    def forward(self, tokens: Tokens, *, temperature: float, exact_kl: bool = False) -> Output:
+        """Log-probs, entropy and values of the response tokens in one pass; see ``Output``.
+
+        ``exact_kl`` adds the KL over the vocabulary, at the price of a pass of the reference.
+        """
+        hidden = self._hidden(self.policy, tokens)
+        against: tuple[Any, Any] = (None, None)
+        if exact_kl:
+            with torch.no_grad(), self.reference() as reference:
+                against = self._hidden(reference, tokens), lm_head(reference)
+        statistics = token_statistics(hidden, lm_head(self.policy), tokens.response, temperature, *against)
+        state = hidden.float() if self.critic.backbone_gradient else hidden.detach().float()
+        return Output(
+            logp=statistics.logp,
+            entropy=statistics.entropy,
+            values=torch.stack([head(state) for head in self.heads]),
+            state=state,
+            exact_kl=statistics.kl,
+        )
+
+    @torch.no_grad()
+    def reference_logp(self, tokens: Tokens, *, temperature: float) -> Tensor:
+        """[B, T] log pi_ref(a_t | s_t), nats."""
+        with self.reference() as reference:
+            hidden = self._hidden(reference, tokens)
+            return token_statistics(hidden, lm_head(reference), tokens.response, temperature).logp
+
+    @torch.no_grad()
+    def target_values(self, state: Tensor) -> Tensor:
+        """[H, B, T]: the target heads on ``Output.state``."""
+        return torch.stack([head(state) for head in self.target_heads])
+
+    def combine(self, head_values: Tensor) -> Tensor:
+        """[H, B, T] -> [B, T]: the one value of a single head, the soft-min of two."""
+        if len(head_values) == 1:
+            return head_values[0]
+        return soft_min(head_values[0], head_values[1], self.critic.temperature)
+
+    def _hidden(self, policy: nn.Module, tokens: Tokens) -> Tensor:
+        """[B, T, h]: the last hidden state at s_0 .. s_{T-1}; position t has not seen a_t."""
+        ids, lm = tokens.ids, causal_lm(policy)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast), attending(lm, self.attention):
+            # No mask and no positions: padding is on the right, where a causal model does not look.
+            out = lm.get_decoder()(input_ids=ids, use_cache=False)
+        at = tokens.start[:, None] - 1 + torch.arange(tokens.response.shape[1], device=ids.device)
+        # Beyond a row's end stands its last position again: a number that means nothing, under the mask.
+        at = at.clamp(max=ids.shape[1] - 1)[..., None]
+        return out.last_hidden_state.gather(1, at.expand(-1, -1, out.last_hidden_state.shape[2]))
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Any]:
+        """The reference policy, for as long as the context lasts."""
+        if self.peft:
+            with self.policy.disable_adapter():  # pyright: ignore[reportCallIssue]
+                yield self.policy
+        else:
+            yield self._reference[0]
+
+    @contextlib.contextmanager
+    def checkpointing(self, enabled: bool) -> Iterator[None]:
+        """Recompute layers in the backward pass inside the context. Only the layers themselves are told that they
+        train: their dropouts stay off, and outside (when sampling) the KV cache works."""
+        blocks = layers(self.policy) if enabled else []
+        if enabled and not blocks:
+            raise ConfigError(
+                f"model.gradient_checkpointing=true: {type(causal_lm(self.policy)).__name__} does not support it in "
+                "Transformers; set model.gradient_checkpointing=false"
+            )
+        if enabled:
+            model = causal_lm(self.policy)  # renamed in Transformers 5.23
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            # Nothing random happens in a layer, so no generator's state has to be kept for the second pass.
+            enable({"use_reentrant": False, "preserve_rng_state": False})
+        before = [block.training for block in blocks]
+        for block in blocks:
+            block.training = True
+        try:
+            with attending(causal_lm(self.policy), self.attention):  # the second pass comes with the backward
+                yield
+        finally:
+            for block, was in zip(blocks, before, strict=True):
+                block.training = was
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        return self._policy_parameters
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return list(self.heads.parameters())
+
+    @torch.no_grad()
+    def update_targets(self, stepped: Tensor) -> None:
+        """target <- (1 - tau) target + tau online, tau = critic.target_tau (Polyak average); nothing where ``stepped``
+        (scalar, bool, on the device) is False."""
+        share = self.critic.target_tau * stepped.float()
+        for target, online in zip(self.target_heads.parameters(), self.heads.parameters(), strict=True):
+            target.lerp_(online, share)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by name: trained policy weights, heads, target heads."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad or name.startswith("target_heads.")
+        }
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Of all of ``trained_state``; NaN or infinite where any number is. It waits for the device."""
+        norms = torch._foreach_norm(list(self.trained_state().values()))  # pyright: ignore[reportPrivateImportUsage]
+        return float(torch.stack([norm.to(self.device, torch.float32) for norm in norms]).square().sum().sqrt())
+
+    @torch.no_grad()
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Copies ``trained_state`` back. Raises ValueError when names or shapes are another model's."""
+        own = self.trained_state()
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())[:3]
+            raise ValueError(f"the checkpoint is of another model or adapter: {odd} are not in both")
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(tensor.shape)} here")
+            tensor.copy_(state[name])
+
+    def reference_fingerprint(self) -> str:
+        """SHA-256 over a sample of every reference weight: tells whether a resumed run has the same reference."""
+        digest = hashlib.sha256()
+        with self.reference() as model:
+            for name, parameter in sorted(causal_lm(model).named_parameters()):
+                if "lora_" not in name and ".modules_to_save." not in name:
+                    values = parameter.detach().flatten()
+                    sample = values[:: max(1, len(values) // 1024)].float().cpu()  # 1,024 a tensor: fast at any size
+                    digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def compile_layers(model: ActorCritic) -> None:
+    """Has torch.compile fuse the operations of each layer of the policy and of its reference.
+
+    Layer by layer: all are one program, compiled once, for any number of rows and columns.
+    """
+    with model.reference() as reference:
+        blocks = {id(block): block for block in [*layers(model.policy), *layers(reference)]}
+    if not blocks:
+        raise ConfigError(
+            f"model.torch_compile=true: {type(causal_lm(model.policy)).__name__} does not mark its layers in "
+            "Transformers; set model.torch_compile=false"
+        )
+    for block in blocks.values():
+        compile_layer(block)
+
+    def requires_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """The first layer's input has a gradient like every other's, or it would be a program of its own."""
+        return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+
+    causal_lm(model.policy).get_input_embeddings().register_forward_hook(requires_grad)
+
+
+def detached(out: Output) -> Output:
+    """Without the autograd graph, which would keep every activation."""
+    parts: dict[str, Any] = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+    for name, part in parts.items():
+        parts[name] = part if part is None else part.detach()
+    return Output(**parts)

@@ -1,0 +1,167 @@
+"""Loading policy and tokenizer, and refusing what cannot be trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from stable_rlhf.config import ModelConfig
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.hardware import resolve_device
+from stable_rlhf.policy.transformer import causal_lm
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises ConfigError for a name that is no model, before anything else loads."""
+    from transformers import AutoConfig
+
+    if model.name == "builtin" or model.gguf_file is not None:  # a GGUF file's settings take as long to read as it does
+        return
+    if not model.name or (model.name.startswith((".", "/", "~")) and not Path(model.name).is_dir()):
+        raise not_a_model(model, FileNotFoundError("there is no such folder"))
+    try:
+        AutoConfig.from_pretrained(
+            model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise not_a_model(model, error) from error
+
+
+def not_a_model(model: ModelConfig, error: Exception) -> ConfigError:
+    setting = f"model.name={model.name!r}" + (f", model.gguf_file={model.gguf_file!r}" if model.gguf_file else "")
+    remedy = "give builtin, the folder of a causal language model in safetensors or GGUF, or a hub name"
+    return ConfigError(f"{setting}: {str(error).rstrip('.')}; {remedy}")
+
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+HEAD_TOLERANCE = 1e-3
+"""Largest difference, in nats, between the model's own log-probs and ours that the check at loading lets pass: float32
+rounding stays below 1e-4, a head with a bias, a scale or a soft cap is far above."""
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    name, arguments = policy_source(config)
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(name, **arguments))
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Padding on the left, pad = EOS where there is none (masks are built from the first EOS, not from the pad id)."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token: no completion could end")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
+    """(model on its device, whether to run it under bfloat16 autocast). Weights come from safetensors or GGUF only."""
+    name, arguments = policy_source(config)
+    device = resolve_device(config.device)
+    dtype, low = policy_dtype(config, adapter=peft_config is not None)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
+    if config.gguf_file is not None:  # dequantised on loading, but it still calls itself quantised: no saving then
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.config.__dict__.pop("quantization_config", None)
+    return wrap_policy(model.to(device), config, peft_config), low
+
+
+def policy_dtype(config: ModelConfig, adapter: bool = False) -> tuple[torch.dtype, bool]:
+    """(dtype in which weights are loaded, whether to run under bfloat16 autocast)."""
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and resolve_device(config.device).type == "cuda")
+    # Weights that are trained stay float32: bfloat16 has 8 bits of mantissa, and a step of 1e-5 would round away.
+    return torch.bfloat16 if low and (adapter or config.lora_r > 0) else torch.float32, low
+
+
+def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> Any:
+    """The model with the adapter that the settings or ``peft_config`` ask for; checked to be one we can train."""
+    check_lm_head(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"model.name={config.name!r}: is an adapter, which would stay frozen under a new one; merge it "
+            "(merge_and_unload, save_pretrained) and name the merged folder, or pass a PeftModel with is_trainable=True"
+        )
+    if isinstance(model, PeftModel):
+        return check_adapter(model)
+    peft_config = peft_config or lora_config(config)
+    return model if peft_config is None else check_adapter(get_peft_model(model, peft_config))
+
+
+def lora_config(config: ModelConfig) -> LoraConfig | None:
+    """The adapter that the settings ask for."""
+    if config.lora_r == 0:
+        return None
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha or 2 * config.lora_r,  # pyright: ignore[reportArgumentType]
+        lora_dropout=0.0,  # dropout would make the ratio of two different policies
+        target_modules=config.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def given_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
+    """As ``load_policy``, of a model that came as an object; ``model.dtype=auto`` is the object's own."""
+    if config.device != "auto" or torch.cuda.is_available():
+        model = model.to(resolve_device(config.device))
+    own = next(model.parameters()).dtype
+    low = own == torch.bfloat16 if config.dtype == "auto" else config.dtype == "bfloat16"
+    model = wrap_policy(model if low or own == torch.float32 else model.float(), config, peft_config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # trained weights are float32: see load_policy
+            parameter.data = parameter.data.float()
+    return model, low
+
+
+def check_adapter(model: PeftModel) -> PeftModel:
+    """Raises ConfigError for an adapter that would not train, or whose "off" would not be the reference."""
+    for name, adapter in model.peft_config.items():
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        if kind != "LORA":
+            raise ConfigError(f"the adapter {name!r} is {kind}: the forward runs the layers, where only LoRA acts")
+        if (bias := getattr(adapter, "bias", "none")) != "none":
+            raise ConfigError(f"the adapter {name!r} trains biases (bias={bias!r}), which stay on in the reference")
+    if isinstance(causal_lm(model).get_output_embeddings(), LoraLayer):
+        raise ConfigError("the adapter is on the LM head, whose weight the chunked head reads without it: leave it out")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("no weight of the policy is trainable: load the adapter with is_trainable=True")
+    return model
+
+
+@torch.no_grad()
+def check_lm_head(model: Any) -> None:
+    """Raises ConfigError unless logits = hidden @ lm_head.weight.T, which is what the chunked head computes."""
+    lm = causal_lm(model.eval())
+    head = lm.get_output_embeddings()
+    device = next(lm.parameters()).device
+    ids = torch.arange(2, 10, device=device)[None] % head.weight.shape[0]
+    own = lm(input_ids=ids).logits
+    hidden = lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    ours = nn.functional.linear(hidden, head.weight)  # in the model's own precision: the very product, or another head
+    difference = (own.float().log_softmax(-1) - ours.float().log_softmax(-1)).abs().amax().item()
+    tolerance = HEAD_TOLERANCE if own.dtype == torch.float32 else 100 * HEAD_TOLERANCE
+    if not difference < tolerance:
+        raise ConfigError(
+            f"{type(lm).__name__}: its logits differ from hidden @ lm_head.weight by {difference:.2g} nats (a bias, a "
+            "scale or a soft cap on the logits), which the chunked LM head does not compute; choose another model"
+        )
+
+
+def policy_source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    if config.name == "builtin":
+        return str(ASSETS / "policy"), {}
+    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        arguments["revision"] = config.revision
+    if config.gguf_file is not None:
+        arguments["gguf_file"] = config.gguf_file
+    return config.name, arguments

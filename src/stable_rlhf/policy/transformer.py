@@ -1,0 +1,42 @@
+"""Where things are in a Transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def causal_lm(policy: Any) -> Any:
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def lm_head(policy: Any) -> Tensor:
+    """[V, h]: the weight that turns a hidden state into logits."""
+    return causal_lm(policy).get_output_embeddings().weight
+
+
+def layers(policy: Any) -> list[nn.Module]:
+    """The transformer's blocks, in order; none where Transformers does not mark them."""
+    return [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_layer(layer: nn.Module) -> None:
+    """Has torch.compile fuse the layer's operations, for any number of rows and columns, once it first runs."""
+    # Inductor would time every product with padded operands while it compiles; these are multiples of 8 as they are.
+    layer.compile(dynamic=True, options={"shape_padding": False})
+
+
+def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the tokenizer's EOS and those of the model's generation settings, sorted."""
+    own = getattr(causal_lm(model).generation_config, "eos_token_id", None)
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return sorted({int(tokenizer.eos_token_id), *own})  # pyright: ignore[reportArgumentType]
+
+
+def context_length(model: Any) -> int | None:
+    """Positions that the model can attend to, or None where its configuration sets no bound."""
+    return getattr(causal_lm(model).config, "max_position_embeddings", None)

@@ -1,0 +1,11 @@
+"""One run's report: crashes, plots, tables, a page of HTML. Needs no torch."""
+
+from stable_rlhf.report.html import write_report
+from stable_rlhf.report.run import read_run
+from stable_rlhf.report.summary import print_summary
+
+__all__ = [
+    "print_summary",
+    "read_run",
+    "write_report",
+]

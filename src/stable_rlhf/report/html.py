@@ -1,0 +1,49 @@
+"""One run folder -> one report.html: no script, no network, no torch; every text from models and data is escaped.
+
+Reading (`read_run`), figures (`reward_crashes`, `headline`) and drawing (`write_report`) are separate, so that a
+comparison of runs uses the same figures. What a run did not record is named in the report, not drawn as an empty plot.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from stable_rlhf.control.guard import WINDOW
+from stable_rlhf.report.plots import draw_plots
+from stable_rlhf.report.run import headline, read_run
+from stable_rlhf.runs import METRICS, evaluation
+from stable_rlhf.text import excerpt
+
+SAMPLES, COMPLETIONS, TEXT_LIMIT = 12, 8, 1500  # rows shown, and characters of each text: the file stays small
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into the run folder, whole or not at all, and return its path. Raises as `read_run` does."""
+    run = read_run(run_dir)
+    head = headline(run)
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "assets")
+    environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["shown"] = _shown
+    environment.filters["number"] = lambda value, form=".3f": "-" if value is None else format(float(value), form)
+    page = environment.get_template("report.html.j2").render(
+        run=run,
+        head=head,
+        window=WINDOW,
+        evaluation=evaluation.evaluation_rows(run.evaluation) if run.evaluation else [],
+        samples=(run.evaluation or {}).get("samples", [])[:SAMPLES],
+        completions=run.completions[:COMPLETIONS],
+        plots=draw_plots(run.rows, head.crashes, run.incidents),
+        metrics=METRICS,
+    )
+    aside = run.path / "report.html.tmp"
+    aside.write_text(page, encoding="utf-8")
+    return aside.replace(run.path / "report.html")
+
+
+def _shown(value: Any, limit: int = TEXT_LIMIT) -> str:
+    """Any value as text that only shows: escapes made visible, long texts cut. Jinja escapes the HTML in it."""
+    return excerpt(value if isinstance(value, str) else reprlib.repr(value), limit)  # a list in YAML can be 10^9 items

@@ -1,0 +1,145 @@
+"""A run folder, read and checked."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from stable_rlhf.control.guard import WINDOW
+from stable_rlhf.files import finite
+from stable_rlhf.report.crashes import RewardCrash, moving_average, reward_crashes, step_errors
+from stable_rlhf.report.plots import series
+from stable_rlhf.runs import evaluation as runs_evaluation
+from stable_rlhf.runs import incidents, read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder as read: rows of metrics.jsonl, texts as they are (hostile), `notes` on what is missing or torn."""
+
+    path: Path
+    rows: tuple[dict[str, Any], ...]
+    config_text: str | None
+    config: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    completions: tuple[dict[str, Any], ...]
+    completions_step: int | None
+    incidents: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The figures at the top of a report; None where the run lacks what they need. Rewards in the scorer's units."""
+
+    steps: int
+    reward: float | None  # R at the last step; over fewer steps in a run shorter than WINDOW
+    kl_end: float | None  # nats per token
+    kl_max: float | None
+    entropy: float | None
+    crashes: tuple[RewardCrash, ...]
+    errors_known: bool  # False: no standard errors, so that only the first condition for a crash was applied
+    largest_fall: float | None  # max_t D_t, crash or not
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Read a run folder; metrics.jsonl is required and must have a row, the rest is noted when missing.
+
+    Raises FileNotFoundError without metrics.jsonl, ValueError naming file and line for what cannot be read.
+    """
+    path, notes = Path(run_dir), []
+    if not (path / "metrics.jsonl").is_file():
+        begun = (path / "config.yaml").is_file()
+        remedy = "the run has done no step yet" if begun else "give the folder of a run"
+        raise FileNotFoundError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
+    rows, torn = read_rows(path / "metrics.jsonl")
+    if not rows:
+        raise ValueError(f"{path / 'metrics.jsonl'}:1: no complete row yet: nothing to report before the first step")
+    if torn:
+        notes.append("metrics.jsonl ends in a torn line: the run was stopped while it wrote.")
+    config_text, config = _read_config(path / "config.yaml", notes)
+    evaluation = _read_evaluation(path / "evaluation.json", notes)
+    step, completions = _read_completions(path / "completions", notes)
+    if isinstance(planned := config.get("max_steps"), int) and (done := rows[-1]["step"] + 1) < planned:
+        notes.append(f"The run has not finished: {done} of {planned} steps.")
+    return Run(
+        path=path,
+        rows=tuple(rows),
+        config_text=config_text,
+        config=config,
+        evaluation=evaluation,
+        completions=completions,
+        completions_step=step,
+        incidents=tuple(incidents.read(path)),
+        notes=tuple(notes),
+    )
+
+
+def headline(run: Run) -> Headline:
+    """The figures of a run by the definitions of docs/metrics.md."""
+    errors = step_errors([row for row in run.rows if row.get("objective/scores") is not None])
+    rewards, kl, entropy = (series(run.rows, f"objective/{name}")[1] for name in ("scores", "kl", "entropy"))
+    averages = moving_average(rewards)
+    falls = [peak - now for peak, now in zip(itertools.accumulate(averages, max), averages, strict=True)]
+    return Headline(
+        steps=run.rows[-1]["step"] + 1,
+        reward=math.fsum(rewards[-WINDOW:]) / min(WINDOW, len(rewards)) if rewards else None,
+        kl_end=kl[-1] if kl else None,
+        kl_max=max(kl, default=None),
+        entropy=entropy[-1] if entropy else None,
+        crashes=tuple(reward_crashes(rewards, errors)),
+        errors_known=errors is not None,
+        largest_fall=max(falls, default=None),
+    )
+
+
+def _read_config(path: Path, notes: list[str]) -> tuple[str | None, dict[str, Any]]:
+    if not path.is_file():
+        notes.append("config.yaml is missing: the preset and the number of steps are unknown.")
+        return None, {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(f"{path}:{mark.line + 1 if mark else 1}: not YAML ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}:1: a configuration is a mapping of settings, found {type(config).__name__}")
+    return text, config
+
+
+def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    if not path.is_file():
+        notes.append("evaluation.json is missing: nothing to compare before and after, and no samples.")
+        return None
+    try:
+        evaluation = json.loads(path.read_bytes(), parse_float=finite, parse_constant=finite)
+        if not isinstance(evaluation, dict):
+            raise TypeError(f"expected an object, found {type(evaluation).__name__}")
+        runs_evaluation.evaluation_rows(evaluation)
+        if not all(isinstance(sample, dict) for sample in evaluation.get("samples", [])):
+            raise TypeError("`samples` must be a list of objects")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: {error}") from error
+    if not evaluation.get("after"):
+        notes.append("evaluation.json has no `after`: the run stopped before its last evaluation.")
+    return evaluation
+
+
+def _read_completions(folder: Path, notes: list[str]) -> tuple[int | None, tuple[dict[str, Any], ...]]:
+    files = sorted(folder.glob("step-[0-9]*.parquet"), key=lambda file: int(file.stem.removeprefix("step-")))
+    if not files:
+        notes.append("completions/ holds no file: no completions to show.")
+        return None, ()
+    try:
+        rows = pq.read_table(files[-1], columns=["prompt", "completion", "score", "length", "kl"]).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise ValueError(f"{files[-1]}: not a file of completions ({error}); remove it") from error
+    return int(files[-1].stem.removeprefix("step-")), tuple(rows)

@@ -1,0 +1,54 @@
+"""The tables printed at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stable_rlhf.runs import evaluation_rows
+from stable_rlhf.text import formatted, printable, visible
+
+
+def summary_table(evaluation: Mapping[str, Any]) -> Table:
+    """Before and after training on the same prompts; ± is one standard error of the mean reward."""
+    prompts = formatted(evaluation.get("before", {}).get("prompts"), ".0f")
+    table = Table(title=Text(f"Evaluation on {prompts} prompts"))
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in evaluation_rows(evaluation):
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def samples_table(evaluation: Mapping[str, Any], count: int = 3, limit: int = 240) -> Table:
+    """The first `count` samples: prompt, completion before, completion after, each at most `limit` characters."""
+    table = Table(title=Text("Samples (reward in brackets)"), show_lines=True)
+    for heading in ("prompt", "before", "after"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for sample in evaluation.get("samples", [])[:count]:
+        cells = [Text(printable(sample["prompt"], limit))]
+        for side in ("before", "after"):
+            text = printable(sample.get(side) or "", limit)
+            cells.append(Text(f"[{formatted(sample.get(f'reward_{side}'), '.3f')}] {text}"))
+        table.add_row(*cells)
+    return table
+
+
+def print_summary(
+    run_dir: str | Path, evaluation: Mapping[str, Any], resume_command: str | None, console: Console | None = None
+) -> None:
+    """Print both tables (none without held-out prompts), the run's folder, and the command that resumes it if any."""
+    console = console or Console()
+    if evaluation:
+        console.print(summary_table(evaluation))
+    if evaluation.get("samples"):
+        console.print(samples_table(evaluation))
+    lines = {"Run": str(run_dir), "Report": str(Path(run_dir) / "report.html"), "Resume": resume_command}
+    for label, line in lines.items():
+        if line is not None:  # soft wrap: a path or command that is copied must not contain line breaks
+            console.print(Text(f"{label}: {visible(line, '⏎')}"), soft_wrap=True)

@@ -1,0 +1,16 @@
+"""Scores of completions: functions, reward models and reward servers."""
+
+from stable_rlhf.rewards.build import listed, make_scorer
+from stable_rlhf.rewards.client import remote_reward
+from stable_rlhf.rewards.functions import resolve_reward
+from stable_rlhf.rewards.model import RewardModel
+from stable_rlhf.rewards.scorer import Scorer
+
+__all__ = [
+    "RewardModel",
+    "Scorer",
+    "listed",
+    "make_scorer",
+    "remote_reward",
+    "resolve_reward",
+]

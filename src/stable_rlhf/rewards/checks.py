@@ -1,0 +1,54 @@
+"""Reward errors and validation of reward outputs."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from stable_rlhf.data import Text
+from stable_rlhf.errors import RewardError
+from stable_rlhf.text import quoted
+
+LARGEST = 1e30
+"""Size of a score: the squares of larger ones, of which deviations are made, come near the end of float64."""
+
+
+@contextmanager
+def failures_named(name: str, prompts: Sequence[Text]) -> Iterator[None]:
+    """What a reward function raises comes out as a RewardError that names it; its own RewardErrors as they are."""
+    try:
+        yield
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"reward function {name!r} raised {type(error).__name__}: {str(error)!r} on {len(prompts)} samples, the "
+            f"first prompt being {shown(prompts[0])}. It must accept prompts, completions and every other column of "
+            "the data set (**columns), and answer None where it cannot score."
+        ) from error
+
+
+def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | None]:
+    """The answers of one function as floats and None, or a RewardError that names the first wrong one."""
+    values = output.tolist() if hasattr(output, "tolist") else output  # tensors and arrays
+    if not isinstance(values, list | tuple) or len(values) != len(prompts):
+        got = f"{len(values)} scores" if isinstance(values, list | tuple) else f"a {type(output).__name__}"
+        raise RewardError(f"reward function {name!r} returned {got}; it must return a list of {len(prompts)} scores.")
+    checked: list[float | None] = []
+    for number, (value, prompt) in enumerate(zip(values, prompts, strict=True), start=1):
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if value is not None and not (isinstance(value, numbers.Real) and abs(float(value)) <= LARGEST):
+            got = f"returned {shown(value)} for sample {number}, whose prompt is {shown(prompt)}"
+            wanted = "A score is a finite number, at most 1e30 in size, or None for no score."
+            raise RewardError(f"reward function {name!r} {got}. {wanted}")
+        checked.append(None if value is None else float(value))
+    return checked
+
+
+def shown(value: Any) -> str:
+    """repr() of a value, or of a chat's last message: control characters escaped, the middle of a long one left out."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    return quoted(value)

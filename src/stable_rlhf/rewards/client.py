@@ -1,0 +1,373 @@
+"""Reward servers: a reward function that asks for its scores over HTTP, as OpenRLHF's trainer does (docs/rewards.md).
+
+A batch is whole or an error: no score is made up, and none is used before all of them are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import random
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import tenacity
+
+from stable_rlhf.config import RewardConfig, url_without_secrets
+from stable_rlhf.console import tell
+from stable_rlhf.data import Message, Text, plain_text
+from stable_rlhf.errors import RewardError, RewardUnavailable
+from stable_rlhf.rewards.checks import shown
+from stable_rlhf.rewards.functions import RewardFunction
+from stable_rlhf.rewards.run_async import waited_for
+
+CONNECT_SECONDS = 10.0
+"""What opening a connection may take: a few round trips, however busy the server is."""
+
+
+FIRST_PAUSE = 0.5
+"""Seconds before a request is made again: a process that was killed by a deployment takes about that to be replaced."""
+
+
+LONGEST_PAUSE = 60.0
+"""Seconds to which the pauses double: somebody who starts a server waits no longer than that for the run to see it."""
+
+
+MAX_ANSWER_BYTES = 8 * 2**20
+"""A score takes 25 bytes, three times where `scores` and `extra_logs` repeat it: a thousand times the usual batch."""
+
+
+MAX_ERROR_BYTES = 4096
+"""Bytes of a refusal that are read: more than are shown."""
+
+
+AGAIN = frozenset({408, 425, 429})
+"""Statuses below 500 that say "not now": time-out, too early, too many requests."""
+
+
+NOT_THE_PLACE = frozenset({401, 403, 404, 405})
+"""Statuses that a request without the data set's columns gets for its address or token, not for lacking them."""
+
+
+SILENT = 5.0
+"""Seconds without scores before the console is told: a server that is replaced is back in less."""
+
+
+GLANCE = 0.2
+"""Seconds between two looks, in a pause, at whether the run is asked to stop."""
+
+
+PROBE_RETRIES = 2
+"""Retries of the trial at the start, within a second or two: a server that is not there is reported in seconds."""
+
+
+PROBE_PROMPT, PROBE_COMPLETION = "The soup was", " good."
+
+
+class _Failure(Exception):
+    """A request that gave no scores. again: whether another may. after: seconds that the server asked to wait."""
+
+    def __init__(self, what: str, *, again: bool, after: float = 0.0, status: int | None = None) -> None:
+        super().__init__(what)
+        self.again, self.after, self.status = again, after, status
+
+
+class RemoteReward:
+    """An async reward function whose scores come from a server.
+
+    url: where a batch is POSTed, without a password in it. batch_size: samples a request, one request after another.
+    timeout: seconds a request. retries: further tries of a request that failed for a cause that may pass: connection,
+    time-out, statuses 408, 425, 429 (Retry-After is waited for) and 5xx, an answer that is no JSON object with one
+    reward a sample. max_wait: seconds for one call, all requests and pauses together. token_env: see RewardConfig.
+    columns: of the data set, sent as fields of their names. first_pause: seconds before the first retry.
+    stopping: whether the run is asked to stop; then no failed request is made again.
+
+    Calling it raises RewardUnavailable where it gets no scores, with the URL, tries, seconds, cause and remedy.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        batch_size: int = 64,
+        timeout: float = 60.0,
+        retries: int = 15,
+        max_wait: float = 600.0,
+        token_env: str | None = None,
+        columns: Sequence[str] = (),
+        first_pause: float = FIRST_PAUSE,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.url, self.columns = url, tuple(columns)
+        self._batch_size, self._timeout, self._retries, self._max_wait = batch_size, timeout, retries, max_wait
+        self._token_env, self._stopping = token_env, stopping
+        self._bounds = f"reward.timeout={timeout:g}, reward.retries={retries}, reward.max_wait={max_wait:g}"
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self._headers["Accept-Encoding"] = "identity"  # so that the limit on an answer is one on what it unfolds to
+        if token_env is not None:
+            self._headers["Authorization"] = f"Bearer {_token(token_env)}"
+        self._doubling = tenacity.wait_exponential(multiplier=first_pause, max=LONGEST_PAUSE)
+        self._random = random.Random()  # not the run's own: a retry must not change what it draws
+        self._tls = httpx2.create_ssl_context(trust_env=False)  # the system's certificates, always verified
+
+    async def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+    ) -> list[float | None]:
+        """A score a sample, in order; None where the server has none for it."""
+        if missing := [name for name in self.columns if name not in columns]:
+            has = ", ".join(columns) or "no other column than prompt"
+            raise RewardError(f"reward.columns={list(self.columns)!r}: the data set has no {missing[0]!r}, but {has}.")
+        scores: list[float | None] = []
+        started, tries, say = time.monotonic(), 0, self._said()
+        settings: dict[str, Any] = {"headers": self._headers, "verify": self._tls, "trust_env": False}
+        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)  # the rest is bounded as a whole, in _request
+        async with httpx2.AsyncClient(timeout=timeout, follow_redirects=False, **settings) as client:
+            for first in range(0, len(prompts), self._batch_size):
+                part = slice(first, first + self._batch_size)
+                sent = {name: columns[name][part] for name in self.columns}
+                body = _body(prompts[part], completions[part], sent)
+                left = self._max_wait - (time.monotonic() - started)
+                retrying = tenacity.AsyncRetrying(
+                    retry=tenacity.retry_if_exception(lambda error: isinstance(error, _Failure) and error.again),
+                    wait=self._pause,
+                    stop=tenacity.stop_after_attempt(self._retries + 1) | tenacity.stop_before_delay(left),
+                    before_sleep=say,
+                    sleep=self._sleep,
+                    reraise=True,
+                )
+                try:
+                    count = len(prompts[part])
+                    scores += await retrying(self._request, client, body, first, count, started, retrying.statistics)
+                except _Failure as failure:
+                    tries += retrying.statistics["attempt_number"]
+                    raise self._unavailable(failure, tries, time.monotonic() - started) from failure
+                tries += retrying.statistics["attempt_number"]
+        return scores
+
+    def probe(self) -> None:
+        """Raises RewardUnavailable in seconds where the server is not there, by having it score one short text.
+
+        With `columns`, which are not known yet, they are null, and the server need not be able to score that.
+        """
+        trial = RemoteReward(
+            self.url,
+            timeout=self._timeout,
+            retries=min(self._retries, PROBE_RETRIES),
+            max_wait=self._max_wait,
+            token_env=self._token_env,
+            columns=self.columns,
+        )
+        trial._bounds = f"a trial before the run begins, of at most {PROBE_RETRIES} retries"
+        nothing = {name: [None] for name in self.columns}
+        try:
+            waited_for(lambda: trial([PROBE_PROMPT], [PROBE_COMPLETION], **nothing))
+        except RewardUnavailable as error:
+            status = error.__cause__.status if isinstance(error.__cause__, _Failure) else None
+            there = status is not None and not 300 <= status < 400 and status not in NOT_THE_PLACE
+            if not (self.columns and there):
+                raise
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        """Seconds before the next try: doubling, between half and all of it, so that runs do not come back as one."""
+        failure = state.outcome.exception() if state.outcome else None
+        asked = failure.after if isinstance(failure, _Failure) else 0.0
+        return max(self._doubling(state) * self._random.uniform(0.5, 1.0), asked)
+
+    def _said(self) -> Callable[[tenacity.RetryCallState], None]:
+        """What says, once, that there have been no scores for so long that the run looks as if it hung."""
+        done: list[bool] = []
+
+        def say(state: tenacity.RetryCallState) -> None:
+            if not done and (state.seconds_since_start or 0.0) + state.upcoming_sleep > SILENT:
+                done.append(True)
+                failure = state.outcome.exception() if state.outcome else None
+                bound = f"reward.max_wait={self._max_wait:g} s at most"
+                tell(f"the reward server {url_without_secrets(self.url)} gives no scores ({failure}); waiting, {bound}")
+
+        return say
+
+    async def _request(
+        self,
+        client: httpx2.AsyncClient,
+        body: bytes,
+        first: int,
+        count: int,
+        started: float,
+        known: dict[str, Any],
+    ) -> list[float | None]:
+        """One request, from its first byte to its last within what it may take; after one that failed (``known``: the
+        statistics of the tries), also until the run is asked to stop."""
+        allowed = max(0.0, min(self._timeout, self._max_wait - (time.monotonic() - started)))
+        try:
+            async with asyncio.timeout(allowed) as bound:
+                watch = asyncio.create_task(self._cut(bound)) if known["attempt_number"] > 1 else None
+                try:
+                    async with client.stream("POST", self.url, content=body) as response:
+                        content = await _content(response)
+                finally:
+                    if watch is not None:
+                        watch.cancel()
+        except TimeoutError as error:
+            raise _Failure(f"no whole answer within {allowed:.3g} s", again=True) from error
+        except httpx2.HTTPError as error:
+            what = f"{type(error).__name__}: {shown(str(error))}"
+            raise _Failure(what, again=not _untrusted(error)) from error
+        return _rewards(content, first, count)
+
+    def _unavailable(self, failure: _Failure, tries: int, seconds: float) -> RewardUnavailable:
+        how = f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
+        asked = f" (it asked to be left alone for {failure.after:g} s)" if failure.after > 0 else ""
+        return RewardUnavailable(
+            f"the reward server {url_without_secrets(self.url)} gave no scores, {how} ({self._bounds}): "
+            f"{failure}{asked}. Start or mend the server, or correct its URL."
+        )
+
+    async def _sleep(self, seconds: float) -> None:
+        """A pause before a further try. Raises _Failure where the run is asked to stop, before it or in it."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if self._stopping():
+                raise _Failure("the run is asked to stop, and does not ask again", again=False)
+            await asyncio.sleep(min(left, GLANCE))
+
+    async def _cut(self, request: asyncio.Timeout) -> None:
+        """Ends a request once the run is asked to stop."""
+        while not self._stopping():
+            await asyncio.sleep(GLANCE)
+        request.reschedule(asyncio.get_running_loop().time())
+
+
+def remote_reward(url: str, config: RewardConfig, stopping: Callable[[], bool] = lambda: False) -> RewardFunction:
+    """The server at a URL as a reward function, by its host and port as name. Raises RewardError for its token."""
+    function = RemoteReward(
+        url,
+        batch_size=config.batch_size,
+        timeout=config.timeout,
+        retries=config.retries,
+        max_wait=config.max_wait,
+        token_env=config.token_env,
+        columns=config.columns,
+        stopping=stopping,
+    )
+    return RewardFunction(name=urlsplit(url).netloc, function=function)
+
+
+def _token(variable: str) -> str:
+    token = os.environ.get(variable, "")
+    if not token:
+        raise RewardError(f"reward.token_env={variable!r}: no such environment variable is set; export it.")
+    if not (token.isascii() and token.isprintable()) or " " in token:  # what a header cannot hold
+        raise RewardError(f"reward.token_env={variable!r}: its value has spaces or other signs that no token has.")
+    return token
+
+
+def _body(prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, list[Any]]) -> bytes:
+    """The request: `query` and `prompts` as texts, `messages` where prompts are chats, and the chosen columns."""
+    chats = [_messages(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    heads = [p if isinstance(p, str) else f"{plain_text(p)}\n\nAssistant:" for p in prompts]
+    query = [
+        head + str(completion) if chat is None else plain_text(chat)
+        for head, completion, chat in zip(heads, completions, chats, strict=True)
+    ]
+    fields: dict[str, Any] = {"query": query, "prompts": heads}
+    if any(chats):
+        fields["messages"] = chats
+    for name, values in columns.items():
+        try:
+            json.dumps(values, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RewardError(
+                f"reward.columns names {name!r}, which JSON cannot hold ({error}); leave it out, or make it text."
+            ) from error
+        fields[name] = values
+    return json.dumps(fields).encode("ascii")  # ASCII: lone surrogates go as escapes, which are always valid
+
+
+def _messages(prompt: Text, completion: Text) -> list[Message] | None:
+    """The whole chat of a sample, None for a text prompt."""
+    if isinstance(prompt, str):
+        return None
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return [*prompt, *answer]
+
+
+async def _content(response: httpx2.Response) -> bytes:
+    """The answer's bytes. Raises _Failure for a status that is no success, and for more bytes than a score can need."""
+    status, limit = response.status_code, MAX_ANSWER_BYTES if response.is_success else MAX_ERROR_BYTES
+    if encoding := response.headers.get("Content-Encoding", "").replace("identity", ""):
+        raise _Failure(f"it answered in the encoding {shown(encoding)}, though none was asked for", again=False)
+    content = bytearray()
+    async for piece in response.aiter_raw():
+        content += piece
+        if len(content) > limit:
+            break
+    if response.is_success:
+        if len(content) > limit:
+            raise _Failure(f"its answer has more than {limit} bytes", again=False, status=status)
+        return bytes(content)
+    if response.is_redirect:
+        where = shown(response.headers.get("Location", ""))
+        raise _Failure(f"HTTP {status}: it sends elsewhere, to {where}; give that URL", again=False, status=status)
+    what = f"HTTP {status}: {shown(content[:limit].decode('utf-8', 'replace').strip())}"
+    after = _seconds_to_wait(response.headers.get("Retry-After"))
+    raise _Failure(what, again=status in AGAIN or status >= 500, after=after, status=status)
+
+
+def _seconds_to_wait(header: str | None) -> float:
+    """Retry-After: seconds, or a date; 0 without one or for one that is neither."""
+    if header is None:
+        return 0.0
+    if header.strip().isascii() and header.strip().isdigit():
+        return float(header)
+    try:
+        date = parsedate_to_datetime(header)
+    except (ValueError, OverflowError):
+        return 0.0
+    now = datetime.now(UTC) if date.tzinfo else datetime.now(UTC).replace(tzinfo=None)
+    return max(0.0, (date - now).total_seconds())
+
+
+def _rewards(content: bytes, first: int, count: int) -> list[float | None]:
+    """The answer's `rewards`. What is no answer of a reward server may be a proxy's, and is asked for again."""
+    try:
+        answer = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        begins = shown(content[:200].decode("utf-8", "replace"))
+        raise _Failure(f"its answer is no JSON, and begins with {begins}", again=True, status=200) from error
+    rewards = answer.get("rewards") if isinstance(answer, dict) else None
+    if not isinstance(rewards, list):
+        raise _Failure(f"its answer has no list 'rewards', but is {shown(answer)}", again=True, status=200)
+    if len(rewards) != count:
+        raise _Failure(f"it gave {len(rewards)} rewards for {count} samples", again=True, status=200)
+    return [_reward(value, first + row) for row, value in enumerate(rewards, start=1)]
+
+
+def _reward(value: Any, sample: int) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    what = f"its reward of sample {sample} is {shown(value)}, not a finite number, or null for no score"
+    raise _Failure(what, again=False, status=200)
+
+
+def _untrusted(error: BaseException | None) -> bool:
+    """Whether a certificate was refused, which trying again does not change."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,110 @@
+"""Sampling: the only module that does. Prompts in, a scored ``Rollout`` out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from stable_rlhf.config import RolloutConfig
+from stable_rlhf.data import EncodedPrompts
+from stable_rlhf.records import Rollout, Tokens
+from stable_rlhf.rewards import Scorer
+from stable_rlhf.rollout.backend import Sampling
+from stable_rlhf.rollout.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Everything that stays the same from rollout to rollout."""
+
+    tokenizer: PreTrainedTokenizerBase
+    scorer: Scorer
+    config: RolloutConfig
+    eos_token_ids: list[int]
+    decoder: Decoder
+
+    def collect(
+        self, dataset: Any, encoded: EncodedPrompts, indices: Sequence[int]
+    ) -> tuple[Rollout, dict[str, float]]:
+        """(rollout, seconds by part): samples a completion for each of the rows, and scores it.
+
+        Draws from torch's global generator of the model's device. The rollout's tensors are on the CPU.
+        """
+        started = time.perf_counter()
+        prompt, prompt_mask = pad_left([encoded.input_ids[i] for i in indices], self.pad_token_id)
+        response = self.generate(prompt, prompt_mask)
+        mask, ended = response_mask(response, self.eos_token_ids)
+        completions = self.decode(prompt, prompt_mask, response, mask)
+        sampled = time.perf_counter()
+        rows = dataset[list(indices)]
+        columns = {name: values for name, values in rows.items() if name != "prompt"}
+        scores = self.scorer.score(rows["prompt"], completions, columns, ended.tolist())
+        rollout = Rollout(
+            indices=list(indices),
+            prompts=rows["prompt"],
+            completions=completions,
+            tokens=Tokens.pack(prompt, prompt_mask, response, mask),
+            ended=ended.tolist(),
+            scores=scores.total,
+            valid=scores.valid,
+            per_function=scores.per_function,
+            truncated=sum(encoded.truncated[i] for i in indices),
+        )
+        return rollout, {"rollout_s": sampled - started, "scoring_s": time.perf_counter() - sampled}
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+    def generate(self, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
+        """[B, T] sampled tokens, on the CPU: T <= max_completion_length, the whole distribution at the temperature."""
+        sampling = Sampling(
+            max_new_tokens=self.config.max_completion_length,
+            temperature=self.config.temperature,
+            eos_token_ids=tuple(self.eos_token_ids),
+            pad_token_id=self.pad_token_id,
+        )
+        device = self.decoder.model.device
+        return self.decoder.sample(prompt.to(device), prompt_mask.to(device), sampling).cpu()
+
+    def decode(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> list[str]:
+        """Completions as text, without special tokens: what they add to the prompt's text.
+
+        Decoded alone, a completion would lose the space it begins with under tokenizers of the SentencePiece kind.
+        """
+        before = [row[keep].tolist() for row, keep in zip(prompt, prompt_mask, strict=True)]
+        after = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]
+        heads = self.tokenizer.batch_decode(before, skip_special_tokens=True)
+        whole = self.tokenizer.batch_decode(
+            [p + r for p, r in zip(before, after, strict=True)], skip_special_tokens=True
+        )
+        alone = self.tokenizer.batch_decode(after, skip_special_tokens=True)
+        # A prompt that was cut inside a character has no text of its own to take away: there the completion alone.
+        return [
+            text[len(head) :] if text.startswith(head) else own
+            for text, head, own in zip(whole, heads, alone, strict=True)
+        ]
+
+
+def pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """([B, P] int64, [B, P] bool True for tokens), padded on the left to the longest row."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    return ids, mask
+
+
+def response_mask(response: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """([B, T] bool, True up to and including the first EOS; [B] bool, True where there is one).
+
+    Built from the first EOS alone: the pad id may be the EOS id, or a token that the model says in earnest.
+    """
+    is_eos = torch.isin(response, torch.tensor(eos_token_ids, device=response.device))
+    before = is_eos.long().cumsum(1) - is_eos.long()
+    return before == 0, is_eos.any(1)

@@ -1,0 +1,19 @@
+"""A run on disk: metrics, incidents, evaluation, names, lock. Needs no torch."""
+
+from stable_rlhf.runs import evaluation, incidents
+from stable_rlhf.runs.evaluation import evaluation_rows, read
+from stable_rlhf.runs.lock import RunLock
+from stable_rlhf.runs.metrics import MetricsWriter, read_rows, write_completions
+from stable_rlhf.runs.names import METRICS
+
+__all__ = [
+    "METRICS",
+    "MetricsWriter",
+    "RunLock",
+    "evaluation",
+    "evaluation_rows",
+    "incidents",
+    "read",
+    "read_rows",
+    "write_completions",
+]

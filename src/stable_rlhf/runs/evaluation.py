@@ -1,0 +1,78 @@
+"""evaluation.json: the held-out prompts before and after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stable_rlhf.files import replace_text
+from stable_rlhf.runs.metrics import check_value
+from stable_rlhf.text import clipped, formatted
+
+TEXT_LIMIT = 20_000
+"""Characters kept of a sample's prompt and completion, which are there to be read: 16 prompts of 10 MB would be 160."""
+
+
+def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Enters one side (``before`` or ``after``) into run_dir/evaluation.json; returns the whole content.
+
+    ``before`` begins the file anew: a run that stopped before its first step may have left one in the folder.
+    """
+    known = {} if side == "before" else read(run_dir)
+    known[side] = figures
+    kept = known.get("samples") or [{"prompt": clipped(sample["prompt"], TEXT_LIMIT)} for sample in samples]
+    for sample, new in zip(kept, samples, strict=True):
+        sample |= {side: clipped(new["completion"], TEXT_LIMIT), f"reward_{side}": new["reward"]}
+    known["samples"] = kept
+    replace_text(run_dir / "evaluation.json", json.dumps(known, indent=1))
+    return known
+
+
+def forget_after(run_dir: Path) -> None:
+    """Takes ``after`` out of run_dir/evaluation.json: the run goes on, so its end is not measured yet."""
+    known = read(run_dir)
+    if known.pop("after", None) is not None:
+        for sample in known["samples"]:
+            del sample["after"], sample["reward_after"]
+        replace_text(run_dir / "evaluation.json", json.dumps(known, indent=1))
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """The content of run_dir/evaluation.json; empty where the run has no held-out prompts."""
+    path = run_dir / "evaluation.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# Figures of evaluation.json that get a row of their own: label, and the format in which people read it.
+EVALUATION: dict[str, tuple[str, str]] = {
+    "reward": ("reward", ".4f"),
+    "kl": ("KL, nats per token", ".4f"),
+    "entropy": ("entropy, nats per token", ".3f"),
+    "distinct_2": ("distinct-2", ".3f"),
+    "length": ("length, tokens", ".1f"),
+}
+
+
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(label, before, after, change) of evaluation.json, for any table. A figure that is null or not there is a dash.
+
+    Raises ValueError when `before` is missing or a figure is not a number. The standard error stands behind its reward
+    and the number of prompts in a heading, so these have no row.
+    """
+    if not isinstance(evaluation.get("before"), Mapping):
+        raise ValueError("evaluation.json has no `before`: evaluate the policy before training, or remove the file")
+    before, after = evaluation["before"], evaluation.get("after") or {}
+    rows = []
+    for name, (label, form) in EVALUATION.items():
+        shown, values = [], []
+        for side, figures in (("before", before), ("after", after)):
+            value = figures.get(name)
+            check_value(f"{name} of `{side}` in evaluation.json", value)
+            error = figures.get("reward_se") if name == "reward" else None
+            shown.append(formatted(value, form) + ("" if error is None else f" ± {error:{form}}"))
+            values.append(value)
+        change = formatted(None if None in values else values[1] - values[0], "+" + form)
+        rows.append((label, shown[0], shown[1], change))
+    return rows

@@ -1,0 +1,54 @@
+"""One process to a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from stable_rlhf.errors import ConfigError
+
+
+class RunLock:
+    """One process to a run folder: the system takes the lock from a process that dies, whatever it dies of."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._owner = run_dir / ".owner.json"
+        self._lock = FileLock(run_dir / ".lock")
+
+    def take(self) -> None:
+        """Raises ConfigError, with the owner, while another process has it. Taking it twice is taking it once."""
+        if self._lock.is_locked:
+            return
+        self._owner.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"output_dir={str(self._owner.parent)!r}: is in use by {self._who()}; wait for it, stop it, or choose "
+                "another folder"
+            ) from error
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}))
+
+    def check(self) -> None:
+        """Raises ConfigError, with the owner, while another process has it; nothing is left of the asking."""
+        if self._owner.exists():  # or nobody trains here, and there may be no folder yet
+            self.take()
+            self.release()
+
+    def release(self) -> None:
+        if self._lock.is_locked:
+            self._owner.unlink(missing_ok=True)
+            self._lock.release()
+
+    def _who(self) -> str:
+        try:
+            owner = json.loads(self._owner.read_text())
+            return f"process {owner['pid']} on {owner['host']}, training since {owner['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it is only just beginning, or not ours to read
+            return "another process"

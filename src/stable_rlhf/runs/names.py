@@ -1,0 +1,78 @@
+"""The names of what a run records."""
+
+from __future__ import annotations
+
+# Every name that a row of metrics.jsonl may hold. docs/metrics.md has formula, unit and healthy range; a test compares.
+METRICS: dict[str, str] = {
+    "step": "rollouts before this one, from 0",
+    "episode": "prompts seen so far, this rollout included",
+    "objective/scores": "mean raw reward, before any KL",
+    "objective/scores_std": "standard deviation of the raw reward over the rollout",
+    "objective/kl": "mean of logp - ref over response tokens (k1), nats per token",
+    "objective/kl_k3": "mean of exp(-l) - 1 + l over response tokens, nats per token",
+    "objective/kl_per_sequence": "mean over sequences of the summed log-ratio, nats per sequence",
+    "objective/entropy": "mean entropy of the sampling policy, nats per token",
+    "objective/ref_nll": "mean of -ref over response tokens: how odd the reference finds the text, nats per token",
+    "objective/non_score_reward": "mean over sequences of the KL part of the reward",
+    "objective/rlhf_reward": "objective/scores + objective/non_score_reward",
+    "rewards/<name>/mean": "mean of one reward function, unweighted",
+    "policy/approxkl_avg": "half the mean squared change of logp during the update, nats per token",
+    "policy/clipfrac_avg": "share of tokens whose ratio PPO clipped",
+    "policy/entropy_avg": "mean entropy during the update, nats per token",
+    "policy/skipped_steps": "optimiser steps not taken because their gradient was not finite",
+    "loss/policy_avg": "clipped surrogate loss",
+    "loss/value_avg": "critic's loss",
+    "loss/kl_avg": "KL term of the loss, coefficient included",
+    "val/clipfrac_avg": "share of tokens whose value was clipped",
+    "val/ratio": "mean probability ratio new / old",
+    "val/ratio_var": "variance of the probability ratio",
+    "val/explained_variance": "1 - Var(G - V) / Var(G)",
+    "val/mean": "mean value V(s_t)",
+    "val/returns_mean": "mean return G_t",
+    "grad_norm/policy": "gradient norm of the policy, before clipping",
+    "grad_norm/critic": "gradient norm of the critic, before clipping",
+    "lr": "learning rate of the policy",
+    "lr_critic": "learning rate of the critic",
+    "completions/mean_length": "mean response tokens, EOS included",
+    "completions/min_length": "shortest response, tokens",
+    "completions/max_length": "longest response, tokens",
+    "completions/clipped_ratio": "share of completions cut off without an EOS",
+    "completions/distinct_2": "distinct bigrams / bigrams over the rollout",
+    "completions/skipped": "completions whose reward was None",
+    "prompts/truncated": "prompts cut to the maximum prompt length",
+    "safe/kl_coef": "coefficient of the KL term that the controller chose",
+    "safe/threshold": "KL threshold tau_t, nats per token",
+    "safe/excess": "max(0, filtered KL - tau_t), nats per token",
+    "safe/kl_short": "fast filter of objective/kl, nats per token",
+    "safe/kl_long": "slow filter of objective/kl, nats per token",
+    "safe/gate": "factor on the penalty from entropy",
+    "safe/entropy_floor": "entropy below which the gate tightens, nats per token",
+    "safe/phase": "phase of the threshold (text)",
+    "safe/pid_p": "proportional term of the PID",
+    "safe/pid_i": "integral term of the PID",
+    "safe/pid_d": "derivative term of the PID",
+    "safe/reason": "the controller's decision in one line (text)",
+    "safe/preview_kl": "largest KL(before || after) that an optimiser step proposed, nats per token",
+    "safe/step_scale": "mean share of a proposed optimiser step that was taken",
+    "safe/scaled_steps": "optimiser steps of which the preview took a part only",
+    "safe/head_gap": "mean of |V1 - V2|",
+    "safe/target_gap": "mean of |V - V_target|",
+    "safe/rollbacks": "roll-backs of the run before this step",
+    "safe/reward_mean": "running mean of the reward normaliser",
+    "safe/reward_std": "running deviation of the reward normaliser",
+}
+
+
+TEXT_METRICS = frozenset({"safe/phase", "safe/reason"})
+
+
+TIMINGS: dict[str, str] = {
+    "step": "the step of the row in metrics.jsonl",
+    "rollout_s": "seconds spent sampling",
+    "scoring_s": "seconds spent scoring",
+    "logprobs_s": "seconds spent on the log-probs of policy and reference",
+    "control_s": "seconds spent on the controller and the advantages",
+    "update_s": "seconds spent in the optimiser steps",
+    "total_s": "seconds for the whole step",
+    "tokens_per_s": "response tokens sampled / total_s",
+}

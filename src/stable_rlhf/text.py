@@ -1,0 +1,107 @@
+"""Text of models, data sets, settings and errors, made safe to look at: on a terminal, in a log, in the report.
+
+Standard library only. Everything that such text could do beside showing (colour a terminal, set its title, fill the
+clipboard, turn the writing direction, cover other lines) needs one of the characters that `visible` writes as escapes.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+
+MARKS = 8
+"""Combining marks that are shown on one character: Tibetan, which stacks most, has 8 on its largest; a flood of them
+covers the lines above and below."""
+
+
+QUOTED = 80
+"""Characters of a value that an error message repeats: one terminal line."""
+
+
+def visible(text: str, newline: str = "\n") -> str:
+    """`text` with every character that could act instead of show written as an escape; newlines become `newline`.
+
+    Escaped are Unicode's categories C* (controls, format characters such as bidi overrides and zero-width ones,
+    surrogates, private and unassigned code points), the line and paragraph separators, and combining marks after the
+    MARKS-th in a row.
+    """
+    return "".join(_pieces(text, newline))
+
+
+def printable(text: str, limit: int) -> str:
+    """`text` on one line, safe on a terminal, at most `limit` characters; a shortened text ends in an ellipsis.
+
+    Newlines show as a return mark, the rest as in `visible`; an escape is never cut in two. The result is plain text:
+    hand it to rich as `rich.text.Text`, never as markup. Raises ValueError when limit < 1.
+    """
+    if limit < 1:
+        raise ValueError(f"limit is {limit}: it must be 1 or more")
+    shown, taken = _first(text, limit, "⏎")
+    return shown if taken == len(text) else _first(text, limit - 1, "⏎")[0] + "…"
+
+
+def excerpt(text: str, limit: int) -> str:
+    """`visible` text of at most `limit` characters, and how many more there are. Costs no more for a longer text."""
+    shown, taken = _first(text, limit, "\n")
+    return shown if taken == len(text) else f"{shown}… ({len(text) - taken} more characters)"
+
+
+def ends(text: str, limit: int) -> str:
+    """`visible` text, the middle left out where it has more than about `limit` characters."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-(limit // 2) :]}"
+    return visible(text)
+
+
+def quoted(value: object) -> str:
+    """repr() of a value, which escapes control characters; of a long one the middle is left out."""
+    text = repr(value)
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 4]}...{text[-1]}"
+
+
+def valid_unicode(text: str) -> str:
+    """`text` as any file and tool can hold it: a pair of surrogates becomes the character it stands for, a lone one
+    U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def clipped(text: str, limit: int) -> str:
+    """`valid_unicode` text, at most its first `limit` characters, and how many more there were."""
+    text = valid_unicode(text)
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit} more characters)"
+
+
+def _first(text: str, limit: int, newline: str) -> tuple[str, int]:
+    """(the visible beginning of `text` that fits `limit` characters, characters of `text` in it)."""
+    shown, length = [], 0
+    for taken, piece in enumerate(_pieces(text, newline)):
+        if (length := length + len(piece)) > limit:
+            return "".join(shown), taken
+        shown.append(piece)
+    return "".join(shown), len(text)
+
+
+def _pieces(text: str, newline: str) -> Iterator[str]:
+    """What shows for each character of `text`."""
+    marks = 0
+    for character in text:
+        category = unicodedata.category(character)[0]
+        marks = marks + 1 if category == "M" else 0
+        if character == "\n":
+            yield newline
+        elif category == "C" or character in "\u2028\u2029" or marks > MARKS:
+            yield character.encode("unicode_escape").decode("ascii")
+        else:
+            yield character
+
+
+def readable_size(size: float) -> str:
+    """Bytes as people read them: 1 GB is 10^9."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
+def formatted(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,75 @@
+"""Measuring the policy on held-out prompts."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stable_rlhf.checkpoints import load_random_state, random_state
+from stable_rlhf.config import Config
+from stable_rlhf.data import EncodedPrompts, prompt_text
+from stable_rlhf.learner import Passes, measure, plain
+from stable_rlhf.ops.masked import distinct_n
+from stable_rlhf.records import Measured, Rollout
+from stable_rlhf.rollout import Sampler
+
+SEED = 12_345
+"""Seed of the sampling in every evaluation, so that before and after differ by the policy alone."""
+
+
+SAMPLES = 16
+"""Completions kept in evaluation.json, before and after training: a page of the report."""
+
+
+def evaluate(
+    passes: Passes, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, config: Config
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """(figures over all rows, the first SAMPLES completions). The run's own random draws stay as if it had not been."""
+    size, parts = config.rollout.batch_size, []
+    tensors, state = random_state()  # Python's and NumPy's too: a reward function may draw from them
+    try:
+        random.seed(SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        for start in range(0, len(dataset), size):
+            indices = range(start, min(start + size, len(dataset)))
+            rollout, _ = sampler.collect(dataset, encoded, indices)
+            parts.append((rollout, measure(passes, rollout, config, config.max_steps)))
+    finally:
+        load_random_state(tensors, state)
+    samples = [
+        {"prompt": prompt_text(prompt), "completion": completion, "reward": score if valid else None}
+        for rollout, _ in parts
+        for prompt, completion, score, valid in zip(
+            rollout.prompts, rollout.completions, rollout.scores, rollout.valid, strict=True
+        )
+    ]
+    return evaluation_metrics(parts), samples[:SAMPLES]
+
+
+def evaluation_metrics(parts: list[tuple[Rollout, Measured]]) -> dict[str, float | None]:
+    """One side of evaluation.json, over all rows of all parts; reward_se is the standard error of the mean reward."""
+    scores = [s for rollout, _ in parts for s, v in zip(rollout.scores, rollout.valid, strict=True) if v]
+    reward = torch.tensor(scores, dtype=torch.float64)
+    tokens = sum(measured.tokens.mask.sum() for _, measured in parts)
+    kl = sum(((m.logp - m.ref_logp).double() * m.tokens.mask).sum() for _, m in parts)
+    entropy = sum((m.entropy.double() * m.tokens.mask).sum() for _, m in parts)
+    width = max(rollout.tokens.mask.shape[1] for rollout, _ in parts)
+    masks, responses = (
+        torch.cat([nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors])
+        for tensors in zip(*((rollout.tokens.mask, rollout.tokens.response) for rollout, _ in parts), strict=True)
+    )
+    metrics = {
+        "reward": reward.mean(),
+        "reward_se": reward.std() / len(scores) ** 0.5 if len(scores) > 1 else torch.nan,
+        "kl": kl / tokens,
+        "entropy": entropy / tokens,
+        "distinct_2": distinct_n(responses, masks, 2),
+        "length": masks.sum(1).double().mean(),
+        "prompts": len(masks),
+    }
+    return plain(metrics)

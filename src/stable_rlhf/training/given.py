@@ -1,0 +1,48 @@
+"""Settings that name the objects `SAFETrainer` was given."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from stable_rlhf.config import Config, is_url, only_with
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.rewards import listed, remote_reward
+
+
+def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Config:
+    """The settings with what is really trained and rewarded, so that config.yaml tells the truth.
+
+    What is no name has none that could be loaded: `stable-rlhf resume` refuses it instead of taking another. A reward
+    server is tried here, before a model loads. Raises ConfigError, or RewardError for a server that is not there.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
+    given: dict[str, Any] = {"model": dataclasses.replace(config.model, name=name)}
+    if reward_funcs is not None:
+        functions = [_reward_name(function) for function in listed(reward_funcs)]
+        given["reward"] = dataclasses.replace(config.reward, functions=functions, url=None)
+    if train is not None:
+        given["data"] = dataclasses.replace(config.data, train="<train_dataset>")
+    config = dataclasses.replace(config, **given)
+    weights, count = config.reward.weights, len(config.reward.functions)
+    if weights is not None and len(weights) != count:
+        raise ConfigError(f"reward.weights={weights!r}: give one weight for each of the {count} rewards")
+    servers = [function for function in config.reward.functions if is_url(function)]
+    for name in ("timeout", "retries", "max_wait", "token_env", "columns"):
+        only_with("reward", config.reward, name, bool(servers), "one of reward.functions is the URL of a server")
+    for server in servers:
+        remote_reward(server, config.reward).function.probe()
+    return config
+
+
+def _reward_name(function: Any) -> str:
+    if isinstance(function, str):
+        return function
+    if isinstance(function, torch.nn.Module):
+        return getattr(getattr(function, "config", None), "_name_or_path", "") or f"<{type(function).__name__}>"
+    own = function if hasattr(function, "__qualname__") else type(function)
+    return f"{own.__module__}:{own.__qualname__}"

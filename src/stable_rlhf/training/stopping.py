@@ -1,0 +1,66 @@
+"""Signals that wait for the end of the step in hand."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from stable_rlhf.errors import Interrupted, RewardUnavailable
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class GracefulStop:
+    """Inside, SIGINT and SIGTERM raise Interrupted; inside ``waiting`` they wait for the end of the step in hand, and
+    only a second one that is SIGINT raises KeyboardInterrupt at once.
+
+    A thread other than the main one cannot have signals' handlers: there it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        """The signal that came."""
+        self._waits = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def asked(self) -> bool:
+        """Whether a signal waits for the end of the step in hand: what cannot be had now is then not waited for."""
+        return bool(self._before) and self.signum is not None
+
+    def __enter__(self) -> GracefulStop:
+        self.signum = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Where a step must not be cut in two: inside, look at ``signum`` after each. On leaving, Interrupted is raised
+        for a signal that nobody has looked at, also where a step ended early for want of a reward server."""
+        self._waits = True
+        try:
+            yield
+        except RewardUnavailable as error:
+            if self.signum is not None:
+                raise Interrupted(self.signum) from error
+            raise
+        finally:
+            self._waits = False
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+        if not self._waits:
+            raise Interrupted(signum)

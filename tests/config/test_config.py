@@ -1,0 +1,372 @@
+"""The settings' checks, and what each preset is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+import pytest
+import yaml
+
+from stable_rlhf.config import loading
+from stable_rlhf.config.algorithm import CriticConfig, GuardConfig, KLConfig, OptimConfig
+from stable_rlhf.config.config import Config
+from stable_rlhf.config.presets import PRESETS
+from stable_rlhf.config.sections import SECTIONS, ModelConfig
+from stable_rlhf.control import CONTROLLERS, controller_settings
+from stable_rlhf.errors import ConfigError
+
+# What each preset resolves to where it differs from `safe`, written out from algorithm.md's presets and layers.
+PPO = {"critic.heads": 1, "critic.loss": "mse", "critic.clip_reduction": "max", "reward.normalise": "none"}
+PPO |= {"optim.whiten_floor": 1e-4, "optim.max_preview_kl": None, "guard.enabled": False}
+IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "safe": {},
+    "paper": {
+        "critic.bootstrap": "mixed",
+        "critic.regress": "soft_min",
+        "reward.normalise": "paper",
+        "kl.controller": "paper",
+        "optim.entropy_coef": 0.01,
+        "optim.max_preview_kl": None,
+        "guard.enabled": False,
+        **IN_LOSS,
+    },
+    "ppo": {**PPO, "kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False},
+    "ppo-adaptive": {**PPO, "kl.controller": "adaptive", "kl.length_neutral": False},
+    "ppo-nokl": {**PPO, "kl.controller": "none", "kl.in_reward": False},
+    "asymmetric": {**PPO, "kl.controller": "asymmetric", **IN_LOSS},
+    "safe-single-critic": {"critic.heads": 1},
+    "safe-no-regulation": {"kl.controller": "none", "kl.in_reward": False, "guard.max_kl": None},
+    "safe-no-gate": {"kl.settings": {"gate_on": False}},
+    "safe-no-threshold": {"kl.settings": {"threshold_on": False}},
+    "safe-no-preview": {"optim.max_preview_kl": None},
+    "safe-no-guard": {"guard.enabled": False},
+}
+# The figures of algorithm.md: layer 1 and "Notation" for the update, layers 2 and 3 for the controller.
+PAPER_UPDATE = {
+    "critic.heads": 2,
+    "critic.temperature": 0.3,
+    "critic.target_tau": 0.05,
+    "critic.loss": "huber",
+    "critic.huber_delta": 0.5,
+    "critic.cliprange_value": 0.2,
+    "critic.clip_reduction": "mean",
+    "critic.learning_rate": None,
+    "critic.max_grad_norm": 0.5,
+    "critic.lam": None,
+    "optim.gamma": 1.0,
+    "optim.lam": 0.95,
+    "optim.epsilon": 0.2,
+    "optim.max_grad_norm": 1.0,
+}
+PAPER_CONTROLLER = {
+    "penalty_scale": 0.1,
+    "base_threshold": 0.3,
+    "threshold_min": 0.1,
+    "threshold_max": 0.6,
+    "entropy_floor": 2.0,
+    "gate_min": 0.5,
+    "velocity_keep": 0.95,
+    "velocity_target": 0.001,
+    "pid_kp": 0.3,
+    "pid_ki": 0.01,
+    "pid_kd": 0.05,
+    "pid_integral_limit": 1.0,
+}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting but the preset's name, by its name on the command line."""
+    settings = config.to_dict()
+    nested = {f"{name}.{field}": value for name in SECTIONS for field, value in settings[name].items()}
+    return nested | {name: value for name, value in settings.items() if name not in SECTIONS and name != "preset"}
+
+
+# -- presets --------------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_those_of_the_table() -> None:
+    assert list(PRESETS) == list(DIFFERENCES)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_differs_from_safe_by_what_it_says_and_nothing_else(preset: str) -> None:
+    default = flat(Config())
+    assert {
+        name: value for name, value in flat(Config(preset=preset)).items() if value != default[name]
+    } == DIFFERENCES[preset]
+
+
+def test_paper_has_every_published_constant() -> None:
+    config = flat(Config(preset="paper"))
+    assert {name: config[name] for name in PAPER_UPDATE} == PAPER_UPDATE
+    assert controller_settings("paper", Config(preset="paper").kl.settings) == PAPER_CONTROLLER
+
+
+def test_safe_has_every_layer_on_and_no_bias_between_the_sides_of_the_td_error() -> None:
+    config = Config()
+    assert (config.preset, config.kl.controller, config.critic.heads) == ("safe", "safe", 2)
+    assert (config.critic.bootstrap, config.critic.regress, config.reward.normalise) == ("online", "each", "running")
+    settings = controller_settings("safe", config.kl.settings)
+    assert settings["gate_on"] is settings["threshold_on"] is True
+    assert config.guard.enabled
+    off = [name for name, value in config.to_dict()["guard"].items() if value is None]
+    assert off == ["min_explained_variance"]  # a saturated reward sets it off
+
+
+def test_ppo_has_one_head_squared_error_and_a_fixed_kl_in_the_reward() -> None:
+    config = Config(preset="ppo")
+    assert controller_settings(config.kl.controller, config.kl.settings) == {"beta": 0.05}
+    assert (config.kl.in_reward, config.kl.in_loss) == (True, "none")
+    assert (config.critic.heads, config.critic.loss, config.critic.clip_reduction) == (1, "mse", "max")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_presets_controller_takes_its_settings(preset: str) -> None:
+    kl = Config(preset=preset).kl
+    assert kl.settings.items() <= controller_settings(kl.controller, kl.settings).items()
+
+
+def test_the_controllers_of_the_configuration_are_those_there_are() -> None:
+    assert typing.get_args(typing.get_type_hints(KLConfig)["controller"]) == CONTROLLERS
+
+
+def test_from_preset_changes_the_fields_that_are_given_and_a_section_given_whole_replaces_the_presets() -> None:
+    partial = Config.from_preset("ppo", max_steps=10, critic={"lam": 0.5})
+    assert (partial.max_steps, partial.critic.lam, partial.critic.heads) == (10, 0.5, 1)
+    whole = Config(preset="ppo", critic=CriticConfig(lam=0.5))
+    assert (whole.critic.lam, whole.critic.heads) == (0.5, 2)
+    assert whole.reward.normalise == "none"
+
+
+def test_a_config_never_shares_its_lists_and_mappings_with_the_preset_or_the_caller() -> None:
+    given = {"beta": 1.0}
+    config = Config.from_preset("ppo", kl={"settings": given})
+    given["beta"] = 2.0
+    assert config.kl.settings == {"beta": 1.0}
+    Config(preset="ppo").kl.settings["beta"] = 7.0
+    assert Config(preset="ppo").kl.settings == {"beta": 0.05}
+
+
+# -- round trip -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_config_comes_back_from_its_yaml(preset: str, tmp_path) -> None:
+    config = Config.from_preset(
+        preset, output_dir="x", seed=3, optim={"learning_rate": 1e-5}, data={"limit": 5}, reward={"weights": [0.5]}
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    assert loading.load_config(["--config", str(file)]) == config
+    assert Config.from_preset(**yaml.safe_load(file.read_text())) == config
+
+
+@pytest.mark.parametrize("section", [Config, *SECTIONS.values()])
+def test_settings_are_frozen_and_keyword_only(section: type) -> None:
+    made = section()
+    for field in dataclasses.fields(made):
+        assert field.kw_only
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, None)
+
+
+# -- checks ---------------------------------------------------------------------------------------------------------
+
+POSITIVE = {
+    **dict.fromkeys(
+        ["max_steps", "save_total_limit", "data.max_prompt_length", "data.limit", "reward.batch_size"], int
+    ),
+    **dict.fromkeys(["rollout.batch_size", "rollout.max_completion_length", "optim.num_iterations"], int),
+    **dict.fromkeys(["optim.num_mini_batches", "optim.microbatch_tokens"], int),
+    **dict.fromkeys(["reward.timeout", "reward.max_wait"], float),
+    **dict.fromkeys(["rollout.temperature", "optim.learning_rate", "optim.epsilon", "optim.whiten_floor"], float),
+    **dict.fromkeys(["optim.max_grad_norm", "critic.temperature", "critic.huber_delta", "critic.vf_coef"], float),
+    **dict.fromkeys(["critic.max_grad_norm", "critic.learning_rate", "critic.cliprange_value"], float),
+    **dict.fromkeys(["guard.max_kl", "guard.max_drawdown"], float),
+    **dict.fromkeys(["guard.patience", "guard.snapshot_steps"], int),
+    "model.lora_alpha": float,
+    "optim.max_preview_kl": float,
+}
+NOT_NEGATIVE = {
+    **dict.fromkeys(["save_steps", "model.lora_r", "data.eval_size", "optim.warmup_steps", "critic.warmup_steps"], int),
+    **dict.fromkeys(["log.completions_steps", "reward.retries", "guard.max_rollbacks"], int),
+    **dict.fromkeys(["optim.weight_decay", "optim.entropy_coef", "reward.missing_eos_penalty"], float),
+}
+BETWEEN = {  # (outside, sentence)
+    "seed": ([-1, 2**63], "must be 0 or more, and below 2^63"),
+    "optim.gamma": ([0.0, 1.01, -1.0], "must be in (0, 1]"),
+    "optim.lam": ([-0.01, 1.01], "must be in [0, 1]"),
+    "critic.lam": ([-0.01, 1.01], "must be in [0, 1]"),
+    "critic.target_tau": ([0.0, 1.01], "must be in (0, 1]"),
+    "guard.min_entropy": ([1.0, 7.5], "must be below 1, the start itself"),
+    "guard.min_distinct": ([1.0, 7.5], "must be below 1, the start itself"),
+    "guard.min_length": ([1.0, 7.5], "must be below 1, the start itself"),
+    "guard.max_entropy": ([1.0, 0.5], "must be above 1, the start itself"),
+    "guard.rollback_factor": ([0.0, -0.5, 1.01], "must be in (0, 1]"),
+}
+NEEDED = {"model.lora_alpha": {"model": {"lora_r": 4}}}  # what must be set for the field to have a range at all
+
+
+def made(setting: str, value: Any, **context: Any) -> Config:
+    section, _, field = setting.rpartition(".")
+    given: dict[str, Any] = {**NEEDED.get(setting, {}), **context}
+    if not section:
+        return Config.from_preset(**given, **{field: value})
+    return Config.from_preset(**{**given, section: {**given.get(section, {}), field: value}})
+
+
+def refused(setting: str, value: Any, **context: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        made(setting, value, **context)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("setting", "kind"), POSITIVE.items())
+def test_what_must_be_positive_is(setting: str, kind: type) -> None:
+    for value in (kind(0), kind(-1)):
+        assert refused(setting, value) == f"{setting}={value!r}: must be greater than 0"
+    if kind is float:
+        assert made(setting, 1e-9)
+
+
+@pytest.mark.parametrize(("setting", "kind"), NOT_NEGATIVE.items())
+def test_what_must_not_be_negative_is_not(setting: str, kind: type) -> None:
+    assert refused(setting, kind(-1)) == f"{setting}={kind(-1)!r}: must be 0 or more"
+    assert made(setting, kind(0))
+
+
+@pytest.mark.parametrize(("setting", "outside", "sentence"), [(name, *rest) for name, rest in BETWEEN.items()])
+def test_what_has_two_bounds_keeps_them(setting: str, outside: list[float], sentence: str) -> None:
+    for value in outside:
+        assert refused(setting, value) == f"{setting}={value!r}: {sentence}"
+
+
+@pytest.mark.parametrize("name", ["min_entropy", "max_entropy", "min_distinct", "min_length"])
+def test_a_level_of_the_guard_is_above_0(name: str) -> None:
+    for value in (0.0, -0.1):
+        assert refused(f"guard.{name}", value) == f"guard.{name}={value!r}: must be greater than 0"
+
+
+@pytest.mark.parametrize("value", [-1e9, 0.0, 1.0])
+def test_the_least_explained_variance_may_be_any_number(value: float) -> None:
+    assert made("guard.min_explained_variance", value).guard.min_explained_variance == value
+
+
+@pytest.mark.parametrize("field", [field for field in dataclasses.fields(GuardConfig) if field.name != "enabled"])
+def test_a_guard_that_is_off_has_no_settings(field: Any) -> None:
+    default = field.default or 0.0
+    value = default // 2 + 1 if isinstance(default, int) else default * 0.9 + 0.11
+    assert Config.from_preset(guard={field.name: value}).guard != GuardConfig()
+    sentence = f"guard.{field.name}={value!r}: has no effect unless guard.enabled=true; leave it out"
+    assert refused(f"guard.{field.name}", value, guard={"enabled": False}) == sentence
+    assert refused(f"guard.{field.name}", value, preset="ppo") == sentence
+
+
+def test_the_guard_can_be_turned_off_on_a_preset_that_sets_something_of_it() -> None:
+    off = Config.from_preset("safe-no-regulation", guard={"enabled": False})
+    assert off.guard == GuardConfig(enabled=False)
+
+
+ANY_NUMBER = ["guard.min_explained_variance"]
+
+
+def test_every_number_has_a_range() -> None:
+    for name, section in {"": Config, **SECTIONS}.items():
+        for field, hint in typing.get_type_hints(section).items():
+            if {int, float} & {hint, *typing.get_args(hint)}:
+                setting = f"{name}.{field}".lstrip(".")
+                assert [*POSITIVE, *NOT_NEGATIVE, *BETWEEN, *ANY_NUMBER].count(setting) == 1, setting
+
+
+@pytest.mark.parametrize("section", ["", *SECTIONS])
+def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> None:
+    """Python does not check annotations: a misspelt choice would otherwise silently be another one."""
+    for field in dataclasses.fields(SECTIONS[section] if section else Config):
+        setting = f"{section}.{field.name}".lstrip(".")
+        assert refused(setting, object()).startswith(f"{setting}=<object object at ")
+    numbers = [name for name in [*POSITIVE, *NOT_NEGATIVE, *BETWEEN, *ANY_NUMBER] if name.rpartition(".")[0] == section]
+    for setting in numbers:
+        assert refused(setting, True).startswith(f"{setting}=True: give a ")
+        assert refused(setting, math.nan).startswith(f"{setting}=nan: give a ")
+        assert refused(setting, math.inf).startswith(f"{setting}=inf: give a ")
+        assert refused(setting, "1").startswith(f"{setting}='1': give a ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "context", "sentence"),
+    [
+        ("critic.bootstrap", "targets", {}, "choose one of online, target, mixed"),
+        ("critic.heads", True, {}, "choose one of 1, 2"),
+        ("preset", "safer", {}, f"choose one of {', '.join(PRESETS)}"),
+        ("model.lora_alpha", 8.0, {"model": {"lora_r": 0}}, "has no effect without an adapter: set model.lora_r to"),
+        ("model.lora_target_modules", ["q_proj"], {}, "has no effect without an adapter: set model.lora_r to a rank"),
+        ("model.lora_target_modules", [], {"model": {"lora_r": 2}}, "name at least one layer, or leave it out"),
+        ("model.revision", "v2", {}, "has no effect unless model.name is a hub name; leave it out"),
+        ("model.gguf_file", "x.gguf", {}, "has no effect unless model.name is a folder or a hub name; leave it out"),
+        ("model.trust_remote_code", True, {}, "has no effect unless model.name is a folder or a hub name; leave it"),
+        ("data.split", "test", {"data": {"train": "x.jsonl"}}, "has no effect unless data.train is a hub name or "),
+        ("data.eval", "x.jsonl", {"data": {"eval_size": 0}}, "has no effect unless data.eval_size is above 0; leave"),
+        ("data.eval_split", "a", {"data": {"eval": "x.csv"}}, "has no effect unless held-out prompts come from a hub "),
+        ("data.eval_split", "a", {"data": {"train": "hub/name"}}, "has no effect unless held-out prompts come from a "),
+        ("data.eval_split", "train", {"data": {"eval_size": 0}}, "has no effect unless held-out prompts come from a "),
+        ("reward.functions", [], {}, "name at least one reward"),
+        ("reward.weights", [0.0], {}, "nothing would be rewarded: give at least one weight other than 0"),
+        ("reward.trust_remote_code", ["x"], {}, "every entry must be one of reward.functions"),
+        ("reward.normalise", "paper", {"rollout": {"batch_size": 1}, "optim": {"num_mini_batches": 1}}, "divides by "),
+        ("rollout.batch_size", 63, {}, "must be divisible by optim.num_mini_batches=2: try 64"),
+        (
+            "rollout.batch_size",
+            20,
+            {"optim": {"num_mini_batches": 8}},
+            "must be divisible by optim.num_mini_batches=8: try",
+        ),
+        ("optim.microbatch_tokens", 0, {}, "must be greater than 0"),
+        ("critic.temperature", 0.1, {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
+        ("critic.regress", "soft_min", {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
+        ("critic.huber_delta", 0.1, {"preset": "ppo"}, "has no effect unless critic.loss=huber; leave it out"),
+        ("critic.warmup_steps", 60, {}, "the policy would never learn in max_steps=60: make it smaller"),
+        ("kl.in_loss", "k2", {}, "the KL is asked for twice, in the loss and in the reward (kl.in_reward=true): set "),
+        ("kl.allow_both", True, {}, "has no effect unless the KL is in the reward and in the loss; leave it out"),
+        ("kl.in_loss", "k2", {"preset": "ppo-nokl"}, "has no effect with kl.controller=none, whose coefficient is 0: "),
+        ("beta", 0.1, {}, "unknown setting; the top level has preset, output_dir, "),
+        ("optim.beta", 0.1, {}, "unknown setting; optim has learning_rate, "),
+        ("optim", 5, {}, "a section is a dictionary of the fields to change"),
+    ],
+)
+def test_a_setting_in_conflict_is_named_with_the_remedy(
+    setting: str, value: Any, context: dict[str, Any], sentence: str
+) -> None:
+    assert refused(setting, value, **context).startswith(f"{setting}={value!r}: {sentence}")
+
+
+def test_a_controller_needs_a_place_where_its_coefficient_acts() -> None:
+    sentence = refused("kl.in_reward", False)
+    assert sentence.startswith(
+        "kl.controller='safe': its coefficient acts nowhere: set kl.in_reward=true or kl.in_loss"
+    )
+
+
+def test_the_kl_may_be_in_both_places_by_name() -> None:
+    assert KLConfig(in_loss="k2", allow_both=True).in_reward
+
+
+def test_the_batch_size_that_is_proposed_divides() -> None:
+    context: dict[str, Any] = {"optim": {"num_mini_batches": 6}}
+    sentence = refused("rollout.batch_size", 64, **context)
+    proposed = int(sentence.rpartition(" ")[2])
+    assert proposed == 66
+    assert made("rollout.batch_size", proposed, **context)
+
+
+def test_a_section_of_another_kind_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^optim=.*: give OptimConfig\(...\); Config.from_preset takes dictionaries$"
+    ):
+        Config(optim={"lam": 1.0})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"^optim=.*: give OptimConfig"):
+        Config(optim=ModelConfig())  # pyright: ignore[reportArgumentType]
+    assert Config(optim=OptimConfig(lam=1)).optim.lam == 1  # a whole number is a number

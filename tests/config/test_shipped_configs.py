@@ -1,0 +1,39 @@
+"""Every file in configs/ is a run that starts: its settings are known, checked, and of a real preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stable_rlhf.config import loading
+from stable_rlhf.config.config import Config
+from stable_rlhf.config.presets import PRESETS
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def test_every_preset_has_a_file_of_its_name_and_nothing_in_the_folder_is_left_unread() -> None:
+    assert set(PRESETS) <= {file.stem for file in FILES}
+    assert sorted(FOLDER.iterdir()) == FILES
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_file_parses_to_its_preset_with_what_it_says(file: Path) -> None:
+    given = yaml.safe_load(file.read_text())
+    assert given["preset"] in PRESETS  # in so many words, so that a reader sees what runs
+    config = loading.load_config(["--config", str(file)])
+    assert config == Config.from_preset(**given)
+    if file.stem in PRESETS:
+        assert config == Config(preset=file.stem)
+    else:  # an experiment: another run than its preset
+        assert config != Config(preset=given["preset"])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_file_begins_with_what_it_is_and_the_command_that_runs_it(file: Path) -> None:
+    comment = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert len(comment[0].split()) > 5
+    assert any(line.split("#")[1].strip() == f"stable-rlhf train --config configs/{file.name}" for line in comment)

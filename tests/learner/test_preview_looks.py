@@ -1,0 +1,180 @@
+"""What the preview looks at, what that costs, and where it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from stable_rlhf.learner import batch as learner_batch
+from stable_rlhf.learner import preview
+from stable_rlhf.learner.measure import measure
+from stable_rlhf.learner.microbatches import Lengths
+from stable_rlhf.learner.replayed import make_passes
+from stable_rlhf.learner.update import optimizer_groups, update
+from stable_rlhf.policy.actor_critic import ActorCritic
+from tests import graphs_on_cpu as reruns
+from tests import tiny_runs as runs
+from tests.tiny_previews import (
+    FULL_OR_LORA,
+    HEALTHY,
+    LIMIT,
+    LOOSE,
+    STEPS,
+    TOO_HIGH,
+    assert_identical,
+    updated,
+)
+from tests.tiny_updates import decide, make_config, make_model, make_rollout
+
+# -- what it costs, and where it runs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "looks"), [(None, 0), (LIMIT, 2), (1e-3, 2 * STEPS)])
+def test_it_costs_two_forwards_a_scaled_step_two_an_update_where_little_moves_and_none_where_it_is_off(
+    tokenizer, limit: float | None, looks: int
+) -> None:
+    """The steps here move 0.003 to 0.005 nats, and one scaling by max / KL always ends within the bound."""
+    rows: list[int] = []
+
+    def prepare(model: ActorCritic, _: torch.optim.Optimizer) -> None:
+        model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].ids)))
+
+    updated(tokenizer, limit, HEALTHY, prepare=prepare)
+    assert rows.count(preview.FEWEST) == looks
+    assert len(rows) == STEPS + looks
+
+
+def test_a_step_whose_logits_are_not_finite_is_looked_at_once(tokenizer) -> None:
+    """No share of it could be found by its KL, which is not a number."""
+    rows: list[int] = []
+
+    def prepare(model: ActorCritic, _: torch.optim.Optimizer) -> None:
+        model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].ids)))
+
+    updated(tokenizer, LIMIT, 1e38, prepare=prepare)
+    assert rows[:4] == [4, preview.FEWEST, 3, preview.FEWEST]  # two minibatches, a row of which has no reward
+
+
+@FULL_OR_LORA
+@pytest.mark.parametrize("learning_rate", [HEALTHY, TOO_HIGH])
+def test_with_graphs_the_steps_are_those_without(
+    tokenizer, learning_rate: float, adapter: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = reruns.use(monkeypatch)
+    monkeypatch.setattr(
+        "stable_rlhf.learner.replayed.ROWS", 1
+    )  # no rows or columns that only fill a shape: equal to the bit
+    monkeypatch.setattr("stable_rlhf.learner.replayed.COLUMNS", 8)
+    by_hand = updated(tokenizer, LIMIT, learning_rate, adapter=adapter)
+    assert captured == []
+    replayed = updated(tokenizer, LIMIT, learning_rate, adapter=adapter, model={"cuda_graphs": True})
+    assert [work.__name__ for work in captured].count("look") == 1
+    assert_identical(replayed, by_hand)
+    assert replayed.metrics == by_hand.metrics
+
+
+# -- the rows that are looked at ------------------------------------------------------------------------------------
+
+
+def probed(tokenizer: PreTrainedTokenizerFast, response: list[int], step: int = 0, **optim: Any) -> Any:
+    """(the probe, the lengths) of a rollout with these responses."""
+    config = make_config(optim=optim)
+    made = make_passes(make_model(tokenizer, config), config)
+    lengths = Lengths(prompt=[3 + row % 5 for row in range(len(response))], response=response)
+    return preview.probe(lengths, config, step, made), lengths
+
+
+@pytest.mark.parametrize(("rows", "looked_at"), [(1, 1), (2, 2), (8, 2), (64, 2), (95, 2), (96, 3), (512, 16)])
+def test_a_32nd_of_the_rows_is_looked_at_and_two_at_least(tokenizer, rows: int, looked_at: int) -> None:
+    found, _ = probed(tokenizer, [5] * rows)
+    assert found.count == len(set(found.rows.tolist())) == looked_at
+
+
+def test_the_rows_are_drawn_anew_at_every_step_from_those_with_a_reward(tokenizer) -> None:
+    response = [0 if row % 3 == 0 else 1 + row % 7 for row in range(64)]
+    config, lengths = make_config(), Lengths(prompt=[4] * 64, response=response)
+    made = make_passes(make_model(tokenizer, config), config)
+    found = [preview.probe(lengths, config, step, made) for step in range(240)]
+    draws = [frozenset(probe.rows.tolist()) for probe in found if probe is not None]
+    assert len(set(draws)) > 180  # of 861 pairs
+    assert frozenset.union(*draws) == {row for row in range(64) if row % 3}  # 480 draws of 42: each comes up
+    assert draws[7] == frozenset(probed(tokenizer, response, 7)[0].rows.tolist())  # a resumed run draws the same
+
+
+def test_without_any_reward_there_is_nothing_to_look_at_and_of_one_row_there_is_that_one(tokenizer) -> None:
+    assert probed(tokenizer, [0] * 8)[0] is None
+    assert probed(tokenizer, [0, 0, 4, 0, 0, 0, 0, 0])[0].rows.tolist() == [2]
+
+
+def test_the_pass_is_as_wide_as_its_longest_row_and_within_the_bound_on_a_passs_tokens(tokenizer) -> None:
+    found, lengths = probed(tokenizer, [1 + row for row in range(64)])
+    exact = max(lengths.prompt[row] + lengths.response[row] - 1 for row in found.rows.tolist())
+    assert exact <= found.width == min(-(-exact // 8) * 8, 64)  # the tiny policy has 64 positions
+    assert found.length == -(-max(lengths.response[row] for row in found.rows.tolist()) // 8) * 8
+    few, _ = probed(tokenizer, [1 + row for row in range(64)], microbatch_tokens=2 * exact)
+    assert few.rows.tolist() == found.rows.tolist()
+    one, _ = probed(tokenizer, [1 + row for row in range(64)], microbatch_tokens=2 * exact - 1)
+    assert one.rows.tolist() == found.rows[:1].tolist()
+
+
+def test_the_share_is_of_all_rows_of_the_rollout_and_one_row_is_looked_at_whatever_the_bound(tokenizer) -> None:
+    third = [0 if row % 3 == 0 else 5 for row in range(96)]
+    assert probed(tokenizer, third)[0].count == 3
+    one, _ = probed(tokenizer, [5] * 64, microbatch_tokens=1)
+    assert one.count == len(one.rows) == 1
+
+
+# -- whole runs -----------------------------------------------------------------------------------------------------
+
+FIGURES = {"safe/preview_kl", "safe/step_scale", "safe/scaled_steps"}
+
+
+def test_a_run_records_what_it_did_from_the_policys_first_step_on(tokenizer, tmp_path: Path) -> None:
+    settings = {"optim": {"learning_rate": TOO_HIGH}, "critic": {"warmup_steps": 1}}
+    run = runs.finished(runs.settings(tmp_path / "run", **settings), tokenizer)
+    first, *rows = runs.rows(run.run_dir)
+    assert not FIGURES & first.keys()
+    assert len(rows) == 3
+    for row in rows:
+        assert row["safe/preview_kl"] > LIMIT
+        assert 0 <= row["safe/step_scale"] < 1
+        assert 1 <= row["safe/scaled_steps"] <= STEPS
+        assert row["policy/skipped_steps"] == 0
+
+
+def test_the_ablation_without_it_has_none_of_its_figures(tokenizer, tmp_path: Path) -> None:
+    run = runs.finished(runs.settings(tmp_path / "run", preset="safe-no-preview", max_steps=2), tokenizer)
+    assert not FIGURES & set().union(*runs.rows(run.run_dir))
+
+
+@pytest.mark.parametrize(
+    ("limit", "quiet", "looks", "beyond", "stays"),
+    [
+        (LOOSE, False, 2, False, True),
+        (LOOSE, True, 1, False, True),
+        (0.015, True, 1, True, True),  # all four together are beyond it, and within four times it
+        (1e-3, True, 2, True, False),  # beyond that, and scaled once
+    ],
+)
+def test_an_update_after_one_within_the_bound_looks_at_its_end_alone(
+    tokenizer, limit: float, quiet: bool, looks: int, beyond: bool, stays: bool
+) -> None:
+    config = make_config(optim={"max_preview_kl": limit, "learning_rate": HEALTHY})
+    model = make_model(tokenizer, config)
+    made, rollout = make_passes(model, config), make_rollout(len(tokenizer))
+    optimizer = torch.optim.AdamW(optimizer_groups(model, config), fused=True)
+    measured = measure(made, rollout, config, 0)
+    batch, _ = learner_batch.make_batch(model, measured, rollout.scores, decide(0.3), config)
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].ids)))
+    stats = update(made, optimizer, batch, decide(0.3), config, 0, quiet)
+    assert rows.count(preview.FEWEST) == looks
+    assert stats.quiet is stays
+    kl = stats.metrics["safe/preview_kl"]
+    assert kl is not None
+    assert (kl > limit) is beyond
+    assert stats.metrics["safe/scaled_steps"] == (0 if stays else STEPS)

@@ -1,0 +1,154 @@
+"""What the tests of the update share: a rollout made by hand, a policy that has left its reference, an update."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from stable_rlhf import Config
+from stable_rlhf.control import Decision
+from stable_rlhf.learner import batch as learner_batch
+from stable_rlhf.learner.measure import measure
+from stable_rlhf.learner.replayed import make_passes
+from stable_rlhf.learner.update import optimizer_groups, update
+from stable_rlhf.policy.actor_critic import ActorCritic
+from stable_rlhf.records import Batch, Rollout, Tokens
+from tests.tiny_runs import lora, policy
+
+ROWS = 8
+ONE_STEP = {"num_iterations": 1, "num_mini_batches": 1, "max_grad_norm": 1e9}
+"""One unclipped optimiser step on the whole rollout."""
+
+
+def make_config(
+    preset: str = "safe",
+    optim: dict | None = None,
+    critic: dict | None = None,
+    rollout: dict | None = None,
+    **sections: Any,
+) -> Config:
+    return Config.from_preset(
+        preset,
+        rollout={"batch_size": ROWS, **(rollout or {})},
+        optim={"max_preview_kl": None, **(optim or {})},
+        critic={"max_grad_norm": 1e9, **(critic or {})},
+        **sections,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, config: Config, adapter: bool = False) -> ActorCritic:
+    """A policy that has left its reference, and target heads that lag behind the heads."""
+    base = policy(tokenizer)
+    torch.manual_seed(1)
+    model = ActorCritic(lora(base) if adapter else base, config.critic, autocast=config.model.dtype == "bfloat16")
+    generator = torch.Generator().manual_seed(2)
+    moved = [] if adapter else model.policy_parameters()
+    for parameter in [*moved, *model.target_heads.parameters()]:
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def make_rollout(vocabulary: int, skipped: tuple[int, ...] = ()) -> Rollout:
+    """8 rows with prompts of 1 to 4 and responses of 1 to 6 tokens; the rows in ``skipped`` have no reward."""
+    generator = torch.Generator().manual_seed(3)
+    prompt_lengths, lengths = torch.tensor([1, 3, 4, 2, 4, 1, 3, 2]), torch.tensor([6, 1, 4, 3, 5, 2, 6, 4])
+    valid = [row not in skipped for row in range(ROWS)]
+    scores = [
+        score if keep else 0.0 for score, keep in zip([1.0, -0.5, 0.3, 2.0, 0.0, -1.0, 0.7, 0.1], valid, strict=True)
+    ]
+    tokens = Tokens.pack(
+        torch.randint(3, vocabulary, (ROWS, 4), generator=generator),
+        torch.arange(4) >= 4 - prompt_lengths[:, None],
+        torch.randint(3, vocabulary, (ROWS, 6), generator=generator),
+        torch.arange(6) < lengths[:, None],
+    )
+    return Rollout(
+        indices=list(range(ROWS)),
+        prompts=["p"] * ROWS,
+        completions=["c"] * ROWS,
+        tokens=tokens,
+        ended=[True] * ROWS,
+        scores=scores,
+        valid=valid,
+        per_function={"r": [score if keep else None for score, keep in zip(scores, valid, strict=True)]},
+        truncated=0,
+    )
+
+
+def some_rows(rollout: Rollout, keep: list[int]) -> Rollout:
+    """The rollout with these rows alone."""
+    tokens = {f.name: getattr(rollout.tokens, f.name)[keep] for f in dataclasses.fields(Tokens)}
+    lists = {
+        name: [getattr(rollout, name)[i] for i in keep]
+        for name in ("prompts", "completions", "ended", "scores", "valid")
+    }
+    per_function = {name: [values[i] for i in keep] for name, values in rollout.per_function.items()}
+    return dataclasses.replace(rollout, indices=keep, tokens=Tokens(**tokens), per_function=per_function, **lists)
+
+
+def some_tokens(rows: int, width: int, length: int, seed: int = 0) -> Tokens:
+    """Random tokens of this shape."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (rows, width), generator=generator)
+    start = torch.randint(1, width - length + 1, (rows,), generator=generator)
+    at = start[:, None] + torch.arange(length)
+    counts = torch.randint(1, length + 1, (rows, 1), generator=generator)
+    mask = torch.arange(length) < counts
+    return Tokens(ids=ids, start=start, response=ids.gather(1, at.clamp(max=width - 1)), mask=mask)
+
+
+def some_batch(rows: int, width: int, length: int, seed: int = 0) -> Batch:
+    """Random tokens with random figures of two heads."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def grid(*shape: int) -> Tensor:
+        return torch.randn(*shape, rows, length, generator=generator)
+
+    names = ("logp", "ref_logp", "entropy", "advantages", "returns")
+    grids = {name: grid() - (4.0 if name.endswith("logp") else 0.0) for name in names}
+    return Batch(tokens=some_tokens(rows, width, length, seed), values=grid(2), **grids)
+
+
+def decide(kl_coef: float) -> Decision:
+    return Decision(
+        kl_coef=kl_coef, threshold=None, excess=0.0, kl_short=0.0, kl_long=0.0, gate=1.0, phase="NONE",
+        pid_p=0.0, pid_i=0.0, pid_d=0.0, entropy_floor=None, reason="",
+    )  # fmt: skip
+
+
+def prepare(model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float = 0.0, step: int = 0) -> Batch:
+    measured = measure(make_passes(model, config), rollout, config, step)
+    batch, _ = learner_batch.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
+    return batch
+
+
+def learn(
+    model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float = 0.0, step: int = 0, sgd: float | None = None
+) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+    """(metrics, the gradients of every optimiser step after clipping, by parameter name) of one update."""
+    groups = optimizer_groups(model, config)
+    optimizer: Any = torch.optim.AdamW(groups, fused=True)
+    if sgd is not None:  # Adam divides each gradient by its size, rounding errors too: no tolerance would hold
+        optimizer = torch.optim.SGD([{**group, "lr": sgd} for group in groups], fused=True)
+    steps: list[dict[str, Tensor]] = []
+    optimizer.register_step_pre_hook(
+        lambda *_: steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    )
+    batch = prepare(model, rollout, config, kl_coef, step)
+    return update(make_passes(model, config), optimizer, batch, decide(kl_coef), config, step).metrics, steps
+
+
+def weights(model: ActorCritic) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            tensor, second[name], atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )

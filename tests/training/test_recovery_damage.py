@@ -1,0 +1,83 @@
+"""A last good state that cannot be read, and what a resume makes of roll-backs that are past."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from stable_rlhf.checkpoints import store
+from stable_rlhf.errors import ConfigError, GuardStop
+from stable_rlhf.runs import incidents
+from tests.guarded_runs import GUARD, guarded
+from tests.tiny_runs import settings, trainer
+
+
+class Damages(TrainerCallback):
+    """Changes a byte of every kept state on disk at the end of a step."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.run_dir, self.step = run_dir, step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            for file in (self.run_dir / "snapshot").glob("step-*/model.safetensors"):
+                data = bytearray(file.read_bytes())
+                data[-1] ^= 1
+                file.write_bytes(bytes(data))
+
+
+def test_a_damaged_last_good_state_keeps_no_checkpoint_from_being_saved(
+    tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = guarded(tmp_path / "run", save_steps=3)
+    trainer(config, tokenizer, callbacks=[Damages(tmp_path / "run", 3)]).train()
+    assert "the last good state cannot be read and is not saved: " in capsys.readouterr().err
+    assert [path.name for path in store.found(tmp_path / "run" / "checkpoints")] == ["step-000006", "step-000008"]
+    _, state = store.load(tmp_path / "run" / "checkpoints" / "step-000006")
+    assert state["step"] == 6
+
+
+def test_a_roll_back_to_a_damaged_state_ends_the_run_with_its_last_checkpoint_as_it_was(tokenizer, tmp_path) -> None:
+    run_dir = tmp_path / "run"
+    config = guarded(run_dir, save_steps=1, guard={"max_kl": 1e-9})
+    run = trainer(config, tokenizer, callbacks=[Damages(run_dir, 1)])
+    with pytest.raises(
+        GuardStop, match=r"would have gone back, but the last good state cannot be read \(.*\), and"
+    ) as stop:
+        run.train()
+    (incident,) = incidents.read(run_dir)  # with rule and figures, like every verdict
+    assert (incident["step"], incident["action"], incident["rule"]) == (1, "stop", "max_kl")
+    assert incident["figures"]["objective/kl"] > 1e-9
+    assert str(stop.value) == incidents.sentence(incident)
+    (saved,) = store.found(run_dir / "checkpoints")
+    assert store.load(saved)[1]["step"] == store.steps_of(saved) == 1
+    assert not (run_dir / "snapshot").exists()
+
+
+def test_what_roll_backs_have_made_of_the_rate_stays_with_another_factor_and_without_the_guard(
+    tokenizer, tmp_path: Path
+) -> None:
+    config = guarded(tmp_path / "run", save_steps=2, max_steps=2)
+    run = trainer(config, tokenizer)
+    run._open_run(None)
+    run.recovery.guard = dataclasses.replace(run.recovery.guard, rollbacks=2, factor=0.64)
+    run.step = 2
+    run.save_checkpoint()
+    run._lock.release()
+    for guard in ({**GUARD, "rollback_factor": 0.1}, {"enabled": False}):
+        again = trainer(settings(tmp_path / "run", guard=guard, save_steps=0, optim={"learning_rate": 1e-3}), tokenizer)
+        again._open_run(True)
+        assert [group["lr"] for group in again.optimizer.param_groups] == [1e-3 * 0.64] * 2
+        assert again.controller.settings.budget == 0.3 * 0.64
+        again._lock.release()
+
+
+def test_a_folder_with_a_checkpoint_alone_is_left_alone(tokenizer, tmp_path: Path) -> None:
+    config = guarded(tmp_path / "run", max_steps=2)
+    trainer(config, tokenizer).train()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"holds a run already; go on with it by `stable-rlhf resume "):
+        trainer(config, tokenizer).train()

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from stable_rlhf.learner import batch as learner_batch
-from stable_rlhf.learner import preview
-from stable_rlhf.learner.measure import lengths, measure
-from stable_rlhf.learner.replayed import make_passes
-from stable_rlhf.learner.update import optimizer_groups, update
+from stable_rlhf.learner import make_preview, preview, update
+from stable_rlhf.learner.measure import lengths
 from stable_rlhf.policy.actor_critic import ActorCritic
 from stable_rlhf.records import Tokens
 from tests.oracles import objective as oracle
-from tests.tiny_updates import assert_same, decide, make_config, make_model, make_rollout, weights
+from tests.tiny_updates import (
+    assert_same,
+    decide,
+    make_config,
+    make_model,
+    make_optimizer,
+    make_rollout,
+    measured_batch,
+    passes_of,
+    weights,
+)
 
 LIMIT = 0.05
 LOOSE = 0.2  # nats per token: also within it are all steps of a healthy update together, in bfloat16 too
@@ -65,12 +72,9 @@ def updated(
     optim = {"max_preview_kl": limit, "learning_rate": learning_rate, **(optim or {})}
     config = make_config(optim=optim, **sections)
     model = make_model(tokenizer, config, adapter)
-    made = make_passes(model, config)
-    optimizer = torch.optim.AdamW(optimizer_groups(model, config), fused=True)
-    rollout = make_rollout(len(tokenizer), skipped=(1,))
-    measured = measure(made, rollout, config, 0)
-    batch, _ = learner_batch.make_batch(model, measured, rollout.scores, decide(0.3), config)
-    probed = preview.probe(lengths(batch.tokens), config, 0, made)
+    made, optimizer = passes_of(model, config), make_optimizer(model, config)
+    batch = measured_batch(made, make_rollout(len(tokenizer), skipped=(1,)), 0.3)
+    probed = preview.probe(lengths(batch.tokens), config.optim, config.seed, 0, made.grain)
     states: list[Weights] = []
     moments: list[list[Weights]] = []
     proposed: list[Weights] = []
@@ -82,7 +86,7 @@ def updated(
     optimizer.register_step_pre_hook(note)
     optimizer.register_step_post_hook(lambda *_: proposed.append(weights(model)))
     prepare(model, optimizer)
-    stats = update(made, optimizer, batch, decide(0.3), config, 0)
+    stats = update(made, optimizer, batch, decide(0.3), 0, make_preview(made))
     note()
     rows = [] if probed is None else probed.rows.tolist()
     return Seen(model, stats.metrics, batch.tokens, optimizer, states, moments, proposed, rows)

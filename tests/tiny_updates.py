@@ -11,10 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stable_rlhf import Config
 from stable_rlhf.control import Decision
-from stable_rlhf.learner import batch as learner_batch
-from stable_rlhf.learner.measure import measure
-from stable_rlhf.learner.replayed import make_passes
-from stable_rlhf.learner.update import optimizer_groups, update
+from stable_rlhf.learner import Learning, Passes, make_batch, make_passes, measure, optimizer_groups, update
 from stable_rlhf.policy.actor_critic import ActorCritic
 from stable_rlhf.records import Batch, Rollout, Tokens
 from tests.tiny_runs import lora, policy
@@ -50,6 +47,25 @@ def make_model(tokenizer: PreTrainedTokenizerFast, config: Config, adapter: bool
     for parameter in [*moved, *model.target_heads.parameters()]:
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def learning(config: Config) -> Learning:
+    """The settings that the learner reads of a configuration."""
+    return Learning(
+        optim=config.optim,
+        critic=config.critic,
+        kl=config.kl,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+    )
+
+
+def passes_of(model: ActorCritic, config: Config) -> Passes:
+    return make_passes(model, config.model, learning(config))
+
+
+def make_optimizer(model: ActorCritic, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(optimizer_groups(model, config.optim, config.critic), fused=True)
 
 
 def make_rollout(vocabulary: int, skipped: tuple[int, ...] = ()) -> Rollout:
@@ -121,25 +137,29 @@ def decide(kl_coef: float) -> Decision:
 
 
 def prepare(model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float = 0.0, step: int = 0) -> Batch:
-    measured = measure(make_passes(model, config), rollout, config, step)
-    batch, _ = learner_batch.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
-    return batch
+    return measured_batch(passes_of(model, config), rollout, kl_coef, step)
+
+
+def measured_batch(passes: Passes, rollout: Rollout, kl_coef: float = 0.0, step: int = 0) -> Batch:
+    """The batch of a rollout as it is measured at a step."""
+    measured = measure(passes, rollout, step)
+    return make_batch(passes.model, measured, rollout.scores, decide(kl_coef), passes.learning)[0]
 
 
 def learn(
     model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float = 0.0, step: int = 0, sgd: float | None = None
 ) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
     """(metrics, the gradients of every optimiser step after clipping, by parameter name) of one update."""
-    groups = optimizer_groups(model, config)
-    optimizer: Any = torch.optim.AdamW(groups, fused=True)
+    optimizer = make_optimizer(model, config)
     if sgd is not None:  # Adam divides each gradient by its size, rounding errors too: no tolerance would hold
+        groups = optimizer_groups(model, config.optim, config.critic)
         optimizer = torch.optim.SGD([{**group, "lr": sgd} for group in groups], fused=True)
     steps: list[dict[str, Tensor]] = []
     optimizer.register_step_pre_hook(
         lambda *_: steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
     batch = prepare(model, rollout, config, kl_coef, step)
-    return update(make_passes(model, config), optimizer, batch, decide(kl_coef), config, step).metrics, steps
+    return update(passes_of(model, config), optimizer, batch, decide(kl_coef), step).metrics, steps
 
 
 def weights(model: ActorCritic) -> dict[str, Tensor]:

@@ -114,8 +114,6 @@ class StepStats:
     """Means over one step's updates, by metric name (docs/metrics.md)."""
 
     metrics: dict[str, float | None]
-    quiet: bool
-    """Whether the preview's last look had nothing to scale: the next update's first look may wait."""
 
 
 def on(record: Any, device: torch.device) -> Any:

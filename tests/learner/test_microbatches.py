@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stable_rlhf import Config
+from stable_rlhf.config import OptimConfig
 from stable_rlhf.learner.microbatches import PASS_COST, Grain, Lengths, cuts, filled, permutation, plan, up
 
 CPU = torch.device("cpu")
@@ -69,8 +69,8 @@ def rollouts(draw: st.DrawFn) -> tuple[Lengths, int]:
     return Lengths(prompt=prompt, response=response), minibatches
 
 
-def make_config(minibatches: int, budget: int = 8192, seed: int = 0) -> Config:
-    return Config.from_preset("safe", seed=seed, optim={"num_mini_batches": minibatches, "microbatch_tokens": budget})
+def optim(minibatches: int, budget: int = 8192) -> OptimConfig:
+    return OptimConfig(num_mini_batches=minibatches, microbatch_tokens=budget)
 
 
 @reproducible
@@ -84,8 +84,7 @@ def test_a_plan_holds_every_scored_row_once_and_no_other_within_the_budget(
     rollout: tuple[Lengths, int], budget: int, grain: Grain, at: int
 ) -> None:
     lengths, minibatches = rollout
-    config = make_config(minibatches, budget, seed=at)
-    made = list(plan(lengths, config, step=at, iteration=at % 3, device=CPU, grain=grain))
+    made = list(plan(lengths, optim(minibatches, budget), seed=at, step=at, iteration=at % 3, device=CPU, grain=grain))
     order = permutation(len(lengths.prompt), at, at, at % 3).chunk(minibatches)
     assert len(made) == len(order) == minibatches
     for minibatch, rows in zip(made, order, strict=True):
@@ -112,9 +111,8 @@ def test_a_plan_is_the_cheapest_at_the_devices_cost_of_a_pass(
     rollout: tuple[Lengths, int], budget: int, columns: int
 ) -> None:
     lengths, minibatches = rollout
-    config = make_config(minibatches, budget)
     for name, cost in PASS_COST.items():
-        made = plan(lengths, config, 0, 0, torch.device(name), Grain(1, columns))
+        made = plan(lengths, optim(minibatches, budget), 0, 0, 0, torch.device(name), Grain(1, columns))
         for minibatch in made:
             rows = [row for micro in minibatch for row in micro.rows.tolist()]
             whole = [lengths.prompt[row] + lengths.response[row] - 1 for row in rows]
@@ -127,7 +125,7 @@ def test_a_plan_is_the_cheapest_at_the_devices_cost_of_a_pass(
 def test_a_gpu_pays_for_padding_where_a_cpu_pays_for_a_pass() -> None:
     lengths = Lengths(prompt=[200, 10, 10, 10], response=[10, 10, 10, 10])
     sizes = {
-        name: [len(micro.rows) for micro in next(plan(lengths, make_config(1), 0, 0, torch.device(name)))]
+        name: [len(micro.rows) for micro in next(plan(lengths, optim(1), 0, 0, 0, torch.device(name)))]
         for name in ("cpu", "cuda")
     }
     assert sizes == {"cpu": [1, 3], "cuda": [4]}
@@ -136,7 +134,7 @@ def test_a_gpu_pays_for_padding_where_a_cpu_pays_for_a_pass() -> None:
 def test_equally_long_rows_keep_the_order_of_the_permutation() -> None:
     lengths = Lengths(prompt=[3] * 8, response=[4] * 8)
     order = permutation(8, 0, 5, 1)
-    assert [m.rows.tolist() for mini in plan(lengths, make_config(2), 5, 1, CPU) for m in mini] == [
+    assert [m.rows.tolist() for mini in plan(lengths, optim(2), 0, 5, 1, CPU) for m in mini] == [
         rows.tolist() for rows in order.chunk(2)
     ]
 
@@ -144,7 +142,7 @@ def test_equally_long_rows_keep_the_order_of_the_permutation() -> None:
 def test_a_minibatch_without_a_reward_is_empty_and_the_others_are_whole() -> None:
     rows = [half.tolist() for half in permutation(8, 0, 0, 0).chunk(2)]
     response = [0 if row in rows[0] else 5 for row in range(8)]
-    first, second = plan(Lengths(prompt=[2] * 8, response=response), make_config(2), 0, 0, CPU)
+    first, second = plan(Lengths(prompt=[2] * 8, response=response), optim(2), 0, 0, 0, CPU)
     assert first == []
     assert [micro.rows.tolist() for micro in second] == [rows[1]]
 
@@ -186,6 +184,6 @@ def test_a_width_is_rounded_up_to_the_models_positions_and_never_below_its_rows(
 def test_filling_a_shape_up_stays_within_the_budget(width: int) -> None:
     """The most tokens of a pass are a bound on memory: rows are added where there is room for them, and not beyond."""
     lengths = Lengths(prompt=[width] * 32, response=[1] * 32)
-    made = next(plan(lengths, make_config(1, 8192), 0, 0, torch.device("cuda"), Grain(8, 1)))
+    made = next(plan(lengths, optim(1, 8192), 0, 0, 0, torch.device("cuda"), Grain(8, 1)))
     assert max(len(micro.rows) for micro in made) * width <= max(8192, width)
     assert sum(micro.count for micro in made) == 32

@@ -14,13 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from stable_rlhf import Config
 from stable_rlhf.errors import ConfigError
-from stable_rlhf.learner import batch as learner_batch
+from stable_rlhf.learner import make_preview, optimizer_groups, update
 from stable_rlhf.learner import replayed as learner_replayed
-from stable_rlhf.learner.measure import measure
 from stable_rlhf.learner.objective import Scale
 from stable_rlhf.learner.passes import Passes
-from stable_rlhf.learner.replayed import make_passes
-from stable_rlhf.learner.update import optimizer_groups, update
 from stable_rlhf.ops import objective
 from stable_rlhf.policy.actor_critic import ActorCritic, Output
 from stable_rlhf.policy.transformer import causal_lm
@@ -32,7 +29,10 @@ from tests.tiny_updates import (
     decide,
     make_config,
     make_model,
+    make_optimizer,
     make_rollout,
+    measured_batch,
+    passes_of,
     some_batch,
     some_tokens,
     weights,
@@ -155,8 +155,9 @@ def updated(
 ) -> tuple[list[dict[str, float]], ActorCritic, list[dict[str, tuple[int, Tensor]]]]:
     """(metrics of each of some updates on one rollout, the model, addresses and values of gradients at each step)."""
     model = make_model(tokenizer, config, adapter)
-    made = make_passes(model, config)
-    optimizer = torch.optim.SGD([{**group, "lr": 0.05} for group in optimizer_groups(model, config)], fused=True)
+    made = passes_of(model, config)
+    preview, groups = make_preview(made), optimizer_groups(model, config.optim, config.critic)
+    optimizer = torch.optim.SGD([{**group, "lr": 0.05} for group in groups], fused=True)
     seen: list[dict[str, tuple[int, Tensor]]] = []
     optimizer.register_step_pre_hook(
         lambda *_: seen.append(
@@ -166,9 +167,8 @@ def updated(
     rollout, metrics = make_rollout(len(tokenizer), skipped=(1,)), []
     for turn in range(times):
         at = step + turn * onward
-        measured = measure(made, rollout, config, at)
-        batch, _ = learner_batch.make_batch(model, measured, rollout.scores, decide(0.3), config)
-        metrics.append(update(made, optimizer, batch, decide(0.3), config, at).metrics)
+        batch = measured_batch(made, rollout, 0.3, at)
+        metrics.append(update(made, optimizer, batch, decide(0.3), at, preview).metrics)
         assert all(parameter.grad is None for parameter in model.parameters())
     return metrics, model, seen
 
@@ -258,13 +258,10 @@ def test_the_first_minibatchs_ratio_is_exactly_1_with_graphs(
     monkeypatch.setattr("stable_rlhf.learner.objective.ppo_clip_loss", watched)
     config = make_config(optim={"num_mini_batches": mini_batches, "num_iterations": 1, "learning_rate": 1e-2}, **GRAPHS)
     model, rollout = make_model(tokenizer, config, adapter), make_rollout(len(tokenizer))
-    made = make_passes(model, config)
-    optimizer = torch.optim.AdamW(optimizer_groups(model, config), fused=True)
+    made, optimizer = passes_of(model, config), make_optimizer(model, config)
     for step in range(4):
         ratios.clear()
-        measured = measure(made, rollout, config, step)
-        batch, _ = learner_batch.make_batch(model, measured, rollout.scores, decide(0.1), config)
-        update(made, optimizer, batch, decide(0.1), config, step)
+        update(made, optimizer, measured_batch(made, rollout, 0.1, step), decide(0.1), step)
         assert torch.equal(ratios[0], torch.ones_like(ratios[0])), f"step {step}"
 
 
@@ -285,8 +282,8 @@ def test_rows_left_over_in_a_shape_change_nothing_whatever_they_hold(
     captured: list[Any], tokenizer: PreTrainedTokenizerFast, rows: int
 ) -> None:
     config = make_config("paper", **GRAPHS)
-    made = make_passes(make_model(tokenizer, config), config)
-    direct = make_passes(made.model, make_config("paper"))
+    made = passes_of(make_model(tokenizer, config), config)
+    direct = passes_of(made.model, make_config("paper"))
     full = some_batch(8, 32, 8, seed=1)
     # What they leave: ratios of e^90, and values that are not finite.
     wild = dataclasses.replace(full, logp=full.logp - 90, values=full.values * float("inf"), returns=full.returns / 0)
@@ -311,7 +308,7 @@ def test_a_measurement_replays_the_very_forward_that_is_learned_from(
     captured: list[Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     config = make_config(**GRAPHS)
-    made = make_passes(make_model(tokenizer, config), config)
+    made = passes_of(make_model(tokenizer, config), config)
     tokens = some_tokens(8, 32, 8)
     for _ in range(2):
         made.measure(tokens, learns_policy=True)
@@ -325,7 +322,7 @@ def test_a_shape_is_captured_when_it_comes_again_and_the_one_not_used_for_longes
 ) -> None:
     monkeypatch.setattr(learner_replayed, "GRAPHS", 2)
     config = make_config(**GRAPHS)
-    made = make_passes(make_model(tokenizer, config), config)
+    made = passes_of(make_model(tokenizer, config), config)
 
     def comes(width: int, rows: int = 8, learns_policy: bool = True) -> int:
         """Shapes captured, after tokens of this shape."""
@@ -343,7 +340,7 @@ def test_a_shape_is_captured_when_it_comes_again_and_the_one_not_used_for_longes
 
 def test_without_graphs_no_row_is_added_and_no_gradient_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:
     config = make_config()
-    made = make_passes(make_model(tokenizer, config), config)
+    made = passes_of(make_model(tokenizer, config), config)
     assert made.grain == (1, 8, 64)  # the tiny policy has 64 positions
     out, _ = made.measure(some_tokens(3, 16, 4), learns_policy=True)
     assert isinstance(out, Output)
@@ -399,7 +396,7 @@ def test_the_reference_runs_for_the_kl_over_the_vocabulary_only_while_the_policy
 @pytest.mark.parametrize("settings", [{}, GRAPHS], ids=["free", "graphs"])
 def test_a_failed_update_leaves_no_gradient(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> None:
     config = make_config(**settings)
-    made = make_passes(make_model(tokenizer, config), config)
+    made = passes_of(make_model(tokenizer, config), config)
 
     def fails() -> None:
         with made.training():

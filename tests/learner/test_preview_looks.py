@@ -1,7 +1,10 @@
-"""What the preview looks at, what that costs, and where it runs."""
+"""The rows that the preview looks at, when it looks, and the cost of that."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from stable_rlhf.learner import batch as learner_batch
-from stable_rlhf.learner import preview
-from stable_rlhf.learner.measure import measure
-from stable_rlhf.learner.microbatches import Lengths
-from stable_rlhf.learner.replayed import make_passes
-from stable_rlhf.learner.update import optimizer_groups, update
+from stable_rlhf import Config
+from stable_rlhf.learner import Preview, make_preview, preview, update
+from stable_rlhf.learner.microbatches import Grain, Lengths
 from stable_rlhf.policy.actor_critic import ActorCritic
 from tests import graphs_on_cpu as reruns
 from tests import tiny_runs as runs
@@ -28,7 +28,17 @@ from tests.tiny_previews import (
     assert_identical,
     updated,
 )
-from tests.tiny_updates import decide, make_config, make_model, make_rollout
+from tests.tiny_updates import (
+    assert_same,
+    decide,
+    make_config,
+    make_model,
+    make_optimizer,
+    make_rollout,
+    measured_batch,
+    passes_of,
+    weights,
+)
 
 # -- what it costs, and where it runs -------------------------------------------------------------------------------
 
@@ -80,44 +90,44 @@ def test_with_graphs_the_steps_are_those_without(
 # -- the rows that are looked at ------------------------------------------------------------------------------------
 
 
-def probed(tokenizer: PreTrainedTokenizerFast, response: list[int], step: int = 0, **optim: Any) -> Any:
+GRAIN = Grain(columns=8, limit=64)
+
+
+def probed(response: list[int], step: int = 0, **optim: Any) -> Any:
     """(the probe, the lengths) of a rollout with these responses."""
     config = make_config(optim=optim)
-    made = make_passes(make_model(tokenizer, config), config)
     lengths = Lengths(prompt=[3 + row % 5 for row in range(len(response))], response=response)
-    return preview.probe(lengths, config, step, made), lengths
+    return preview.probe(lengths, config.optim, config.seed, step, GRAIN), lengths
 
 
 @pytest.mark.parametrize(("rows", "looked_at"), [(1, 1), (2, 2), (8, 2), (64, 2), (95, 2), (96, 3), (512, 16)])
-def test_a_32nd_of_the_rows_is_looked_at_and_two_at_least(tokenizer, rows: int, looked_at: int) -> None:
-    found, _ = probed(tokenizer, [5] * rows)
+def test_a_32nd_of_the_rows_is_looked_at_and_two_at_least(rows: int, looked_at: int) -> None:
+    found, _ = probed([5] * rows)
     assert found.count == len(set(found.rows.tolist())) == looked_at
 
 
-def test_the_rows_are_drawn_anew_at_every_step_from_those_with_a_reward(tokenizer) -> None:
+def test_the_rows_are_drawn_anew_at_every_step_from_those_with_a_reward() -> None:
     response = [0 if row % 3 == 0 else 1 + row % 7 for row in range(64)]
-    config, lengths = make_config(), Lengths(prompt=[4] * 64, response=response)
-    made = make_passes(make_model(tokenizer, config), config)
-    found = [preview.probe(lengths, config, step, made) for step in range(240)]
+    found = [probed(response, step)[0] for step in range(240)]
     draws = [frozenset(probe.rows.tolist()) for probe in found if probe is not None]
     assert len(set(draws)) > 180  # of 861 pairs
     assert frozenset.union(*draws) == {row for row in range(64) if row % 3}  # 480 draws of 42: each comes up
-    assert draws[7] == frozenset(probed(tokenizer, response, 7)[0].rows.tolist())  # a resumed run draws the same
+    assert draws[7] == frozenset(probed(response, 7)[0].rows.tolist())  # a resumed run draws the same
 
 
-def test_without_any_reward_there_is_nothing_to_look_at_and_of_one_row_there_is_that_one(tokenizer) -> None:
-    assert probed(tokenizer, [0] * 8)[0] is None
-    assert probed(tokenizer, [0, 0, 4, 0, 0, 0, 0, 0])[0].rows.tolist() == [2]
+def test_without_any_reward_there_is_nothing_to_look_at_and_of_one_row_there_is_that_one() -> None:
+    assert probed([0] * 8)[0] is None
+    assert probed([0, 0, 4, 0, 0, 0, 0, 0])[0].rows.tolist() == [2]
 
 
-def test_the_pass_is_as_wide_as_its_longest_row_and_within_the_bound_on_a_passs_tokens(tokenizer) -> None:
-    found, lengths = probed(tokenizer, [1 + row for row in range(64)])
+def test_the_pass_is_as_wide_as_its_longest_row_and_within_the_bound_on_a_passs_tokens() -> None:
+    found, lengths = probed([1 + row for row in range(64)])
     exact = max(lengths.prompt[row] + lengths.response[row] - 1 for row in found.rows.tolist())
-    assert exact <= found.width == min(-(-exact // 8) * 8, 64)  # the tiny policy has 64 positions
+    assert exact <= found.width == min(-(-exact // 8) * 8, 64)
     assert found.length == -(-max(lengths.response[row] for row in found.rows.tolist()) // 8) * 8
-    few, _ = probed(tokenizer, [1 + row for row in range(64)], microbatch_tokens=2 * exact)
+    few, _ = probed([1 + row for row in range(64)], microbatch_tokens=2 * exact)
     assert few.rows.tolist() == found.rows.tolist()
-    one, _ = probed(tokenizer, [1 + row for row in range(64)], microbatch_tokens=2 * exact - 1)
+    one, _ = probed([1 + row for row in range(64)], microbatch_tokens=2 * exact - 1)
     assert one.rows.tolist() == found.rows[:1].tolist()
 
 
@@ -151,6 +161,41 @@ def test_the_ablation_without_it_has_none_of_its_figures(tokenizer, tmp_path: Pa
     assert not FIGURES & set().union(*runs.rows(run.run_dir))
 
 
+# -- from one update to the next ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Updates:
+    """Updates on one rollout with one preview, and the rows of each pass of the last of them."""
+
+    tokenizer: PreTrainedTokenizerFast
+    config: Config
+    skipped: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.model = make_model(self.tokenizer, self.config)
+        self.passes, self.optimizer = passes_of(self.model, self.config), make_optimizer(self.model, self.config)
+        made = make_preview(self.passes)
+        assert made is not None
+        self.preview = made
+        self.rows: list[int] = []
+        self.model.register_forward_pre_hook(lambda _, inputs: self.rows.append(len(inputs[0].ids)))
+
+    def update(self, step: int) -> dict[str, float | None]:
+        rollout = make_rollout(len(self.tokenizer), self.skipped)
+        batch = measured_batch(self.passes, rollout, 0.3, step)
+        self.rows.clear()
+        return update(self.passes, self.optimizer, batch, decide(0.3), step, self.preview).metrics
+
+    @property
+    def looks(self) -> int:
+        return self.rows.count(preview.FEWEST)
+
+
+def looked(tokenizer: PreTrainedTokenizerFast, limit: float, **sections: Any) -> Updates:
+    return Updates(tokenizer, make_config(optim={"max_preview_kl": limit, "learning_rate": HEALTHY}, **sections))
+
+
 @pytest.mark.parametrize(
     ("limit", "quiet", "looks", "beyond", "stays"),
     [
@@ -163,18 +208,93 @@ def test_the_ablation_without_it_has_none_of_its_figures(tokenizer, tmp_path: Pa
 def test_an_update_after_one_within_the_bound_looks_at_its_end_alone(
     tokenizer, limit: float, quiet: bool, looks: int, beyond: bool, stays: bool
 ) -> None:
-    config = make_config(optim={"max_preview_kl": limit, "learning_rate": HEALTHY})
-    model = make_model(tokenizer, config)
-    made, rollout = make_passes(model, config), make_rollout(len(tokenizer))
-    optimizer = torch.optim.AdamW(optimizer_groups(model, config), fused=True)
-    measured = measure(made, rollout, config, 0)
-    batch, _ = learner_batch.make_batch(model, measured, rollout.scores, decide(0.3), config)
-    rows: list[int] = []
-    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].ids)))
-    stats = update(made, optimizer, batch, decide(0.3), config, 0, quiet)
-    assert rows.count(preview.FEWEST) == looks
-    assert stats.quiet is stays
-    kl = stats.metrics["safe/preview_kl"]
+    run = looked(tokenizer, limit)
+    run.preview.load_state_dict({"quiet": quiet})
+    metrics = run.update(0)
+    assert run.looks == looks
+    assert run.preview.state_dict() == {"quiet": stays}
+    kl = metrics["safe/preview_kl"]
     assert kl is not None
     assert (kl > limit) is beyond
-    assert stats.metrics["safe/scaled_steps"] == (0 if stays else STEPS)
+    assert metrics["safe/scaled_steps"] == (0 if stays else STEPS)
+
+
+def test_the_figures_are_of_one_update_and_not_of_those_before(tokenizer) -> None:
+    run = looked(tokenizer, 1e-3)
+    first, second = run.update(0), run.update(1)
+    assert first["safe/scaled_steps"] == second["safe/scaled_steps"] == STEPS
+    assert first["safe/preview_kl"] != second["safe/preview_kl"]
+
+
+def test_the_critics_warm_up_is_not_looked_at_and_the_update_after_it_looks_at_its_first_step(tokenizer) -> None:
+    run = looked(tokenizer, LOOSE, critic={"warmup_steps": 5, "learning_rate": HEALTHY})
+    run.preview.load_state_dict({"quiet": True})
+    before = weights(run.model)
+    assert not FIGURES & run.update(4).keys()
+    assert run.looks == 0
+    assert run.preview.state_dict() == {"quiet": False}
+    after = weights(run.model)
+    assert not torch.equal(after["heads.0.up.weight"], before["heads.0.up.weight"])  # the steps were taken
+    assert run.update(5).keys() >= FIGURES
+    assert run.looks == 2  # after the first step and at the end
+
+
+def test_a_rollout_without_any_reward_is_not_looked_at_and_the_next_update_looks_at_its_first_step(tokenizer) -> None:
+    run = looked(tokenizer, LOOSE)
+    run.preview.load_state_dict({"quiet": True})
+    batch = measured_batch(run.passes, make_rollout(len(tokenizer)), 0.3)
+    run.preview.begin(batch, Lengths(prompt=[4] * 8, response=[0] * 8), 0)
+    assert run.preview.metrics() == {}
+    assert run.preview.state_dict() == {"quiet": False}
+
+
+def test_an_update_that_was_interrupted_leaves_nothing_to_the_next(tokenizer) -> None:
+    """Its steps are not taken back to the weights at which it was interrupted, nor counted."""
+    whole, broken = looked(tokenizer, LOOSE), looked(tokenizer, LOOSE)
+    for run in (whole, broken):
+        run.preview.load_state_dict({"quiet": True})
+    before, moments = weights(broken.model), copy.deepcopy(broken.optimizer.state_dict())
+
+    def interrupt(*_: Any) -> None:
+        raise InterruptedError
+
+    handle = broken.optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(InterruptedError):
+        broken.update(0)
+    handle.remove()
+    with torch.no_grad():
+        for name, parameter in broken.model.named_parameters():
+            parameter.copy_(before[name])
+    broken.optimizer.load_state_dict(moments)
+    assert broken.update(0) == whole.update(0)
+    assert_same(weights(broken.model), weights(whole.model), 0.0)
+
+
+def test_no_preview_is_made_where_it_is_off(tokenizer) -> None:
+    config = make_config(optim={"max_preview_kl": None})
+    assert make_preview(passes_of(make_model(tokenizer, config), config)) is None
+
+
+def test_a_resumed_run_looks_when_the_uninterrupted_one_does(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the second half the policy moves slowly, so that its first look waits; a preview that has forgotten this
+    finds another KL."""
+    settings = {"optim": {"learning_rate": HEALTHY, "max_preview_kl": LOOSE}}
+    whole = runs.finished(runs.settings(tmp_path / "run", **settings), tokenizer)
+    expected = (whole.run_dir / "metrics.jsonl").read_bytes()
+    checkpoint = whole.run_dir / "checkpoints" / "step-000002"
+    kept = tmp_path / "kept"
+    shutil.copytree(checkpoint, kept)
+
+    def resumed() -> bytes:
+        shutil.copytree(kept, checkpoint, dirs_exist_ok=True)
+        run = runs.trainer(runs.settings(tmp_path / "run", **settings), tokenizer)
+        run.train(resume_from_checkpoint=checkpoint)
+        return (run.run_dir / "metrics.jsonl").read_bytes()
+
+    assert resumed() == expected
+    monkeypatch.setattr(Preview, "load_state_dict", lambda *_: None)
+    forgotten = resumed()
+    assert forgotten != expected
+    assert forgotten.splitlines()[:2] == expected.splitlines()[:2]

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from stable_rlhf import Config
-from stable_rlhf.learner import batch as learner_batch
-from stable_rlhf.learner import figures as learner_figures
-from stable_rlhf.learner.measure import measure
+from stable_rlhf.learner import make_batch, measure, rollout_metrics
 from stable_rlhf.learner.microbatches import permutation
-from stable_rlhf.learner.replayed import make_passes
 from stable_rlhf.ops import objective
 from stable_rlhf.policy.actor_critic import ActorCritic
 from stable_rlhf.policy.transformer import causal_lm
@@ -26,9 +23,11 @@ from tests.tiny_updates import (
     assert_same,
     decide,
     learn,
+    learning,
     make_config,
     make_model,
     make_rollout,
+    passes_of,
     prepare,
     weights,
 )
@@ -141,7 +140,7 @@ def test_padding_columns_change_no_weight_and_no_metric(tokenizer) -> None:
         config = make_config()
         model = make_model(tokenizer, config)
         metrics, _ = learn(model, given, config, kl_coef=0.3, sgd=0.05)
-        figures = learner_figures.rollout_metrics(given, measure(make_passes(model, config), given, config, 0))
+        figures = rollout_metrics(given, measure(passes_of(model, config), given, 0))
         results.append((metrics | figures, weights(model)))
     assert_same(results[1][1], results[0][1], 1e-6)
     assert without_clipped_values(results[1][0]) == pytest.approx(without_clipped_values(results[0][0]), abs=2e-6)
@@ -185,8 +184,8 @@ def test_advantages_and_returns_are_those_of_a_loop_over_tokens(
         kl={"length_neutral": neutral},
     )
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer), skipped=(4,))
-    measured = measure(make_passes(model, config), rollout, config, 0)
-    batch, _ = learner_batch.make_batch(model, measured, rollout.scores, decide(kl_coef), config)
+    measured = measure(passes_of(model, config), rollout, 0)
+    batch, _ = make_batch(model, measured, rollout.scores, decide(kl_coef), learning(config))
     expected_advantages, expected_returns = [], []
     ratios = [
         (measured.logp[row, t] - measured.ref_logp[row, t]).item()
@@ -235,15 +234,14 @@ def test_the_kl_in_the_reward_pays_for_no_length_of_its_own(tokenizer) -> None:
     rollout = make_rollout(len(tokenizer))
     config = make_config(optim={"lam": 1.0, "whiten_floor": 1e3})
     model = make_model(tokenizer, config)
-    measured = measure(make_passes(model, config), rollout, config, 0)
+    measured = measure(passes_of(model, config), rollout, 0)
     measured = dataclasses.replace(measured, ref_logp=measured.logp - 0.5)
     without, with_kl = (
-        learner_batch.make_batch(model, measured, rollout.scores, decide(coef), config)[0].returns
-        for coef in (0.0, 1.0)
+        make_batch(model, measured, rollout.scores, decide(coef), learning(config))[0].returns for coef in (0.0, 1.0)
     )
     torch.testing.assert_close(with_kl, without, atol=1e-6, rtol=0)
     paid = make_config(optim={"lam": 1.0, "whiten_floor": 1e3}, kl={"length_neutral": False})
-    charged = learner_batch.make_batch(model, measured, rollout.scores, decide(1.0), paid)[0].returns
+    charged = make_batch(model, measured, rollout.scores, decide(1.0), learning(paid))[0].returns
     lengths = measured.tokens.mask.sum(1)
     torch.testing.assert_close((without - charged)[:, 0], 0.5 * lengths, atol=1e-5, rtol=0)
 

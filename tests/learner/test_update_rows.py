@@ -7,10 +7,7 @@ import math
 import pytest
 import torch
 
-from stable_rlhf.learner import batch, figures
-from stable_rlhf.learner.measure import measure, observe
-from stable_rlhf.learner.replayed import make_passes
-from stable_rlhf.learner.update import optimizer_groups
+from stable_rlhf.learner import figures, make_batch, measure, observe, optimizer_groups
 from stable_rlhf.records import Rollout
 from stable_rlhf.training import step
 from tests.tiny_updates import (
@@ -19,9 +16,11 @@ from tests.tiny_updates import (
     assert_same,
     decide,
     learn,
+    learning,
     make_config,
     make_model,
     make_rollout,
+    passes_of,
     some_rows,
     weights,
 )
@@ -103,7 +102,7 @@ def test_vf_coef_multiplies_the_heads_gradient_and_not_the_policys(tokenizer) ->
 def test_the_critic_has_a_learning_rate_of_its_own_and_else_the_policys(tokenizer) -> None:
     for own, expected in ((None, 1e-3), (5e-2, 5e-2)):
         config = make_config(optim={"learning_rate": 1e-3}, critic={"learning_rate": own})
-        policy, critic = optimizer_groups(make_model(tokenizer, config), config)
+        policy, critic = optimizer_groups(make_model(tokenizer, config), config.optim, config.critic)
         assert (policy["lr"], critic["lr"]) == (1e-3, expected)
 
 
@@ -147,9 +146,7 @@ def test_the_controller_sees_the_rows_with_a_reward_alone(tokenizer) -> None:
     whole = make_rollout(len(tokenizer), skipped=(2, 5))
     fewer = some_rows(whole, [0, 1, 3, 4, 6, 7])
     model = make_model(tokenizer, config)
-    seen, expected = (
-        observe(7, given, measure(make_passes(model, config), given, config, 0)) for given in (whole, fewer)
-    )
+    seen, expected = (observe(7, given, measure(passes_of(model, config), given, 0)) for given in (whole, fewer))
     assert (seen.step, seen.reward) == (7, expected.reward)
     assert seen.reward == pytest.approx((1.0 - 0.5 + 2.0 + 0.0 + 0.7 + 0.1) / 6)
     assert (seen.kl, seen.entropy) == pytest.approx((expected.kl, expected.entropy), abs=1e-6)
@@ -168,7 +165,7 @@ def test_a_rollouts_metrics_are_those_of_loops_over_its_tokens(tokenizer) -> Non
     config = make_config()
     rollout = make_rollout(len(tokenizer), skipped=(2,))
     model = make_model(tokenizer, config)
-    measured = measure(make_passes(model, config), rollout, config, 0)
+    measured = measure(passes_of(model, config), rollout, 0)
     found = figures.rollout_metrics(rollout, measured)
     sequences = token_rows(measured.logp - measured.ref_logp, rollout)
     ratios = [value for row in sequences for value in row]
@@ -207,8 +204,8 @@ def test_the_kl_part_of_the_reward_is_a_mean_over_the_rows_with_a_reward(tokeniz
     config = make_config()
     rollout = make_rollout(len(tokenizer), skipped=(2,))
     model = make_model(tokenizer, config)
-    measured = measure(make_passes(model, config), rollout, config, 0)
-    _, found = batch.make_batch(model, measured, rollout.scores, decide(0.4), config)
+    measured = measure(passes_of(model, config), rollout, 0)
+    _, found = make_batch(model, measured, rollout.scores, decide(0.4), learning(config))
     sequences = token_rows(measured.logp - measured.ref_logp, rollout)
     assert found["objective/non_score_reward"] == pytest.approx(-0.4 * sum(map(sum, sequences)) / 7, abs=2e-6)
 
@@ -216,7 +213,7 @@ def test_the_kl_part_of_the_reward_is_a_mean_over_the_rows_with_a_reward(tokeniz
 def test_a_stored_completion_has_its_kl_per_token_and_no_score_where_there_is_none(tokenizer) -> None:
     config = make_config()
     rollout = make_rollout(len(tokenizer), skipped=(2,))
-    measured = measure(make_passes(make_model(tokenizer, config), config), rollout, config, 0)
+    measured = measure(passes_of(make_model(tokenizer, config), config), rollout, 0)
     stored = step.completion_rows(rollout, measured)
     assert (stored[2]["score"], stored[2]["kl"], stored[2]["length"]) == (None, None, 4)
     row = token_rows(measured.logp - measured.ref_logp, rollout)[0]

@@ -84,7 +84,7 @@ def capture(trainer: Any) -> tuple[Tensors, dict[str, Any]]:
     state = {
         "step": trainer.step,
         "episode": trainer.episode,
-        "quiet": trainer.quiet,
+        "preview": None if trainer.preview is None else trainer.preview.state_dict(),
         "optimizer": groups,
         "scheduler": trainer.scheduler.state_dict(),
         "controller": trainer.controller.state_dict(),
@@ -121,7 +121,9 @@ def restore(trainer: Any, tensors: Tensors, state: Mapping[str, Any], callbacks:
     trainer.stream.load_state_dict(state["prompts"])
     if callbacks:
         put_callbacks(trainer, state["callbacks"])
-    trainer.step, trainer.episode, trainer.quiet = state["step"], state["episode"], state["quiet"]
+    if trainer.preview is not None:
+        trainer.preview.load_state_dict(state["preview"])
+    trainer.step, trainer.episode = state["step"], state["episode"]
     load_random_state(tensors["random"], state["random"])
 
 

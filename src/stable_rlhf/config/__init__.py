@@ -1,6 +1,6 @@
 """Every setting of a run: sections, presets, and how they are read from YAML files and the command line."""
 
-from stable_rlhf.config.algorithm import CriticConfig, GuardConfig
+from stable_rlhf.config.algorithm import CriticConfig, GuardConfig, KLConfig, OptimConfig
 from stable_rlhf.config.checks import is_url, only_with, require, url_without_secrets
 from stable_rlhf.config.config import Config, complete_settings
 from stable_rlhf.config.loading import load_config, parser, taken_out
@@ -14,7 +14,9 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "GuardConfig",
+    "KLConfig",
     "ModelConfig",
+    "OptimConfig",
     "RewardConfig",
     "RolloutConfig",
     "complete_settings",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from stable_rlhf.config import Config
 from stable_rlhf.control import Decision
 from stable_rlhf.learner.figures import plain
+from stable_rlhf.learner.settings import Learning
 from stable_rlhf.ops.advantages import gae, token_rewards
 from stable_rlhf.ops.masked import masked_mean, whiten
 from stable_rlhf.ops.objective import explained_variance
@@ -16,26 +16,26 @@ from stable_rlhf.records import Batch, Measured
 
 @torch.no_grad()
 def make_batch(
-    model: ActorCritic, measured: Measured, scores: list[float], decision: Decision, config: Config
+    model: ActorCritic, measured: Measured, scores: list[float], decision: Decision, learning: Learning
 ) -> tuple[Batch, dict[str, float | None]]:
     """(batch to learn from, its metrics): rewards per token, GAE, whitening over the batch.
 
-    ``scores`` [B] are normalised. critic.bootstrap says whose values stand on which side of delta.
+    ``scores`` [B] are normalised. ``critic.bootstrap`` says whose values stand on which side of the TD error.
     """
+    optim, critic, kl = learning.optim, learning.critic, learning.kl
     mask = measured.tokens.mask
     log_ratio = measured.logp - measured.ref_logp
-    kl_coef = decision.kl_coef if config.kl.in_reward else 0.0
+    kl_coef = decision.kl_coef if kl.in_reward else 0.0
     score = torch.tensor(scores, dtype=torch.float32)
     # With c = E sum_t l_t / E T, the gradient of E sum_t (l_t - c) is E T times that of c, the mean per token.
-    level = masked_mean(log_ratio, mask) if config.kl.length_neutral else 0.0
+    level = masked_mean(log_ratio, mask) if kl.length_neutral else 0.0
     rewards = token_rewards(score, log_ratio - level, kl_coef, mask)
     online, target = model.combine(measured.values), model.combine(measured.targets)
-    values = target if config.critic.bootstrap == "target" else online
-    bootstrap = online if config.critic.bootstrap == "online" else target
-    optim = config.optim
+    values = target if critic.bootstrap == "target" else online
+    bootstrap = online if critic.bootstrap == "online" else target
     advantages, returns = gae(rewards, values, bootstrap, mask, optim.gamma, optim.lam)
-    if config.critic.lam is not None:
-        _, returns = gae(rewards, values, bootstrap, mask, optim.gamma, config.critic.lam)
+    if critic.lam is not None:
+        _, returns = gae(rewards, values, bootstrap, mask, optim.gamma, critic.lam)
     batch = Batch(
         tokens=measured.tokens,
         logp=measured.logp,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from stable_rlhf.config import Config
+from stable_rlhf.config import CriticConfig
 from stable_rlhf.control import Observation
 from stable_rlhf.errors import DivergenceError
 from stable_rlhf.learner.microbatches import Lengths, plan
@@ -18,24 +18,25 @@ from stable_rlhf.records import Measured, Rollout, Tokens, on
 
 
 @torch.no_grad()
-def measure(passes: Passes, rollout: Rollout, config: Config, step: int) -> Measured:
+def measure(passes: Passes, rollout: Rollout, step: int) -> Measured:
     """The forward of the update and the reference's over the rollout, in the microbatches of the first pass.
 
     The same rows go through the same computation again in the first update, so its ratio is exactly 1. The result is on
     the CPU, copied there at once: what follows on it is small, and would wait for the device at every figure.
     """
-    model, device = passes.model, passes.model.device
+    model, learning, device = passes.model, passes.learning, passes.model.device
+    learns = learns_policy(learning.critic, step)
     tokens = dataclasses.replace(rollout.tokens, mask=rollout.tokens.mask & torch.tensor(rollout.valid)[:, None])
     tokens = tokens.padded(passes.grain.columns)
     shape, heads = tokens.response.shape, len(model.heads)
     names = ("logp", "ref_logp", "entropy")
     figures = torch.zeros(len(names) + 2 * heads, *shape, device=device)
     there = on(tokens, device)
-    for minibatch in plan(lengths(tokens), config, step, 0, device, passes.grain):
+    for minibatch in plan(lengths(tokens), learning.optim, learning.seed, step, 0, device, passes.grain):
         for micro in minibatch:
             rows = micro.rows.to(device)
             part = there.rows(rows, micro.width, micro.length, micro.count)
-            out, ref_logp = passes.measure(part, learns_policy(config, step))
+            out, ref_logp = passes.measure(part, learns)
             parts = [out.logp[None], ref_logp[None], out.entropy[None], out.values, model.target_values(out.state)]
             figures[:, rows[: micro.count], : micro.length] = torch.cat(parts)[:, : micro.count]
     figures = figures.cpu()
@@ -44,16 +45,17 @@ def measure(passes: Passes, rollout: Rollout, config: Config, step: int) -> Meas
 
 
 def lengths(tokens: Tokens) -> Lengths:
+    """Of tokens on the CPU: reading them there waits for no device."""
     return Lengths(prompt=tokens.start.tolist(), response=tokens.mask.sum(1).tolist())
 
 
-def learns_policy(config: Config, step: int) -> bool:
+def learns_policy(critic: CriticConfig, step: int) -> bool:
     """Whether the step is past the critic's warm-up."""
-    return step >= config.critic.warmup_steps
+    return step >= critic.warmup_steps
 
 
 def observe(step: int, rollout: Rollout, measured: Measured) -> Observation:
-    """What the controller is given: mean reward of the valid rows, mean k1 and mean entropy over response tokens."""
+    """The controller's input: mean reward of the valid rows, mean k1 and mean entropy over response tokens."""
     scores = [score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid]
     mask = measured.tokens.mask
     kl = masked_mean((measured.logp - measured.ref_logp).double(), mask).item()

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stable_rlhf.config import Config
+from stable_rlhf.config import OptimConfig
 
 PASS_COST = {"cpu": 256, "cuda": 2048}
-"""What a pass costs beside its tokens, in tokens: a cut that saves less padding than that saves no time.
+"""Cost of a pass besides its tokens, in tokens: a cut that saves less padding than that saves no time.
 
 CPU: on two cores the built-in policy's step took 2.00, 1.98 and 1.76 s at 64, 128 and 256 by turns, and in another run
 1.05 and 1.19 s at 256 and 512. CUDA: on one H200 a pass of 1,792 tokens took 26 ms at 135M, whose arithmetic takes one,
@@ -21,14 +21,14 @@ and at 3B its fixed part was worth 300 tokens; a cut must also pay for the shape
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """What one forward and backward pass takes: rows of the rollout, and how much of them is not padding."""
+    """One forward and backward pass: rows of the rollout, and how much of them is not padding."""
 
     rows: Tensor
     """[n] int64, on the CPU. After the first ``count`` a row is repeated, only to fill the shape."""
     count: int
     """Rows that are learned from."""
     width: int
-    """Columns of ``Tokens.ids``: the longest row's prompt and response, but for the last token: it predicts nothing."""
+    """Columns of ``Tokens.ids``: the longest row's prompt and response, except the last token: it predicts nothing."""
     length: int
     """Columns of the response: the longest of these rows."""
 
@@ -58,14 +58,20 @@ class Lengths:
 
 
 def permutation(rows: int, seed: int, step: int, iteration: int) -> Tensor:
-    """[rows] int64: the order of a pass over the rollout, given by its arguments alone, so that resume repeats it."""
+    """[rows] int64: the order of a pass over the rollout, given only by its arguments, so that resume repeats it."""
     # Primes keep the seeds of neighbouring steps and iterations apart.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step * 1_009 + iteration) % 2**63)
     return torch.randperm(rows, generator=generator)
 
 
 def plan(
-    lengths: Lengths, config: Config, step: int, iteration: int, device: torch.device, grain: Grain = EXACT
+    lengths: Lengths,
+    optim: OptimConfig,
+    seed: int,
+    step: int,
+    iteration: int,
+    device: torch.device,
+    grain: Grain = EXACT,
 ) -> Iterator[list[Microbatch]]:
     """The microbatches of each minibatch of a pass over the rollout; [] where none of its rows has a reward.
 
@@ -73,9 +79,9 @@ def plan(
     ``optim.microbatch_tokens`` and to save padding, and the cut changes no gradient: every pass divides by the
     minibatch's number of response tokens. ``grain`` rounds the shapes up.
     """
-    budget = config.optim.microbatch_tokens
-    order = permutation(len(lengths.prompt), config.seed, step, iteration)
-    for rows in order.chunk(config.optim.num_mini_batches):
+    budget = optim.microbatch_tokens
+    order = permutation(len(lengths.prompt), seed, step, iteration)
+    for rows in order.chunk(optim.num_mini_batches):
         scored = [row for row in rows.tolist() if lengths.response[row] > 0]
         scored.sort(key=lambda row: -(lengths.prompt[row] + lengths.response[row]))  # stable: ties keep the order
         exact = [lengths.prompt[row] + lengths.response[row] - 1 for row in scored]

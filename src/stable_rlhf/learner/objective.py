@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stable_rlhf.config import Config
+from stable_rlhf.learner.settings import Learning
 from stable_rlhf.ops.masked import masked_mean
 from stable_rlhf.ops.objective import approx_kl, kl_penalty, ppo_clip_loss, value_loss
 from stable_rlhf.policy import ActorCritic, Output
@@ -16,7 +16,7 @@ from stable_rlhf.records import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What the loss of a microbatch is scaled by; 0-dimensional float32 tensors, so that a graph reads them anew."""
+    """Numbers that change from step to step, as 0-dimensional float32 tensors, so that a graph reads them anew."""
 
     kl_coef: Tensor
     """The controller's coefficient, of the KL in the loss."""
@@ -25,13 +25,14 @@ class Scale:
 
 
 def objective(
-    out: Output, batch: Batch, model: ActorCritic, scale: Scale, config: Config, learns_policy: bool
+    out: Output, batch: Batch, model: ActorCritic, scale: Scale, learning: Learning, learns_policy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss of a microbatch, its metrics); both are this microbatch's share: sums over its tokens / ``scale.tokens``.
 
-    L = L_clip + vf_coef L_V + kl_coef KL(kl.in_loss) - entropy_coef H; during the critic's warm-up, vf_coef L_V alone.
+    L = L_clip + vf_coef L_V + kl_coef KL(kl.in_loss) - entropy_coef H; during the critic's warm-up, only vf_coef L_V.
     """
-    mask, critic, optim, tokens = batch.tokens.mask, config.critic, config.optim, scale.tokens
+    optim, critic, kl = learning.optim, learning.critic, learning.kl
+    mask, tokens = batch.tokens.mask, scale.tokens
     fitted = zip(out.values, batch.values, strict=True)
     if critic.heads == 2 and critic.regress == "soft_min":
         fitted = [(model.combine(out.values), model.combine(batch.values))]
@@ -62,8 +63,8 @@ def objective(
         loss = loss + policy.loss
         if optim.entropy_coef > 0:
             loss = loss - optim.entropy_coef * entropy
-        if config.kl.in_loss != "none":
-            kl = kl_penalty(out.logp, batch.ref_logp, out.exact_kl, config.kl.in_loss, mask, tokens)
-            loss = loss + scale.kl_coef * kl
-            metrics["loss/kl_avg"] = scale.kl_coef * kl
+        if kl.in_loss != "none":
+            penalty = kl_penalty(out.logp, batch.ref_logp, out.exact_kl, kl.in_loss, mask, tokens)
+            loss = loss + scale.kl_coef * penalty
+            metrics["loss/kl_avg"] = scale.kl_coef * penalty
     return loss, {name: figure.detach() for name, figure in metrics.items()}

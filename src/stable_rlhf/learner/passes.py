@@ -1,10 +1,7 @@
-"""Forward and backward of one microbatch: run directly, or replayed as CUDA graphs.
+"""Forward and backward of one microbatch: the interface (`Passes`), and the passes run directly (`DirectPasses`).
 
-At the sizes that RLHF trains, a GPU waits for the host: 3B parameters and 1,800 tokens keep an H100 busy for 59 ms, and
-launching those operations takes 200 ms (docs/LOG.md, 2026-11-25). A replay launches them all at once.
-
-A shape's graphs are two, forward and loss with backward. Measuring a rollout replays the first, an update both, so what
-the ratio divides is one computation: on the first minibatch it is exactly 1.
+Measuring a rollout and learning from it run the same forward on the same rows, so the two log-probs that the ratio
+divides come from one computation: on the first minibatch the ratio is exactly 1.
 """
 
 from __future__ import annotations
@@ -16,10 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stable_rlhf.config import Config
+from stable_rlhf.config import ModelConfig
 from stable_rlhf.hardware import cpu_matmul
 from stable_rlhf.learner.microbatches import Grain
 from stable_rlhf.learner.objective import Scale, objective
+from stable_rlhf.learner.settings import Learning
 from stable_rlhf.policy import ActorCritic, Output, compile_layers, context_length, detached
 from stable_rlhf.records import Batch, Tokens
 
@@ -29,23 +27,29 @@ at 1."""
 
 
 class Passes(Protocol):
-    """The passes over a model's microbatches, the same from the first step of a run to its last.
+    """The passes over a model's microbatches, with the settings that they learn by: one object for a whole run.
 
-    What they return is valid until the next pass: a graph writes where it wrote before.
+    Their results are valid until the next pass: a graph writes where it wrote before.
     """
 
     model: ActorCritic
+    learning: Learning
     grain: Grain
-    """What the numbers of rows and of columns are multiples of."""
+    """How the numbers of rows and columns are rounded up."""
 
     def training(self) -> contextlib.AbstractContextManager[None]:
         """Inside, gradients are collected; on leaving, none is left."""
         ...
 
-    def zero_grad(self) -> None: ...
+    def zero_grad(self) -> None:
+        """Sets the gradients back to zero, for the next optimiser step."""
+        ...
 
     def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
-        """(the policy's output, the reference's log-probs [n, T])."""
+        """(the policy's output, the reference's log-probs [n, T]), without gradients.
+
+        ``learns_policy``: as in the pass that will learn from these tokens, so that both run the same forward.
+        """
         ...
 
     def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
@@ -53,16 +57,16 @@ class Passes(Protocol):
         ...
 
     def logp(self, tokens: Tokens) -> Tensor:
-        """[n, T]: the policy's log-probs alone, nats."""
+        """Only the policy's log-probs [n, T], nats."""
         ...
 
 
 class DirectPasses:
-    """Passes that launch every operation."""
+    """Passes that launch every operation themselves; compiled layer by layer where ``model.torch_compile`` says so."""
 
-    def __init__(self, model: ActorCritic, config: Config) -> None:
-        self.model, self.config = model, config
-        self.compiled = config.model.torch_compile
+    def __init__(self, model: ActorCritic, settings: ModelConfig, learning: Learning) -> None:
+        self.model, self.learning = model, learning
+        self.gradient_checkpointing, self.compiled = settings.gradient_checkpointing, settings.torch_compile
         if self.compiled:
             compile_layers(model)
         self.parameters = [*model.policy_parameters(), *model.critic_parameters()]
@@ -72,7 +76,7 @@ class DirectPasses:
     def training(self) -> Iterator[None]:
         self.zero_grad()
         try:
-            with self.model.checkpointing(self.config.model.gradient_checkpointing):
+            with self.model.checkpointing(self.gradient_checkpointing):
                 yield
         finally:
             self.zero_grad()
@@ -85,7 +89,7 @@ class DirectPasses:
         with cpu_matmul.exact_products(self.model.device):
             # A compiled forward that keeps what its backward needs rounds otherwise than one that does not.
             with torch.set_grad_enabled(self.compiled):
-                out = detached(self.model(tokens, temperature=self.config.rollout.temperature))
+                out = detached(self.model(tokens, temperature=self.learning.temperature))
             return out, self.reference(tokens)
 
     def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
@@ -97,13 +101,16 @@ class DirectPasses:
             return self.forward(tokens, False).logp.detach()
 
     def forward(self, tokens: Tokens, learns_policy: bool) -> Output:
-        exact_kl = self.config.kl.in_loss == "exact" and learns_policy
-        return self.model(tokens, temperature=self.config.rollout.temperature, exact_kl=exact_kl)
+        """The policy and the heads, with gradients; the exact KL too where the loss needs it."""
+        exact_kl = self.learning.kl.in_loss == "exact" and learns_policy
+        return self.model(tokens, temperature=self.learning.temperature, exact_kl=exact_kl)
 
     def reference(self, tokens: Tokens) -> Tensor:
-        return self.model.reference_logp(tokens, temperature=self.config.rollout.temperature)
+        """The reference's log-probs [n, T], nats."""
+        return self.model.reference_logp(tokens, temperature=self.learning.temperature)
 
     def backward(self, out: Output, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
-        loss, metrics = objective(out, batch, self.model, scale, self.config, learns_policy)
+        """Loss and backward of a forward; returns as `learn` does."""
+        loss, metrics = objective(out, batch, self.model, scale, self.learning, learns_policy)
         loss.backward()
         return list(metrics), torch.stack(list(metrics.values()))

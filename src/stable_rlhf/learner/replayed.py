@@ -1,4 +1,11 @@
-"""Passes replayed as CUDA graphs."""
+"""Passes replayed as CUDA graphs (`ReplayedPasses`), and which passes a run has (`make_passes`).
+
+At the sizes that RLHF trains, a GPU waits for the host: 3B parameters and 1,800 tokens keep an H100 busy for 59 ms, and
+launching those operations takes 200 ms (docs/LOG.md, 2026-11-25). A replay launches them all at once.
+
+Each shape has a graph of the forward, one of loss and backward, and one of the reference. Measuring a rollout replays
+the first and the last, learning the first two: both have the same forward, as with direct passes.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_rlhf.config import Config
+from stable_rlhf.config import ModelConfig
 from stable_rlhf.hardware import cuda_graphs, replays_graphs
 from stable_rlhf.learner.microbatches import Grain
 from stable_rlhf.learner.objective import Scale
 from stable_rlhf.learner.passes import DirectPasses, Passes
+from stable_rlhf.learner.settings import Learning
 from stable_rlhf.policy import ActorCritic, Output, detached
 from stable_rlhf.records import Batch, Tokens
 
@@ -37,13 +45,14 @@ SIGHTINGS = 2
 
 
 class ReplayedPasses:
-    """Passes replayed as CUDA graphs, one set for each shape; a shape that is not captured yet runs directly.
+    """Passes over ``direct``'s operations, recorded once for each shape as CUDA graphs and replayed from then on.
 
-    Rows and columns are rounded up alike in both cases, so both are the same computation.
+    A shape that is not recorded yet runs directly. Rows and columns are rounded up alike in both cases, so both are the
+    same computation.
     """
 
     def __init__(self, direct: DirectPasses) -> None:
-        self.direct, self.model = direct, direct.model
+        self.direct, self.model, self.learning = direct, direct.model, direct.learning
         self.pool = cuda_graphs.pool()
         self.grain = Grain(ROWS, COLUMNS, direct.grain.limit)
         self._gradients = [torch.zeros_like(p) for p in direct.parameters]
@@ -79,7 +88,7 @@ class ReplayedPasses:
         for parameter, gradient in zip(parameters, self._gradients, strict=True):
             parameter.grad = gradient
         try:
-            with self.model.checkpointing(self.direct.config.model.gradient_checkpointing):
+            with self.model.checkpointing(self.direct.gradient_checkpointing):
                 yield
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
@@ -100,14 +109,17 @@ class ReplayedPasses:
         return self._captures[key]
 
 
-def make_passes(model: ActorCritic, config: Config) -> Passes:
-    """Replayed where ``model.cuda_graphs`` says so, or, without a word of it, where the device is CUDA; else direct."""
-    direct = DirectPasses(model, config)
-    return ReplayedPasses(direct) if replays_graphs(config.model.cuda_graphs, model.device) else direct
+def make_passes(model: ActorCritic, settings: ModelConfig, learning: Learning) -> Passes:
+    """The passes of a run: replayed where ``model.cuda_graphs`` is true, or None on CUDA; direct otherwise.
+
+    ``settings`` are those of the section ``model``. Raises ConfigError for graphs on a device that is not CUDA.
+    """
+    direct = DirectPasses(model, settings, learning)
+    return ReplayedPasses(direct) if replays_graphs(settings.cuda_graphs, model.device) else direct
 
 
 class _PassGraphs:
-    """The graphs of one shape, and the tensors that they read."""
+    """The graphs of one shape that measure and learn, and the tensors that they read."""
 
     def __init__(
         self, passes: DirectPasses, pool: Any, rows: int, width: int, length: int, learns_policy: bool
@@ -158,7 +170,7 @@ class _PassGraphs:
 
 
 class _LogpGraph:
-    """The graph of the policy's log-probs alone, of one shape."""
+    """The graph of one shape that gives only the policy's log-probs."""
 
     def __init__(self, passes: DirectPasses, pool: Any, rows: int, width: int, length: int) -> None:
         device = passes.model.device

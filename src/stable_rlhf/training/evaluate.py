@@ -38,7 +38,7 @@ def evaluate(
         for start in range(0, len(dataset), size):
             indices = range(start, min(start + size, len(dataset)))
             rollout, _ = sampler.collect(dataset, encoded, indices)
-            parts.append((rollout, measure(passes, rollout, config, config.max_steps)))
+            parts.append((rollout, measure(passes, rollout, config.max_steps)))
     finally:
         load_random_state(tensors, state)
     samples = [

@@ -40,9 +40,11 @@ from stable_rlhf.errors import ConfigError, DivergenceError, Interrupted, Reward
 from stable_rlhf.files import replace_text
 from stable_rlhf.hardware import refuse_many_processes, replays_graphs
 from stable_rlhf.learner import (
+    Learning,
     check_finite,
     make_batch,
     make_passes,
+    make_preview,
     measure,
     observe,
     optimizer_groups,
@@ -117,7 +119,15 @@ class SAFETrainer:
             load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
         )
         self.model = ActorCritic(policy, config.critic, autocast=low)
-        self.passes = make_passes(self.model, config)
+        learning = Learning(
+            optim=config.optim,
+            critic=config.critic,
+            kl=config.kl,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+        )
+        self.passes = make_passes(self.model, config.model, learning)
+        self.preview = make_preview(self.passes)
         self._stop = GracefulStop()
         self.scorer = make_scorer(
             config, reward_funcs, reward_processing_classes, self.model.device, stopping=self._stop.asked
@@ -137,12 +147,12 @@ class SAFETrainer:
         self.eval_dataset = eval_dataset
         self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
         self.stream = PromptStream(len(train_dataset), config.seed)
-        self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config), fused=True)
+        self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
         course = config.optim.lr_scheduler_type
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
         self.scheduler: Any = make_scheduler(course, self.optimizer, config.optim.warmup_steps, config.max_steps)
         self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        self.step, self.episode, self.quiet = 0, 0, False
+        self.step, self.episode = 0, 0
         self.recovery, self.fingerprint = Recovery(self), self.model.reference_fingerprint()
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
@@ -216,18 +226,18 @@ class SAFETrainer:
         indices = self.stream.take(config.rollout.batch_size)
         rollout, timing = self.sampler.collect(self.train_dataset, self.train_prompts, indices)
         sampled = time.perf_counter()
-        measured = measure(self.passes, rollout, config, step)
+        measured = measure(self.passes, rollout, step)
         known = time.perf_counter()
         self.episode += len(indices)
         decision = self.controller.observe(observe(step, rollout, measured))  # before the update
         self.normaliser.update([s for s, v in zip(rollout.scores, rollout.valid, strict=True) if v])
         scores = self.normaliser.normalise(rollout.scores)
-        batch, batch_metrics = make_batch(self.model, measured, scores, decision, config)
+        batch, batch_metrics = make_batch(self.model, measured, scores, decision, self.passes.learning)
         check_finite(step, batch_metrics)
         learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         decided = time.perf_counter()
-        stats = update(self.passes, self.optimizer, batch, decision, config, step, self.quiet)
-        self.quiet, learned = stats.quiet, time.perf_counter()
+        stats = update(self.passes, self.optimizer, batch, decision, step, self.preview)
+        learned = time.perf_counter()
         check_finite(step, stats.metrics | {"the norm of the weights": self.model.norm()})
         if stats.metrics["policy/skipped_steps"] and not config.guard.enabled:
             check_finite(step, {"the gradient's norm": float("nan")})

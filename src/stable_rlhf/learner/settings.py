@@ -1,0 +1,20 @@
+"""The settings that the learner reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stable_rlhf.config import CriticConfig, KLConfig, OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How a run learns from its rollouts, the same from its first step to its last."""
+
+    optim: OptimConfig
+    critic: CriticConfig
+    kl: KLConfig
+    temperature: float
+    """Of the sampling: log-probs, ratios, entropy and KL are of the distribution at this temperature."""
+    seed: int
+    """Gives the order of the rows in every pass over a rollout, and the rows that the preview measures."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import shutil
 from pathlib import Path
@@ -249,25 +248,29 @@ def test_a_rollout_without_any_reward_is_not_looked_at_and_the_next_update_looks
 
 
 def test_an_update_that_was_interrupted_leaves_nothing_to_the_next(tokenizer) -> None:
-    """Its steps are not taken back to the weights at which it was interrupted, nor counted."""
-    whole, broken = looked(tokenizer, LOOSE), looked(tokenizer, LOOSE)
-    for run in (whole, broken):
+    """The next is scaled towards its own first weights, over its own steps, as by a preview that is new."""
+    same, new = (looked(tokenizer, 1e-3) for _ in range(2))
+    for run in (same, new):
+        steps: list[Any] = []
+
+        def interrupt(*_: Any, steps: list[Any] = steps) -> None:
+            steps.append(None)
+            if len(steps) == 2:
+                raise InterruptedError
+
+        handle = run.optimizer.register_step_post_hook(interrupt)
         run.preview.load_state_dict({"quiet": True})
-    before, moments = weights(broken.model), copy.deepcopy(broken.optimizer.state_dict())
-
-    def interrupt(*_: Any) -> None:
-        raise InterruptedError
-
-    handle = broken.optimizer.register_step_post_hook(interrupt)
-    with pytest.raises(InterruptedError):
-        broken.update(0)
-    handle.remove()
-    with torch.no_grad():
-        for name, parameter in broken.model.named_parameters():
-            parameter.copy_(before[name])
-    broken.optimizer.load_state_dict(moments)
-    assert broken.update(0) == whole.update(0)
-    assert_same(weights(broken.model), weights(whole.model), 0.0)
+        with pytest.raises(InterruptedError):
+            run.update(0)
+        handle.remove()
+    fresh = make_preview(new.passes)
+    assert fresh is not None
+    fresh.load_state_dict(new.preview.state_dict())
+    new.preview = fresh
+    metrics = same.update(1)
+    assert metrics["safe/scaled_steps"] == STEPS
+    assert metrics == new.update(1)
+    assert_same(weights(same.model), weights(new.model), 0.0)
 
 
 def test_no_preview_is_made_where_it_is_off(tokenizer) -> None:

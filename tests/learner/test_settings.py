@@ -50,9 +50,9 @@ def test_the_passes_of_a_run_hold_the_settings_that_they_learn_by(tokenizer) -> 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_log_probs_and_the_references_are_of_the_distribution_at_the_temperature(tokenizer, temperature: float) -> None:
-    config = make_config(rollout={"batch_size": 8, "temperature": temperature})
+    config = make_config()
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer))
-    measured = measure(make_passes(model, config.model, learning(config)), rollout, 0)
+    measured = measure(make_passes(model, config.model, changed(learning(config), temperature=temperature)), rollout, 0)
     with torch.no_grad(), model.reference() as reference:
         for row in range(8):
             start, length = int(rollout.tokens.start[row]), int(rollout.tokens.mask[row].sum())

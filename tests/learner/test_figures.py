@@ -12,17 +12,27 @@ from torch import Tensor
 
 from stable_rlhf import errors
 from stable_rlhf.data.chat import prompt_text
-from stable_rlhf.learner import batch as learner_batch
 from stable_rlhf.learner import figures as learner_figures
+from stable_rlhf.learner.batch import make_batch
 from stable_rlhf.learner.measure import check_finite, measure, observe
 from stable_rlhf.learner.microbatches import permutation
-from stable_rlhf.learner.replayed import make_passes
 from stable_rlhf.learner.update import optimizer_groups, update
 from stable_rlhf.records import Batch
 from stable_rlhf.training import step as training_step
 from tests.oracles import reductions
 from tests.oracles import update as oracle
-from tests.tiny_updates import ONE_STEP, ROWS, decide, learn, make_config, make_model, make_rollout, weights
+from tests.tiny_updates import (
+    ONE_STEP,
+    ROWS,
+    decide,
+    learn,
+    learning,
+    make_config,
+    make_model,
+    make_rollout,
+    passes_of,
+    weights,
+)
 
 TEMPERATURE = 0.6
 KL_COEF = 0.4
@@ -62,17 +72,17 @@ def updated(tokenizer, case: str, adapter: bool) -> tuple[Any, Batch, dict[str, 
     """(model, batch, metrics, steps, configuration) of an update of 2 passes of 2 minibatches."""
     config = settings(case)
     model = make_model(tokenizer, config, adapter)
-    made, rollout = make_passes(model, config), make_rollout(len(tokenizer), SKIPPED)
-    measured = measure(made, rollout, config, 3)
-    batch, _ = learner_batch.make_batch(model, measured, rollout.scores, decide(KL_COEF), config)
-    optimizer = torch.optim.AdamW(optimizer_groups(model, config), fused=True)
+    made, rollout = passes_of(model, config), make_rollout(len(tokenizer), SKIPPED)
+    measured = measure(made, rollout, 3)
+    batch, _ = make_batch(model, measured, rollout.scores, decide(KL_COEF), learning(config))
+    optimizer = torch.optim.AdamW(optimizer_groups(model, config.optim, config.critic), fused=True)
     steps: list[Step] = []
     optimizer.register_step_pre_hook(
         lambda *_: steps.append(
             Step(weights(model), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         )
     )
-    metrics = update(made, optimizer, batch, decide(KL_COEF), config, 3).metrics
+    metrics = update(made, optimizer, batch, decide(KL_COEF), 3).metrics
     return model, batch, metrics, steps, config
 
 
@@ -127,7 +137,7 @@ def test_gradients_and_figures_of_every_step_are_those_of_the_loss_token_by_toke
 def test_a_rollout_is_measured_at_the_temperature_that_it_was_sampled_at(tokenizer, adapter: bool) -> None:
     config = settings("exact")
     model, rollout = make_model(tokenizer, config, adapter), make_rollout(len(tokenizer), SKIPPED)
-    measured = measure(make_passes(model, config), rollout, config, 3)
+    measured = measure(passes_of(model, config), rollout, 3)
     seen = 0
     for row, t, expected in oracle.measured(oracle.in_float64(model), measured.tokens, TEMPERATURE):
         for name in ("logp", "ref_logp", "entropy"):
@@ -144,8 +154,8 @@ def test_the_figures_of_a_batch_are_those_of_loops_over_its_tokens(tokenizer, he
     optim = {"gamma": 0.9, "lam": 0.8}
     config = make_config(optim=optim, critic={"bootstrap": bootstrap, "heads": heads, "lam": 0.7})
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer), SKIPPED)
-    measured = measure(make_passes(model, config), rollout, config, 0)
-    batch, found = learner_batch.make_batch(model, measured, rollout.scores, decide(KL_COEF), config)
+    measured = measure(passes_of(model, config), rollout, 0)
+    batch, found = make_batch(model, measured, rollout.scores, decide(KL_COEF), learning(config))
     mask = measured.tokens.mask
     heads_of = [measured.values[head].double() for head in range(heads)]
     online, target = (
@@ -174,15 +184,15 @@ def test_the_figures_of_a_batch_are_those_of_loops_over_its_tokens(tokenizer, he
 def test_the_kl_part_of_the_reward_is_0_where_the_kl_acts_in_the_loss(tokenizer) -> None:
     config = make_config(kl={"in_reward": False, "in_loss": "k2"})
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer))
-    measured = measure(make_passes(model, config), rollout, config, 0)
-    _, found = learner_batch.make_batch(model, measured, rollout.scores, decide(KL_COEF), config)
+    measured = measure(passes_of(model, config), rollout, 0)
+    _, found = make_batch(model, measured, rollout.scores, decide(KL_COEF), learning(config))
     assert found["objective/non_score_reward"] == 0.0
 
 
 def test_the_controller_is_given_the_signed_kl_and_the_entropy_at_the_temperature(tokenizer) -> None:
     config = settings("safe")
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer), SKIPPED)
-    measured = measure(make_passes(model, config), rollout, config, 0)
+    measured = measure(passes_of(model, config), rollout, 0)
     rows = [figures for *_, figures in oracle.measured(oracle.in_float64(model), measured.tokens, TEMPERATURE)]
     seen = observe(11, rollout, measured)
     ratios = [figures["logp"] - figures["ref_logp"] for figures in rows]
@@ -242,7 +252,7 @@ def test_what_a_rollout_says_of_itself_is_in_its_figures(tokenizer) -> None:
         },
     )
     found = learner_figures.rollout_metrics(
-        rollout, measure(make_passes(make_model(tokenizer, config), config), rollout, config, 0)
+        rollout, measure(passes_of(make_model(tokenizer, config), config), rollout, 0)
     )
     assert found["prompts/truncated"] == 3
     assert found["completions/clipped_ratio"] == 2 / 8
@@ -256,7 +266,7 @@ def test_lengths_are_of_all_completions_and_the_kl_of_those_with_a_reward(tokeni
     config = make_config(rollout={"temperature": TEMPERATURE})
     rollout = make_rollout(len(tokenizer), skipped=(1,))
     model = make_model(tokenizer, config)
-    measured = measure(make_passes(model, config), rollout, config, 0)
+    measured = measure(passes_of(model, config), rollout, 0)
     found = learner_figures.rollout_metrics(rollout, measured)
     rows: dict[int, list[tuple[float, float]]] = {}
     for row, _, figures in oracle.measured(oracle.in_float64(model), measured.tokens, TEMPERATURE):
@@ -278,7 +288,7 @@ def test_a_stored_completion_of_a_chat_has_its_messages_as_text(tokenizer) -> No
     rollout = make_rollout(len(tokenizer))
     chat = [{"role": "user", "content": "a question"}]
     rollout = dataclasses.replace(rollout, prompts=[chat, *rollout.prompts[1:]])
-    measured = measure(make_passes(make_model(tokenizer, config), config), rollout, config, 0)
+    measured = measure(passes_of(make_model(tokenizer, config), config), rollout, 0)
     stored = training_step.completion_rows(rollout, measured)
     assert stored[0]["prompt"] == prompt_text(chat) != str(chat)
     mask = measured.tokens.mask
@@ -311,7 +321,7 @@ def test_the_first_figure_that_is_not_finite_is_named_with_the_step(odd: float) 
 def test_a_controller_is_given_no_figure_that_is_not_finite(tokenizer, figure: str) -> None:
     config = make_config()
     rollout = make_rollout(len(tokenizer))
-    measured = measure(make_passes(make_model(tokenizer, config), config), rollout, config, 0)
+    measured = measure(passes_of(make_model(tokenizer, config), config), rollout, 0)
     broken = getattr(measured, figure).clone()
     broken[3, 1] = math.inf
     with pytest.raises(errors.DivergenceError, match=r"step 2: objective/(kl|entropy) is inf"):

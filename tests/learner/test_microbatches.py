@@ -167,7 +167,7 @@ def test_rows_fill_a_shape_up_to_the_very_last_token_of_the_budget() -> None:
     assert filled(8, 10, 80, 8) == 8
     lengths = Lengths(prompt=[10] * 5, response=[1] * 5)
     sizes = [
-        [len(micro.rows) for micro in next(plan(lengths, make_config(1, budget), 0, 0, CPU, Grain(8, 1)))]
+        [len(micro.rows) for micro in next(plan(lengths, optim(1, budget), 0, 0, 0, CPU, Grain(8, 1)))]
         for budget in (80, 79)
     ]
     assert sizes == [[8], [5]]
@@ -176,7 +176,7 @@ def test_rows_fill_a_shape_up_to_the_very_last_token_of_the_budget() -> None:
 def test_a_width_is_rounded_up_to_the_models_positions_and_never_below_its_rows() -> None:
     for longest, width in ((33, 64), (65, 90), (90, 90), (95, 95)):
         lengths = Lengths(prompt=[longest - 4, 3], response=[5, 5])
-        (first, *_), *_ = plan(lengths, make_config(1), 0, 0, CPU, Grain(1, 32, 90))
+        (first, *_), *_ = plan(lengths, optim(1), 0, 0, 0, CPU, Grain(1, 32, 90))
         assert first.width == width
 
 

@@ -352,7 +352,7 @@ def test_without_graphs_no_row_is_added_and_no_gradient_is_kept(tokenizer: PreTr
 @pytest.mark.parametrize("settings", [{}, GRAPHS], ids=["free", "graphs"])
 def test_gradients_left_by_others_are_not_added_to(tokenizer: PreTrainedTokenizerFast, settings: dict) -> None:
     config = make_config(**settings)
-    made = make_passes(make_model(tokenizer, config), config)
+    made = passes_of(make_model(tokenizer, config), config)
     batch = some_batch(4, 32, 8)
     _, expected = learned(made, batch)
     trained = [p for p in made.model.parameters() if p.requires_grad]
@@ -377,7 +377,7 @@ def test_the_reference_runs_for_the_kl_over_the_vocabulary_only_while_the_policy
 ) -> None:
     config = make_config(kl={"in_reward": False, "in_loss": in_loss})
     model = make_model(tokenizer, config, adapter=True)  # policy and reference are one decoder
-    made, batch = make_passes(model, config), some_batch(3, 16, 4)
+    made, batch = passes_of(model, config), some_batch(3, 16, 4)
     scale = Scale(kl_coef=torch.tensor(0.3), tokens=torch.tensor(9.0))
     ran: list[int] = []
     causal_lm(model.policy).get_decoder().register_forward_pre_hook(lambda *_: ran.append(1))

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf.learner.objective import Scale
-from stable_rlhf.learner.replayed import make_passes
 from stable_rlhf.policy.transformer import layers
-from tests.tiny_updates import make_config, make_model, some_batch
+from tests.tiny_updates import make_config, make_model, passes_of, some_batch
 
 
 def test_gradient_checkpointing_keeps_less_of_a_pass_that_is_learned_from(tokenizer) -> None:
@@ -19,7 +18,7 @@ def test_gradient_checkpointing_keeps_less_of_a_pass_that_is_learned_from(tokeni
     figures: dict[bool, Tensor] = {}
     for recomputed in (False, True):
         config = make_config(model={"gradient_checkpointing": recomputed})
-        made = make_passes(make_model(tokenizer, config), config)
+        made = passes_of(make_model(tokenizer, config), config)
         sizes: list[int] = []
 
         def count(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -43,7 +42,7 @@ def test_the_layers_of_the_policy_and_of_its_reference_are_compiled_once_each(
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     config: Any = make_config(model={"torch_compile": True})
     model = make_model(tokenizer, config, adapter)
-    make_passes(model, config)
+    passes_of(model, config)
     with model.reference() as reference:
         expected = {id(layer) for layer in [*layers(model.policy), *layers(reference)]}
     assert len(compiled) == len(expected) == (2 if adapter else 4)

@@ -1,34 +1,20 @@
-"""The guard's rules: each fires on what it is for and on nothing a hair better; what follows; the state kept."""
+"""The guard: each rule fires on what it is for and on nothing a hair better; what follows; the state kept."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import random
-import statistics
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stable_rlhf.config.algorithm import GuardConfig
 from stable_rlhf.control.base import from_dict
-from stable_rlhf.control.guard import (
-    AT_ONCE,
-    RULES,
-    START,
-    Action,
-    Figures,
-    GuardState,
-    Level,
-    Rewards,
-    Verdict,
-    judge,
-    max_drawdown,
-    standard_error,
-)
+from stable_rlhf.control.guard import Action, Guard, Verdict, judge
+from stable_rlhf.control.guard_config import GuardConfig
+from stable_rlhf.control.guard_rules import RULES, START, Figures, GuardState
 
 HEALTHY: dict[str, float | None] = {
     "objective/kl": 0.25,
@@ -41,7 +27,6 @@ HEALTHY: dict[str, float | None] = {
     "val/explained_variance": 0.5,
     "policy/skipped_steps": 0,
 }
-NAMES = [rule.__name__ for rule in RULES]
 
 
 def run(config: GuardConfig, steps: list[Figures], state: GuardState | None = None) -> tuple[GuardState, list[Verdict]]:
@@ -78,7 +63,7 @@ def test_a_rule_fires_beyond_its_bound_and_not_at_it(rule: str, figure: str, all
     assert good == Verdict(action=Action.GO_ON)
     _, (bad,) = run(config, [{**HEALTHY, figure: beyond}], started(config))
     assert (bad.action, bad.rule, bad.suspect) == (Action.ROLL_BACK, rule, True)
-    assert bad.advice == dict(zip(NAMES, RULES.values(), strict=True))[rule]
+    assert bad.advice == RULES[rule].advice
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -137,7 +122,7 @@ def test_figures_that_are_none_or_missing_break_no_rule() -> None:
     for figures in (nothing, {}):
         state, (verdict,) = run(config, [figures], started(config))
         assert verdict == Verdict(action=Action.GO_ON)
-        assert state == dataclasses.replace(started(config), streaks=(0,) * len(RULES))
+        assert state == dataclasses.replace(started(config), streaks=dict.fromkeys(RULES, 0))
 
 
 # -- the start ------------------------------------------------------------------------------------------------------
@@ -188,7 +173,7 @@ def test_patience_counts_steps_in_a_row_and_a_good_one_begins_anew() -> None:
     state, verdicts = run(config, [LOW, LOW, HEALTHY, LOW, LOW, LOW], started(config))
     assert [verdict.action for verdict in verdicts] == [Action.GO_ON] * 5 + [Action.ROLL_BACK]
     assert [verdict.suspect for verdict in verdicts] == [True, True, False, True, True, True]
-    assert state.streaks[NAMES.index("min_entropy")] == 3
+    assert state.streaks == dict.fromkeys(RULES, 0) | {"min_entropy": 3}
 
 
 def test_a_step_that_is_skipped_is_an_incident_each_time_and_a_roll_back_after_patience() -> None:
@@ -218,8 +203,8 @@ def test_of_two_rules_the_one_that_is_heard_first_is_named() -> None:
         order.append(rule)
         figure = {"non_finite": "loss/value_avg"} | {name: figure for name, figure, _, _ in AT_THE_BOUND}
         everything[figure[rule]] = HEALTHY.get(figure[rule])
-    assert order == [name for name in NAMES if name not in ("max_entropy", "max_drawdown")]
-    assert [rule.__name__ for rule in AT_ONCE] == ["non_finite", "max_kl"]
+    assert order == [name for name in RULES if name not in ("max_entropy", "max_drawdown")]
+    assert [name for name, rule in RULES.items() if rule.at_once] == ["non_finite", "max_kl"]
 
 
 def test_a_rule_that_is_due_is_heard_before_one_that_only_begins() -> None:
@@ -227,103 +212,6 @@ def test_a_rule_that_is_due_is_heard_before_one_that_only_begins() -> None:
     both = {**LOW, "policy/skipped_steps": 1}
     _, verdicts = run(config, [LOW, both], started(config))
     assert (verdicts[1].action, verdicts[1].rule) == (Action.ROLL_BACK, "min_entropy")
-
-
-# -- the drawdown ---------------------------------------------------------------------------------------------------
-
-
-def drawn(rewards: list[float], deviation: float, rows: int = 64) -> list[Figures]:
-    return [
-        {**HEALTHY, "objective/scores": reward, "objective/scores_std": deviation, "rows": rows} for reward in rewards
-    ]
-
-
-def first_incident(config: GuardConfig, steps: list[Figures]) -> int | None:
-    state = GuardState()
-    for number, figures in enumerate(steps):
-        state, verdict = judge(config, state, figures)
-        if verdict.action is not Action.GO_ON:
-            assert verdict.rule == "max_drawdown"
-            return number
-    return None
-
-
-def test_a_reward_that_loses_half_of_its_gain_is_a_crash() -> None:
-    """R climbs from 0 to 1 and falls back to 0 with the last reward: half is lost when 10 of 20 are 0; more with 11."""
-    config = GuardConfig(patience=1)
-    rewards = [0.0] * 20 + [1.0] * 20 + [0.0] * 20
-    assert first_incident(config, drawn(rewards, deviation=0.01)) == 40 + 11 - 1
-    assert first_incident(dataclasses.replace(config, max_drawdown=0.25), drawn(rewards, 0.01)) == 40 + 6 - 1
-    assert first_incident(dataclasses.replace(config, max_drawdown=None), drawn(rewards, 0.01)) is None
-    assert first_incident(GuardConfig(patience=5), drawn(rewards, 0.01)) == 40 + 11 - 1 + 4
-
-
-def test_what_was_gained_before_the_first_average_is_gained_too() -> None:
-    """A run that climbs from 0 to 1 in its first ten steps: its first average is 0.5, and a fall to 0.6 loses 0.4."""
-    rewards = [0.0] * 5 + [0.2, 0.4, 0.6, 0.8, 1.0] + [1.0] * 30 + [0.6] * 40
-    assert first_incident(GuardConfig(patience=1), drawn(rewards, deviation=0.01)) is None
-    deeper = [reward if step < 40 else 0.4 for step, reward in enumerate(rewards)]
-    assert first_incident(GuardConfig(patience=1), drawn(deeper, deviation=0.01)) == 40 + 17 - 1
-
-
-def test_a_fall_that_chance_explains_is_none() -> None:
-    """Of 20 steps new and 20 old the error of the difference is sqrt(2/20) of a step's: 1 is six times sqrt(2/20) of
-    sqrt(10)/6."""
-    rewards = [0.0] * 20 + [1.0] * 20 + [0.0] * 30
-    config, bound = GuardConfig(patience=1), math.sqrt(10) / 6
-    assert first_incident(config, drawn(rewards, deviation=bound * 0.999 * math.sqrt(2), rows=3)) == 59
-    assert first_incident(config, drawn(rewards, deviation=bound * 1.001 * math.sqrt(2), rows=3)) is None
-    assert first_incident(config, drawn(rewards, deviation=bound * 0.999 * 8, rows=65)) == 59
-    assert first_incident(config, drawn(rewards, deviation=bound * 1.001 * 8, rows=65)) is None
-
-
-def test_the_error_of_a_mean_is_that_of_its_figures_and_unknown_of_two() -> None:
-    figures = [1.0, 4.0, 4.0, 11.0]
-    expected = statistics.stdev(figures) / math.sqrt(4)  # denominator n - 1, then / sqrt(n)
-    assert standard_error(statistics.pstdev(figures), 4) == pytest.approx(expected, rel=1e-15)
-    assert (
-        standard_error(0.0, 1) is standard_error(0.0, 2) is standard_error(None, 4) is standard_error(0.5, None) is None
-    )
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("right", [None, 0.9], ids=["normal", "0 or 1"])
-def test_a_handful_of_completions_a_step_does_not_alarm_by_chance(rows: int, right: float | None) -> None:
-    """20 runs of 1,000 steps of noise. A deviation of one completion is 0: its mean is not therefore exact."""
-    for seed in range(20):
-        noise = random.Random(seed)
-        drawings = [
-            [noise.gauss(0.0, 1.0) if right is None else float(noise.random() < right) for _ in range(rows)]
-            for _ in range(1000)
-        ]
-        steps = [
-            {"objective/scores": statistics.fmean(d), "objective/scores_std": statistics.pstdev(d), "rows": rows}
-            for d in drawings
-        ]
-        assert {verdict.action for verdict in run(GuardConfig(), steps)[1]} == {Action.GO_ON}
-
-
-def test_a_reward_that_begins_to_fall_makes_a_state_suspect_for_two_windows() -> None:
-    """From 1 to 0.7: a tenth of what was gained is lost with the seventh step of 20, and never half."""
-    rewards = [0.0] * 20 + [1.0] * 20 + [0.7] * 60
-    verdicts = run(GuardConfig(), drawn(rewards, deviation=0.01))[1]
-    assert [number for number, verdict in enumerate(verdicts) if verdict.suspect] == list(range(46, 80))
-    assert {verdict.action for verdict in verdicts} == {Action.GO_ON}
-    for other in (GuardConfig(max_drawdown=None), GuardConfig(max_drawdown=1.6)):
-        assert not any(verdict.suspect for verdict in run(other, drawn(rewards, deviation=0.01))[1])
-    noisy = run(GuardConfig(), drawn(rewards, deviation=1.3))[1]
-    assert not any(verdict.suspect for verdict in noisy)
-
-
-def test_noise_about_a_level_that_does_not_move_is_no_crash() -> None:
-    """300 runs of 500 steps, by seeds: not one step beyond the bound, let alone five in a row."""
-    config, beyond = GuardConfig(), 0
-    for seed in range(300):
-        noise, rewards = random.Random(seed), Rewards()
-        for _ in range(500):
-            rewards = rewards.after(noise.gauss(0.0, 1 / 8), 1 / 8)
-            beyond += max_drawdown(config, GuardState(rewards=rewards), {}) is not None
-    assert beyond == 0
 
 
 # -- the state ------------------------------------------------------------------------------------------------------
@@ -343,8 +231,78 @@ def test_a_state_that_went_through_json_judges_the_same(steps: list[Figures], cu
     assert (other, first + second) == (whole, verdicts)
 
 
-def test_a_level_takes_the_first_five_finite_values() -> None:
-    level = Level()
-    for value in (None, 1.0, math.nan, 2.0, None, 3.0, 4.0, 5.0, 99.0):
-        level = level.after(value)
-    assert level == Level(count=5, mean=3.0)
+# -- the shell ------------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_judges_as_the_pure_function_does_over_its_own_state() -> None:
+    config, steps = GuardConfig(patience=2), [HEALTHY] * START + [LOW, SKIPPED, LOW, LOW, HEALTHY]
+    guard = Guard(config)
+    state, verdicts = run(config, steps)
+    assert [guard.judge(figures) for figures in steps] == verdicts
+    assert (guard.state, guard.state.rollbacks) == (state, 1)
+
+
+def test_a_guard_that_is_off_judges_nothing() -> None:
+    guard = Guard(GuardConfig(enabled=False))
+    for figures in ({**HEALTHY, "objective/kl": 9.0}, {"objective/kl": math.nan}, SKIPPED):
+        assert guard.judge(figures) == Verdict(action=Action.GO_ON)
+    assert guard.state == GuardState()
+
+
+def test_a_guard_that_was_saved_and_loaded_judges_the_same() -> None:
+    config = GuardConfig(patience=3)
+    guard, other = Guard(config), Guard(config)
+    for figures in [HEALTHY] * START + [LOW, LOW]:
+        guard.judge(figures)
+    saved = json.loads(json.dumps(guard.state_dict(), allow_nan=False))
+    assert saved["streaks"] == {
+        "non_finite": 0,
+        "max_kl": 0,
+        "skipped_steps": 0,
+        "min_entropy": 2,
+        "max_entropy": 0,
+        "min_distinct": 0,
+        "min_length": 0,
+        "max_drawdown": 0,
+        "min_explained_variance": 0,
+    }
+    other.load_state_dict(saved)
+    assert other.state == guard.state
+    assert (other.judge(LOW), other.state) == (guard.judge(LOW), guard.state)
+    saved["streaks"]["max_kl"] = 99
+    assert other.state == guard.state  # it shares nothing with what it was given
+
+
+@pytest.mark.parametrize(
+    ("streaks", "sentence"),
+    [
+        ({"max_kl": None}, " has unknown keys [] and lacks ['max_kl']: load a state saved by this version of the "),
+        ({"max_speed": 1}, " has unknown keys ['max_speed'] and lacks []: load a state saved by this version of the "),
+        ({"max_kl": 1.5}, ".max_kl is 1.5: expected a finite int."),
+        ([0] * 9, " is [0, 0, 0, 0, 0, 0, 0, 0, 0]: expected a mapping of names to numbers."),
+    ],
+)
+def test_a_saved_state_whose_rules_are_others_is_refused_and_changes_nothing(streaks: Any, sentence: str) -> None:
+    guard = Guard(GuardConfig())
+    guard.judge(LOW)
+    before = guard.state
+    bad = guard.state_dict()
+    if isinstance(streaks, dict):
+        streaks = {name: count for name, count in (bad["streaks"] | streaks).items() if count is not None}
+    with pytest.raises(ValueError, match=r"^guard state") as caught:
+        guard.load_state_dict({**bad, "streaks": streaks})
+    assert str(caught.value).startswith(f"guard state.streaks{sentence}")
+    assert guard.state is before
+
+
+def test_a_roll_back_takes_the_snapshots_state_but_keeps_the_count_of_roll_backs() -> None:
+    guard = Guard(GuardConfig(patience=1, rollback_factor=0.25))
+    for _ in range(START):
+        guard.judge(HEALTHY)
+    snapshot, good = guard.state_dict(), guard.state
+    assert guard.judge({**HEALTHY, "objective/kl": 9.0}).action is Action.ROLL_BACK
+    guard.roll_back(snapshot)
+    assert guard.state == dataclasses.replace(good, rollbacks=1, factor=0.25)
+    assert guard.judge({**HEALTHY, "objective/kl": 9.0}).action is Action.ROLL_BACK
+    guard.roll_back(snapshot)
+    assert guard.state == dataclasses.replace(good, rollbacks=2, factor=0.0625)

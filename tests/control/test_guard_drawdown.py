@@ -7,8 +7,9 @@ import random
 
 import pytest
 
-from stable_rlhf.config.algorithm import GuardConfig
-from stable_rlhf.control.guard import START, WINDOW, Action, Figures, GuardState, Rewards, Verdict, judge, max_drawdown
+from stable_rlhf.control.guard import Action, Verdict, judge
+from stable_rlhf.control.guard_config import GuardConfig
+from stable_rlhf.control.guard_rules import START, WINDOW, Figures, GuardState, Rewards, max_drawdown
 
 
 def naive_fall(rewards: list[float], errors: list[float]) -> tuple[float, float, float]:

@@ -1,33 +1,60 @@
-"""Controllers: one observation per rollout in, one decision out. Standard library only.
+"""Controllers and the guard: figures of one rollout in, one decision or verdict out. Standard library only.
 
 `make_controller(name, **settings)` makes one of `none`, `fixed`, `adaptive`, `asymmetric`, `safe`, `paper`;
-`.observe(observation)` takes its decision for the update that follows.
+`.observe(observation)` takes its decision for the update that follows. `Guard(GuardConfig(...)).judge(figures)` says
+what follows from a step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from stable_rlhf.control import baselines, paper, safe
 from stable_rlhf.control.base import Controller, Decision, Observation
+from stable_rlhf.control.baselines import AdaptiveSettings, AsymmetricSettings, FixedSettings, NoneSettings
+from stable_rlhf.control.guard import Action, Guard, Verdict
+from stable_rlhf.control.guard_config import GuardConfig
+from stable_rlhf.control.guard_rules import WINDOW, standard_error
 from stable_rlhf.control.normaliser import RewardNormaliser
+from stable_rlhf.control.paper import PaperSettings
+from stable_rlhf.control.safe import SafeSettings
 
 __all__ = [
     "CONTROLLERS",
+    "WINDOW",
+    "Action",
+    "AdaptiveSettings",
+    "AsymmetricSettings",
     "Controller",
+    "ControllerSettings",
     "Decision",
+    "FixedSettings",
+    "Guard",
+    "GuardConfig",
+    "NoneSettings",
     "Observation",
+    "PaperSettings",
     "RewardNormaliser",
+    "SafeSettings",
+    "Verdict",
+    "controller_of",
     "controller_settings",
     "make_controller",
+    "settings_class",
+    "standard_error",
 ]
+
+ControllerSettings: TypeAlias = (
+    NoneSettings | FixedSettings | AdaptiveSettings | AsymmetricSettings | SafeSettings | PaperSettings
+)
+"""The settings of any controller: the class says which one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    settings: type[Any]
+    settings: type[ControllerSettings]
     start: Callable[[Any], Any]
     advance: Callable[[Any, Any, Observation], tuple[Any, Decision]]
     tighter: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -35,20 +62,18 @@ class _Rule:
 
 
 _RULES = {
-    "none": _Rule(baselines.NoneSettings, lambda _: baselines.KlAverages(), baselines.advance_none),
-    "fixed": _Rule(baselines.FixedSettings, lambda _: baselines.KlAverages(), baselines.advance_fixed, {"beta": -1}),
-    "adaptive": _Rule(
-        baselines.AdaptiveSettings, lambda _: baselines.AdaptiveState(), baselines.advance_adaptive, {"target": 1}
-    ),
+    "none": _Rule(NoneSettings, lambda _: baselines.KlAverages(), baselines.advance_none),
+    "fixed": _Rule(FixedSettings, lambda _: baselines.KlAverages(), baselines.advance_fixed, {"beta": -1}),
+    "adaptive": _Rule(AdaptiveSettings, lambda _: baselines.AdaptiveState(), baselines.advance_adaptive, {"target": 1}),
     "asymmetric": _Rule(
-        baselines.AsymmetricSettings,
+        AsymmetricSettings,
         lambda _: baselines.AsymmetricState(),
         baselines.advance_asymmetric,
         {"threshold": 1},
     ),
-    "safe": _Rule(safe.SafeSettings, safe.initial_safe_state, safe.advance_safe, {"budget": 1}),
+    "safe": _Rule(SafeSettings, safe.initial_safe_state, safe.advance_safe, {"budget": 1}),
     "paper": _Rule(
-        paper.PaperSettings,
+        PaperSettings,
         lambda _: paper.PaperState(),
         paper.advance_paper,
         {"base_threshold": 1, "threshold_min": 1, "threshold_max": 1},
@@ -57,10 +82,15 @@ _RULES = {
 CONTROLLERS = tuple(_RULES)
 
 
-def _settings(name: str, settings: Mapping[str, Any]) -> Any:
+def settings_class(name: str) -> type[ControllerSettings]:
+    """The settings class of the controller of a name. Raises ValueError for an unknown name."""
     if name not in _RULES:
         raise ValueError(f"controller {name!r} is unknown: choose one of {', '.join(CONTROLLERS)}.")
-    cls = _RULES[name].settings
+    return _RULES[name].settings
+
+
+def _settings(name: str, settings: Mapping[str, Any]) -> ControllerSettings:
+    cls = settings_class(name)
     known = [field.name for field in dataclasses.fields(cls)]
     for key, value in settings.items():
         if key not in known:
@@ -77,13 +107,17 @@ def make_controller(name: str, **settings: Any) -> Controller[Any, Any]:
 
     Raises ValueError for an unknown name, an unknown setting, or a value of the wrong type or out of range.
     """
-    checked = _settings(name, settings)
-    rule = _RULES[name]
-    return Controller(name, checked, rule.start(checked), rule.advance, rule.tighter)
+    return controller_of(_settings(name, settings))
+
+
+def controller_of(settings: ControllerSettings) -> Controller[Any, Any]:
+    """A new controller at step 0: the one that the settings are of."""
+    name, rule = next((name, rule) for name, rule in _RULES.items() if rule.settings is type(settings))
+    return Controller(name, settings, rule.start(settings), rule.advance, rule.tighter)
 
 
 def controller_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of the controller with its value, given and default, checked: what a run's config.yaml records.
+    """Every setting of the controller with its value, given and default, checked.
 
     Raises as `make_controller` does.
     """

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -129,15 +129,20 @@ def from_dict(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} is a {type(values).__name__}: expected a mapping saved by state_dict().")
-    names = {field.name for field in dataclasses.fields(cls)}
-    unknown, missing = sorted(set(values) - names), sorted(names - set(values))
+    names = sorted(field.name for field in dataclasses.fields(cls))
+    check_keys(values, names, where)
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _restore(hints[name], values[name], f"{where}.{name}") for name in names})
+
+
+def check_keys(values: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Raises ValueError unless the keys of a saved mapping are exactly ``names``."""
+    unknown, missing = sorted(set(values) - set(names)), sorted(set(names) - set(values))
     if unknown or missing:
         raise ValueError(
             f"{where} has unknown keys {unknown} and lacks {missing}: load a state saved by this version of the "
             "same class."
         )
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _restore(hints[name], values[name], f"{where}.{name}") for name in sorted(names)})
 
 
 def _restore(hint: Any, value: Any, where: str) -> Any:
@@ -147,6 +152,10 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} is {value!r}: expected a list of numbers.")
         return tuple(_restore(typing.get_args(hint)[0], item, where) for item in value)
+    if typing.get_origin(hint) is dict:  # always by text, dict[str, int]
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}: expected a mapping of names to numbers.")
+        return {key: _restore(typing.get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -58,7 +58,7 @@ def plain_decision(
 
 @dataclass(frozen=True, kw_only=True)
 class NoneSettings:
-    """No KL term: there is nothing to set."""
+    """Settings of the controller ``none``, which has no KL term: there are none."""
 
 
 def advance_none(settings: NoneSettings, state: KlAverages, observation: Observation) -> tuple[KlAverages, Decision]:
@@ -69,7 +69,7 @@ def advance_none(settings: NoneSettings, state: KlAverages, observation: Observa
 
 @dataclass(frozen=True, kw_only=True)
 class FixedSettings:
-    """A constant coefficient."""
+    """Settings of the controller ``fixed``: a constant coefficient."""
 
     beta: float = setting(0.05, 0.0)
     """Reward per nat. 0.05 is the usual coefficient of PPO for language models, and the published baseline's."""
@@ -87,7 +87,7 @@ def advance_fixed(settings: FixedSettings, state: KlAverages, observation: Obser
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSettings:
-    """Ziegler et al. 2019, with the target per token."""
+    """Settings of the controller ``adaptive``: Ziegler et al. 2019, with the target per token."""
 
     init_beta: float = setting(0.05, above=0.0)
     """Coefficient of the first rollout, reward per nat; > 0, because the rule multiplies it. 0.05 as for `fixed`."""
@@ -131,7 +131,7 @@ def advance_adaptive(
 
 @dataclass(frozen=True, kw_only=True)
 class AsymmetricSettings:
-    """The published baseline: a one-sided square, and a square of the KL's momentum."""
+    """Settings of the controller ``asymmetric``: a one-sided square, and a square of the KL's momentum [P, C]."""
 
     threshold: float = setting(0.3)
     """KL above which the first term acts, nats per token [C]."""

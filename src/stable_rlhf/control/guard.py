@@ -1,4 +1,4 @@
-"""The guard (algorithm.md, Guard): rules on the figures of a step, and what follows from the first that is broken.
+"""The guard at work (algorithm.md, Guard): what follows from a step whose figures break a rule.
 
 Once per rollout, after its update:
 1. every rule looks at the step's figures (names of metrics.jsonl) and says what it sees, or nothing;
@@ -7,62 +7,24 @@ Once per rollout, after its update:
    a row, a reason to roll back;
 4. ROLL_BACK while fewer than ``max_rollbacks`` have been made, else STOP.
 
-A level is measured against the run's own start (the mean of its first START steps), since what is normal differs from
-model to model. Figures that are None, and those of before START, break no rule but that of finiteness. All state is
-frozen and JSON; it is bounded by the moving average's window.
+`judge` is a pure function over frozen records; `Guard` holds the state.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
+from typing import Any
 
-WINDOW = 20  # rewards in the moving average R, here and in the definition of a reward crash (crashes.py)
-FEWEST = 3
-"""Figures from which the error of their mean is known. Two rewards of 0 or 1 are mostly alike and would have no error:
-where 0.9 are 1, two of 20 runs of 1,000 steps were rolled back at two a step, none at 3, 4 and 8 (docs/LOG.md)."""
-START = 5  # rollouts whose mean is the start: one is noisy, and by ten the policy has begun to move
-ERRORS = 6.0
-"""Standard errors of the fall that it must exceed. It is from the best of many windows to the worst of many: 200
-runs of 5,000 steps of noise alone exceeded 5 of them for five steps in a row in 9 cases, and 6 in none."""
+from stable_rlhf.control.base import check_keys, from_dict
+from stable_rlhf.control.guard_config import GuardConfig
+from stable_rlhf.control.guard_rules import ERRORS, RULES, WINDOW, Figures, GuardState, Rewards
+
 EARLY = 0.2
 """Share of max_drawdown from which a reward that has begun to fall makes a state suspect. The average lags: half of
 what was gained is lost ten steps after a collapse, and by then a state of after it would often have been kept."""
-RATIOS = {
-    "entropy": "objective/entropy",
-    "distinct": "completions/distinct_2",
-    "length": "completions/mean_length",
-}
-"""Figures that are compared with their start, by the name that the state gives them."""
-Figures = Mapping[str, float | None]
-
-
-class GuardConfig(Protocol):
-    """What the rules are set by: the section ``guard`` of the configuration, which documents each."""
-
-    @property
-    def max_kl(self) -> float | None: ...
-    @property
-    def min_entropy(self) -> float | None: ...
-    @property
-    def max_entropy(self) -> float | None: ...
-    @property
-    def min_distinct(self) -> float | None: ...
-    @property
-    def min_length(self) -> float | None: ...
-    @property
-    def max_drawdown(self) -> float | None: ...
-    @property
-    def min_explained_variance(self) -> float | None: ...
-    @property
-    def patience(self) -> int: ...
-    @property
-    def max_rollbacks(self) -> int: ...
-    @property
-    def rollback_factor(self) -> float: ...
 
 
 class Action(StrEnum):
@@ -90,212 +52,62 @@ class Verdict:
     come back to."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rewards:
-    """The moving average R of the mean reward, and its highest value so far; squares of standard errors."""
-
-    recent: tuple[float, ...] = ()
-    """The last WINDOW mean rewards, oldest first."""
-    errors: tuple[float, ...] = ()
-    """The square of the standard error of each."""
-    first: float | None = None
-    """Mean of the first START rewards. The report's R_20 would not do: much may be gained before it."""
-    best: float | None = None
-    best_errors: tuple[float, ...] = ()
-    """Squares of the best window's standard errors."""
-    since: int = 0
-    """Steps since the best."""
-
-    def after(self, reward: float, error: float) -> Rewards:
-        recent, errors = (*self.recent, reward)[-WINDOW:], (*self.errors, error**2)[-WINDOW:]
-        if len(recent) < WINDOW:
-            return replace(self, recent=recent, errors=errors)
-        average = math.fsum(recent) / WINDOW
-        first = math.fsum(recent[:START]) / START if self.first is None else self.first
-        if self.best is None or average >= self.best:
-            return Rewards(recent=recent, errors=errors, first=first, best=average, best_errors=errors)
-        return replace(self, recent=recent, errors=errors, first=first, since=self.since + 1)
-
-    @property
-    def fall(self) -> tuple[float, float, float]:
-        """(D = best R - R, the reward gained = best R - the start, standard error of D); zeros before a full window.
-
-        Rewards of the steps that lie in both windows cancel: the error is of those in one of the two.
-        """
-        if self.best is None or self.first is None:
-            return 0.0, 0.0, 0.0
-        apart = min(self.since, WINDOW)
-        alone = math.fsum(self.best_errors[:apart]) + math.fsum(self.errors[WINDOW - apart :])
-        return self.best - math.fsum(self.recent) / WINDOW, self.best - self.first, math.sqrt(alone) / WINDOW
-
-
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """Mean of the first START values of a figure: each has its own count, as one that is None now and then is late."""
-
-    count: int = 0
-    mean: float = 0.0
-
-    @property
-    def known(self) -> bool:
-        return self.count == START
-
-    def after(self, value: float | None) -> Level:
-        if self.known or value is None or not math.isfinite(value):
-            return self
-        return Level(count=self.count + 1, mean=self.mean + (value - self.mean) / (self.count + 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardState:
-    """What one step hands to the next."""
-
-    entropy: Level = field(default_factory=Level)
-    """Start of the entropy, nats per token."""
-    distinct: Level = field(default_factory=Level)
-    """Start of distinct-2."""
-    length: Level = field(default_factory=Level)
-    """Start of the mean length, tokens."""
-    rewards: Rewards = field(default_factory=Rewards)
-    streaks: tuple[int, ...] = ()
-    """How many steps in a row each rule of RULES has been broken, in their order."""
-    rollbacks: int = 0
-    """Roll-backs of the run so far; a roll-back does not undo it."""
-    factor: float = 1.0
-    """Product of their rollback_factors."""
-
-
-# -- the rules: (settings, state after this step's start and rewards, figures) -> what is seen, or None -------------
-
-
-def non_finite(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """A figure of the policy, of its update or of the critic is NaN or infinite."""
-    for name, value in figures.items():
-        if value is not None and not math.isfinite(value):
-            return f"{name} is {value}"
-    return None
-
-
-def skipped_steps(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """Optimiser steps whose gradient was not finite: they have not been taken."""
-    count = figures.get("policy/skipped_steps") or 0
-    return f"{count:.0f} optimiser steps had a gradient that is not finite and were not taken" if count else None
-
-
-def max_kl(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """objective/kl > max_kl, nats per token."""
-    kl = figures.get("objective/kl")
-    if config.max_kl is None or kl is None or kl <= config.max_kl:
-        return None
-    return f"the KL is {kl:.3g} nats per token, above its ceiling of {config.max_kl:.3g}"
-
-
-def min_entropy(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """objective/entropy < min_entropy x its start: collapse."""
-    return _low(config.min_entropy, state, figures, "entropy", "the entropy", " nats per token")
-
-
-def max_entropy(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """objective/entropy > max_entropy x its start: gibberish."""
-    entropy = figures.get("objective/entropy")
-    start = state.entropy
-    if config.max_entropy is None or not start.known or entropy is None or entropy <= config.max_entropy * start.mean:
-        return None
-    return (
-        f"the entropy is {entropy:.3g} nats per token, above {config.max_entropy:g} x its {start.mean:.3g} at the start"
-    )
-
-
-def min_distinct(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """completions/distinct_2 < min_distinct x its start: the same words again and again."""
-    return _low(config.min_distinct, state, figures, "distinct", "the share of distinct word pairs", "")
-
-
-def min_length(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """completions/mean_length < min_length x its start: answers that say nothing any more."""
-    return _low(config.min_length, state, figures, "length", "the mean length", " tokens")
-
-
-def max_drawdown(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """D > max_drawdown x the reward gained since the start, and D > ERRORS standard errors of D.
-
-    A step that scored fewer than FEWEST completions is left out of R: its error is not known.
-    """
-    fall, gained, error = state.rewards.fall
-    if config.max_drawdown is None or fall <= config.max_drawdown * gained or fall <= ERRORS * error or fall <= 0.0:
-        return None
-    return (
-        f"the reward, over {WINDOW} steps, has fallen by {fall:.3g} from its best, more than {config.max_drawdown:g} x "
-        f"the {gained:.3g} that the run had gained"
-    )
-
-
-def min_explained_variance(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """val/explained_variance < min_explained_variance: the critic is far worse than a constant."""
-    share = figures.get("val/explained_variance")
-    if config.min_explained_variance is None or not state.entropy.known or share is None:
-        return None
-    if share >= config.min_explained_variance:
-        return None
-    return f"the critic's explained variance is {share:.3g}, below {config.min_explained_variance:.3g}"
-
-
-def _low(fraction: float | None, state: GuardState, figures: Figures, name: str, words: str, unit: str) -> str | None:
-    value, start = figures.get(RATIOS[name]), getattr(state, name)
-    if fraction is None or not start.known or value is None or value >= fraction * start.mean:
-        return None
-    return f"{words} is {value:.3g}{unit}, below {fraction:g} x its {start.mean:.3g} at the start"
-
-
-_SLOWER = "lower optim.learning_rate"
-RULES = {
-    non_finite: "lower optim.learning_rate, and look at the rewards and at model.dtype",
-    max_kl: f"{_SLOWER}, set or lower optim.max_preview_kl, or raise guard.max_kl if so much is meant",
-    skipped_steps: f"{_SLOWER} or optim.max_grad_norm, and look at the rewards",
-    min_entropy: f"{_SLOWER} or kl.settings.budget: the policy says one thing only",
-    max_entropy: f"{_SLOWER}, and set optim.entropy_coef to 0: the policy says anything",
-    min_distinct: f"{_SLOWER} or kl.settings.budget, and see whether the reward is earned by repetition",
-    min_length: "see whether the reward is earned by saying nothing; reward.missing_eos_penalty acts the other way",
-    max_drawdown: f"{_SLOWER} or optim.num_iterations",
-    min_explained_variance: "lower critic.learning_rate, or set critic.warmup_steps",
-}
-"""Every rule, in the order in which they are heard, with what a person could try."""
-AT_ONCE = (non_finite, max_kl)
-"""Rules that act without patience."""
-
-
 def judge(config: GuardConfig, state: GuardState, figures: Figures) -> tuple[GuardState, Verdict]:
     """(next state, what follows from this step). ``figures``: the step's row of metrics.jsonl, numbers only.
 
-    After a roll-back the caller goes on with the state of the snapshot, but for ``rollbacks`` and ``factor``, which are
-    those of the state returned.
+    After a roll-back the caller continues with the state of the snapshot, except for ``rollbacks`` and ``factor``,
+    which are those of the state returned.
     """
-    state = _started(state, figures)
-    found = {rule: rule(config, state, figures) for rule in RULES}
-    before = state.streaks or (0,) * len(RULES)
-    streaks = tuple(count + 1 if said else 0 for count, said in zip(before, found.values(), strict=True))
+    state = state.after(figures)
+    found = {name: rule.seen(config, state, figures) for name, rule in RULES.items()}
+    streaks = {name: state.streaks[name] + 1 if said else 0 for name, said in found.items()}
     state = replace(state, streaks=streaks)
-    due = [rule for rule, count in zip(RULES, streaks, strict=True) if count >= _patience(config, rule)]
+    due = [name for name, rule in RULES.items() if streaks[name] >= rule.patience(config)]
     if due:
-        rule = due[0]
-        steps = streaks[list(RULES).index(rule)]
-        seen = f"{found[rule]}" + (f", for {steps} steps" if steps > 1 else "")
+        name = due[0]
+        seen = f"{found[name]}" + (f", for {streaks[name]} steps" if streaks[name] > 1 else "")
         action = Action.ROLL_BACK if state.rollbacks < config.max_rollbacks else Action.STOP
         if action is Action.ROLL_BACK:
             state = replace(state, rollbacks=state.rollbacks + 1, factor=state.factor * config.rollback_factor)
-        verdict = Verdict(action=action, rule=rule.__name__, seen=seen, advice=RULES[rule], suspect=True)
-        return state, verdict
-    if said := found[skipped_steps]:
-        return state, Verdict(
-            action=Action.SKIP, rule=skipped_steps.__name__, seen=said, advice=RULES[skipped_steps], suspect=True
-        )
-    return state, Verdict(action=Action.GO_ON, suspect=any(streaks) or _falls(config, state.rewards))
+        return state, Verdict(action=action, rule=name, seen=seen, advice=RULES[name].advice, suspect=True)
+    if said := found["skipped_steps"]:
+        advice = RULES["skipped_steps"].advice
+        return state, Verdict(action=Action.SKIP, rule="skipped_steps", seen=said, advice=advice, suspect=True)
+    return state, Verdict(action=Action.GO_ON, suspect=any(streaks.values()) or _falls(config, state.rewards))
 
 
-def standard_error(deviation: float | None, count: float | None) -> float | None:
-    """Standard error of the mean of ``count`` figures, from their ``deviation`` (denominator ``count``):
-    deviation / sqrt(count - 1). None for fewer than FEWEST, which do not say how far off they may be."""
-    return None if deviation is None or count is None or count < FEWEST else deviation / math.sqrt(count - 1)
+class Guard:
+    """Holds the guard's settings and state; the rules themselves are pure functions.
+
+    With ``enabled=False`` it judges nothing: every verdict is to go on, and the state stays as it is.
+    """
+
+    def __init__(self, settings: GuardConfig) -> None:
+        self.settings = settings
+        self.state = GuardState()
+
+    def judge(self, figures: Figures) -> Verdict:
+        """What follows from a step, by its row of metrics.jsonl, numbers only."""
+        if not self.settings.enabled:
+            return Verdict(action=Action.GO_ON)
+        self.state, verdict = judge(self.settings, self.state, figures)
+        return verdict
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that future verdicts depend on except the settings, as plain JSON values."""
+        return dataclasses.asdict(self.state)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`. Raises ValueError, and changes nothing, if it does not fit."""
+        state: GuardState = from_dict(GuardState, saved, "guard state")
+        check_keys(state.streaks, RULES, "guard state.streaks")
+        self.state = state
+
+    def roll_back(self, saved: Mapping[str, Any]) -> None:
+        """Continue from the `state_dict()` of a snapshot, except that ``rollbacks`` and ``factor`` stay what they are:
+        a roll-back does not undo itself. Raises as `load_state_dict` does."""
+        kept = {"rollbacks": self.state.rollbacks, "factor": self.state.factor}
+        self.load_state_dict({**saved, **kept})
 
 
 def _falls(config: GuardConfig, rewards: Rewards) -> bool:
@@ -307,16 +119,3 @@ def _falls(config: GuardConfig, rewards: Rewards) -> bool:
     if config.max_drawdown is None or rewards.since > 2 * WINDOW:
         return False
     return fall > EARLY * config.max_drawdown * gained and fall > ERRORS * error
-
-
-def _patience(config: GuardConfig, rule: object) -> int:
-    return 1 if rule in AT_ONCE else config.patience
-
-
-def _started(state: GuardState, figures: Figures) -> GuardState:
-    """With the step's reward, and its levels while their starts are being measured, in the state."""
-    reward, deviation, rows = (figures.get(name) for name in ("objective/scores", "objective/scores_std", "rows"))
-    error = standard_error(deviation, rows)
-    if reward is not None and error is not None and math.isfinite(reward) and math.isfinite(error):
-        state = replace(state, rewards=state.rewards.after(reward, error))
-    return replace(state, **{name: getattr(state, name).after(figures.get(metric)) for name, metric in RATIOS.items()})

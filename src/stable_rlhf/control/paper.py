@@ -31,7 +31,7 @@ ENTROPY_OFFSET = 0.1  # [C] nats per token, keeps the gate's division finite at 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperSettings:
-    """The published constants that one may want to turn; the defaults are the published ones."""
+    """Settings of the controller ``paper``; the defaults are the published constants."""
 
     penalty_scale: float = setting(0.1, 0.0)
     """lambda, reward per squared nat [P]."""

@@ -46,7 +46,7 @@ PID_LIMIT = 0.25  # of the base budget: the PID adjusts what the phase asks for,
 
 @dataclass(frozen=True, kw_only=True)
 class SafeSettings:
-    """What one may want to turn; everything else is a constant with its reason beside it."""
+    """Settings of the controller ``safe``; everything else is a constant with its reason next to it."""
 
     budget: float = setting(0.3, above=0.0)
     """Base KL budget, nats per token. 0.3 is the paper's threshold, and about where the best fixed coefficients end."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stable_rlhf.control.guard import WINDOW, standard_error
+from stable_rlhf.control import WINDOW, standard_error
 
 CRASH_SHARE = 0.25  # of the reward gained, max R - R_20: smaller falls are oscillation
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from stable_rlhf.control.guard import WINDOW
+from stable_rlhf.control import WINDOW
 from stable_rlhf.report.plots import draw_plots
 from stable_rlhf.report.run import headline, read_run
 from stable_rlhf.runs import METRICS, evaluation

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stable_rlhf.control.guard import WINDOW
+from stable_rlhf.control import WINDOW
 from stable_rlhf.report.crashes import RewardCrash, Rows, moving_average
 
 POINTS = 1200  # more points on a plot of this width cannot be told apart

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from stable_rlhf.control.guard import WINDOW
+from stable_rlhf.control import WINDOW
 from stable_rlhf.files import finite
 from stable_rlhf.report.crashes import RewardCrash, moving_average, reward_crashes, step_errors
 from stable_rlhf.report.plots import series

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from stable_rlhf.config.algorithm import CriticConfig
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.presets import PRESETS
 from stable_rlhf.config.sections import SECTIONS
+from stable_rlhf.control import AdaptiveSettings, FixedSettings, NoneSettings, SafeSettings
 
 INTERRUPT_AT = 2  # the call of the reward at which Ctrl-C is pressed in the test below: the second step's
 calls = 0
@@ -74,8 +76,9 @@ def test_defaults_give_way_to_the_preset_the_preset_to_the_file_and_the_file_to_
     assert (config.optim.lam, config.optim.gamma, config.max_steps) == (0.8, 0.99, 7)
     assert config.optim.learning_rate == 1e-4  # default
     assert config.critic == CriticConfig(heads=1, loss="mse", clip_reduction="max")  # preset
-    assert config.kl.settings == {"beta": 0.001}
-    assert loading.load_config(["--config", str(file), "--kl.settings.beta", "0.5"]).kl.settings == {"beta": 0.5}
+    assert config.kl.settings == FixedSettings(beta=0.001)
+    other = loading.load_config(["--config", str(file), "--kl.settings.beta", "0.5"])
+    assert other.kl.settings == FixedSettings(beta=0.5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -85,11 +88,40 @@ def test_the_command_line_gives_the_presets_own_object(preset: str) -> None:
 
 def test_settings_of_the_presets_controller_stay_unless_the_controller_is_another_one() -> None:
     kept = loading.load_config(["--preset", "safe-no-gate", "--kl.settings.budget", "0.2"])
-    assert kept.kl.settings == {"gate_on": False, "budget": 0.2}
+    assert kept.kl.settings == SafeSettings(gate_on=False, budget=0.2)
     assert kept == Config.from_preset("safe-no-gate", kl={"settings": {"budget": 0.2}})
     other = loading.load_config(["--preset", "ppo", "--kl.controller", "adaptive"])
-    assert other.kl.settings == {}
+    assert other.kl.settings == AdaptiveSettings()
     assert PRESETS["ppo"]["kl"]["settings"] == {"beta": 0.05}
+
+
+def test_the_settings_are_those_of_the_controller_that_is_chosen_wherever_it_is(tmp_path: Path) -> None:
+    fixed, safe = tmp_path / "fixed.yaml", tmp_path / "safe.yaml"
+    fixed.write_text("kl: {controller: fixed, settings: {beta: 0.1}}\n")
+    safe.write_text("kl: {controller: safe}\n")
+    for arguments in (
+        ["--kl.controller", "fixed", "--kl.settings.beta", "0.1"],
+        [
+            "--kl.settings.beta=0.1",
+            "--kl.controller=fixed",
+            "--preset=paper",
+            "--kl.in_reward=true",
+            "--kl.in_loss=none",
+        ],
+        ["--config", str(fixed)],
+        ["--config", str(safe), "--config", str(fixed)],
+        ["--kl.settings", "{beta: 0.1}", "--config", str(safe), "--kl.controller", "fixed"],
+    ):
+        kl = loading.load_config(arguments).kl
+        assert (kl.controller, kl.settings) == ("fixed", FixedSettings(beta=0.1))
+    back = loading.load_config(["--config", str(safe), "--preset", "safe-no-gate", "--kl.settings.budget", "0.2"])
+    assert back.kl.settings == SafeSettings(budget=0.2, gate_on=False)
+
+
+def test_a_controller_without_settings_takes_an_empty_mapping_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: ppo-nokl\nkl: {controller: none, settings: {}}\n")
+    assert loading.load_config(["--config", str(file)]).kl.settings == NoneSettings()
 
 
 def test_a_list_can_be_replaced_or_added_to() -> None:
@@ -109,7 +141,30 @@ def test_a_list_can_be_replaced_or_added_to() -> None:
             "--reward.weights [1,x]",
             "reward.weights=\"[1.0, 'x']\": give a list of numbers, such as [1.0, 0.5], or null",
         ),
-        ("--kl.settings x", "kl.settings='x': give a mapping, such as {name: value}"),
+        (
+            "--kl.settings x",
+            "--kl.settings is a section: give its fields one by one, such as --kl.settings.budget VALUE",
+        ),
+        ("--kl.settings.bugdet 1", "unknown setting --kl.settings.bugdet. Did you mean kl.settings.budget?"),
+        ('--kl.settings {"bugdet":1}', "unknown setting --kl.settings.bugdet. Did you mean kl.settings.budget?"),
+        ("--kl.budget 1", "unknown setting --kl.budget. Did you mean kl.settings.budget?"),
+        ("--budget 1", "unknown setting --budget. Did you mean kl.settings.budget?"),
+        ("--preset ppo --kl.settings.bet 0.1", "unknown setting --kl.settings.bet. Did you mean kl.settings.beta?"),
+        (
+            "--preset ppo --kl.settings.budget 0.1",
+            "unknown setting --kl.settings.budget; kl.controller=fixed has beta",
+        ),
+        ("--preset ppo-nokl --kl.settings.beta 1", "unknown setting --kl.settings.beta; kl.controller=none has no "),
+        ("--kl.settings.budget abc", "kl.settings.budget='abc': give a finite number"),
+        ("--kl.settings.budget", "kl.settings.budget has no value: give a finite number"),
+        ("--kl.settings.window 20.5", "kl.settings.window='20.5': give a whole number"),
+        ("--kl.settings.budget -1", "kl.settings.budget=-1.0 is out of range: give a finite number > 0"),
+        ("--kl.controller sfae", "kl.controller='sfae': choose one of none, fixed, "),
+        ("--kl.controller", "kl.controller has no value: choose one of none, fixed, "),
+        ("--guard.max_kl -1", "guard.max_kl=-1.0: must be greater than 0"),
+        ("--guard.patience 0", "guard.patience=0: must be greater than 0"),
+        ("--guard.patience x", "guard.patience='x': give a whole number"),
+        ("--preset ppo --guard.max_kl 1", "guard.max_kl=1.0: has no effect unless guard.enabled=true; leave it out"),
         ("--optim.learning_rat 1", "unknown setting --optim.learning_rat. Did you mean optim.learning_rate?"),
         ("--max_step 5", "unknown setting --max_step. Did you mean max_steps?"),
         ("--lam 1", "unknown setting --lam. Did you mean optim.lam or critic.lam?"),
@@ -117,18 +172,6 @@ def test_a_list_can_be_replaced_or_added_to() -> None:
         ("data.jsonl", "unexpected 'data.jsonl': a setting is given as --section.field VALUE, a file as --config FILE"),
         ("--optim x", "--optim is a section: give its fields one by one, such as --optim.learning_rate VALUE"),
         ("--preset safer", f"preset='safer': choose one of {', '.join(PRESETS)}"),
-        (
-            "--preset ppo --kl.settings.bet 0.1",
-            "kl.settings: controller 'fixed' has no setting 'bet' (given 0.1): choose from beta. Did you mean beta?",
-        ),
-        (
-            "--kl.settings.budget -1",
-            "kl.settings: controller 'safe': budget=-1 is out of range: give a finite number > 0",
-        ),
-        (
-            "--kl.settings.budget abc",
-            "kl.settings: controller 'safe': budget='abc' is a str: give a float, such as 0.3",
-        ),
     ],
 )
 def test_a_wrong_argument_is_named_with_its_value_and_the_remedy(
@@ -146,6 +189,15 @@ def test_a_wrong_argument_is_named_with_its_value_and_the_remedy(
         ("", ": is empty; give a mapping of settings, such as `preset: safe`"),
         ("optimm:\n  lam: 1\n", ": unknown setting 'optimm'. Did you mean optim?"),
         ("optim:\n  lamm: 1\n", ": unknown setting 'optim.lamm'. Did you mean optim.lam?"),
+        ("kl: {settings: {bugdet: 1}}\n", ": unknown setting 'kl.settings.bugdet'. Did you mean kl.settings.budget?"),
+        ("kl: {budget: 1}\n", ": unknown setting 'kl.budget'. Did you mean kl.settings.budget?"),
+        (
+            "preset: ppo\nkl: {settings: {budget: 1}}\n",
+            ": unknown setting 'kl.settings.budget'; kl.controller=fixed has beta",
+        ),
+        ("kl: {settings: null}\n", ": kl.settings=None: a section is a mapping of its fields: budget, "),
+        ("kl: {settings: 5}\n", ": kl.settings=5: a section is a mapping of its fields: budget, "),
+        ("kl: {settings: {budget: 1, budget: 2}}\n", ", line 1: 'budget' is given twice; repair the YAML"),
         ("optim: 5\n", ": optim=5: a section is a mapping of its fields: learning_rate, "),
         ("optim: {lam: 1}\nseed: 1\noptim: {gamma: 1}\n", ", line 3: 'optim' is given twice; repair the YAML"),
         ("optim: {lam: 1, lam: 0}\n", ", line 1: 'lam' is given twice; repair the YAML"),
@@ -193,16 +245,30 @@ def test_bad_settings_are_refused_before_torch_is_imported() -> None:
 def test_help_explains_every_setting_with_the_presets_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for section, fields in SECTIONS.items():
-        for field in fields.__dataclass_fields__:
-            option = shown.index(f"--{section}.{field} ", shown.index("options:"))
-            text = shown[option:].partition("(type:")[0]
-            assert len(text.split()) >= 6, f"{section}.{field} has no help: {text}"
+    fields = [(section, field.name) for section, part in SECTIONS.items() for field in dataclasses.fields(part)]
+    fields.remove(("kl", "settings"))  # a group of its own
+    for section, field in [*fields, *(("kl.settings", field.name) for field in dataclasses.fields(SafeSettings))]:
+        option = shown.index(f"--{section}.{field} ", shown.index("options:"))
+        text = shown[option:].partition("(type:")[0]
+        assert len(text.split()) >= 6, f"{section}.{field} has no help: {text}"
+    assert "--kl.settings.budget BUDGET Base KL budget, nats per token. 0.3 is " in shown
+    budget = shown.partition("--kl.settings.budget BUDGET Base")[2].partition("--kl.")[0]
+    assert budget.endswith("(type: float, default: 0.3) ")
     assert "GAE's lambda for the advantages (Schulman et al. 2016). (type: float, default: 0.95)" in shown
     assert all(preset in shown.replace("- ", "-") for preset in PRESETS)  # a line may end at a hyphen
     assert main(["train", "--preset", "ppo", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "1 is PPO's. (type: Literal[1, 2], default: 1)" in shown
+    assert "--kl.settings.beta BETA Reward per nat. " in shown
+    assert "--kl.settings.budget" not in shown
+    assert main(["train", "--preset", "safe-no-gate", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the ablation without gate. (type: bool, default: False)" in shown
+    assert main(["train", "--kl.controller", "adaptive", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--kl.settings.horizon HORIZON Rollouts in which the coefficient changes by at most 22 % " in shown
+    assert main(["train", "--preset", "ppo-nokl", "--help"]) == 0
+    assert "kl.settings" not in capsys.readouterr().out
     assert main(["doctor", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: stable-rlhf doctor ")
 

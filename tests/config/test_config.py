@@ -11,13 +11,59 @@ import pytest
 import yaml
 
 from stable_rlhf.config import loading
-from stable_rlhf.config.algorithm import CriticConfig, GuardConfig, KLConfig, OptimConfig
+from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.presets import PRESETS
 from stable_rlhf.config.sections import SECTIONS, ModelConfig
-from stable_rlhf.control import CONTROLLERS, controller_settings
+from stable_rlhf.control import (
+    CONTROLLERS,
+    AdaptiveSettings,
+    FixedSettings,
+    GuardConfig,
+    NoneSettings,
+    PaperSettings,
+    SafeSettings,
+    settings_class,
+)
 from stable_rlhf.errors import ConfigError
 
+# The settings of the controllers, from the tables of algorithm.md (Controllers).
+ADAPTIVE = {"init_beta": 0.05, "target": 0.3, "horizon": 16.0}
+ASYMMETRIC = {"threshold": 0.3, "penalty_scale": 0.1, "momentum_scale": 5.0, "window": 50}
+SAFE = {
+    "budget": 0.3,
+    "initial_coef": 0.05,
+    "min_coef": 1e-4,
+    "max_coef": 100.0,
+    "gain": 3.5,
+    "lead": 0.7,
+    "gate_on": True,
+    "gate_fraction": 0.6,
+    "gate_power": 2.0,
+    "gate_max": 8.0,
+    "threshold_on": True,
+    "threshold_min": 0.5,
+    "threshold_max": 1.5,
+    "threshold_rate": 0.01,
+    "window": 40,
+    "pid_kp": 0.1,
+    "pid_ki": 0.01,
+    "pid_kd": 0.1,
+}
+PAPER_CONTROLLER = {
+    "penalty_scale": 0.1,
+    "base_threshold": 0.3,
+    "threshold_min": 0.1,
+    "threshold_max": 0.6,
+    "entropy_floor": 2.0,
+    "gate_min": 0.5,
+    "velocity_keep": 0.95,
+    "velocity_target": 0.001,
+    "pid_kp": 0.3,
+    "pid_ki": 0.01,
+    "pid_kd": 0.05,
+    "pid_integral_limit": 1.0,
+}
 # What each preset resolves to where it differs from `safe`, written out from algorithm.md's presets and layers.
 PPO = {"critic.heads": 1, "critic.loss": "mse", "critic.clip_reduction": "max", "reward.normalise": "none"}
 PPO |= {"optim.whiten_floor": 1e-4, "optim.max_preview_kl": None, "guard.enabled": False}
@@ -29,23 +75,29 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "critic.regress": "soft_min",
         "reward.normalise": "paper",
         "kl.controller": "paper",
+        "kl.settings": PAPER_CONTROLLER,
         "optim.entropy_coef": 0.01,
         "optim.max_preview_kl": None,
         "guard.enabled": False,
         **IN_LOSS,
     },
     "ppo": {**PPO, "kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False},
-    "ppo-adaptive": {**PPO, "kl.controller": "adaptive", "kl.length_neutral": False},
-    "ppo-nokl": {**PPO, "kl.controller": "none", "kl.in_reward": False},
-    "asymmetric": {**PPO, "kl.controller": "asymmetric", **IN_LOSS},
+    "ppo-adaptive": {**PPO, "kl.controller": "adaptive", "kl.settings": ADAPTIVE, "kl.length_neutral": False},
+    "ppo-nokl": {**PPO, "kl.controller": "none", "kl.settings": {}, "kl.in_reward": False},
+    "asymmetric": {**PPO, "kl.controller": "asymmetric", "kl.settings": ASYMMETRIC, **IN_LOSS},
     "safe-single-critic": {"critic.heads": 1},
-    "safe-no-regulation": {"kl.controller": "none", "kl.in_reward": False, "guard.max_kl": None},
-    "safe-no-gate": {"kl.settings": {"gate_on": False}},
-    "safe-no-threshold": {"kl.settings": {"threshold_on": False}},
+    "safe-no-regulation": {
+        "kl.controller": "none",
+        "kl.settings": {},
+        "kl.in_reward": False,
+        "guard.max_kl": None,
+    },
+    "safe-no-gate": {"kl.settings": {**SAFE, "gate_on": False}},
+    "safe-no-threshold": {"kl.settings": {**SAFE, "threshold_on": False}},
     "safe-no-preview": {"optim.max_preview_kl": None},
     "safe-no-guard": {"guard.enabled": False},
 }
-# The figures of algorithm.md: layer 1 and "Notation" for the update, layers 2 and 3 for the controller.
+# The figures of algorithm.md: layer 1 and "Notation".
 PAPER_UPDATE = {
     "critic.heads": 2,
     "critic.temperature": 0.3,
@@ -61,20 +113,6 @@ PAPER_UPDATE = {
     "optim.lam": 0.95,
     "optim.epsilon": 0.2,
     "optim.max_grad_norm": 1.0,
-}
-PAPER_CONTROLLER = {
-    "penalty_scale": 0.1,
-    "base_threshold": 0.3,
-    "threshold_min": 0.1,
-    "threshold_max": 0.6,
-    "entropy_floor": 2.0,
-    "gate_min": 0.5,
-    "velocity_keep": 0.95,
-    "velocity_target": 0.001,
-    "pid_kp": 0.3,
-    "pid_ki": 0.01,
-    "pid_kd": 0.05,
-    "pid_integral_limit": 1.0,
 }
 
 
@@ -103,15 +141,15 @@ def test_a_preset_differs_from_safe_by_what_it_says_and_nothing_else(preset: str
 def test_paper_has_every_published_constant() -> None:
     config = flat(Config(preset="paper"))
     assert {name: config[name] for name in PAPER_UPDATE} == PAPER_UPDATE
-    assert controller_settings("paper", Config(preset="paper").kl.settings) == PAPER_CONTROLLER
+    assert config["kl.settings"] == PAPER_CONTROLLER
 
 
 def test_safe_has_every_layer_on_and_no_bias_between_the_sides_of_the_td_error() -> None:
     config = Config()
     assert (config.preset, config.kl.controller, config.critic.heads) == ("safe", "safe", 2)
     assert (config.critic.bootstrap, config.critic.regress, config.reward.normalise) == ("online", "each", "running")
-    settings = controller_settings("safe", config.kl.settings)
-    assert settings["gate_on"] is settings["threshold_on"] is True
+    assert isinstance(config.kl.settings, SafeSettings)
+    assert config.kl.settings.gate_on is config.kl.settings.threshold_on is True
     assert config.guard.enabled
     off = [name for name, value in config.to_dict()["guard"].items() if value is None]
     assert off == ["min_explained_variance"]  # a saturated reward sets it off
@@ -119,15 +157,17 @@ def test_safe_has_every_layer_on_and_no_bias_between_the_sides_of_the_td_error()
 
 def test_ppo_has_one_head_squared_error_and_a_fixed_kl_in_the_reward() -> None:
     config = Config(preset="ppo")
-    assert controller_settings(config.kl.controller, config.kl.settings) == {"beta": 0.05}
+    assert (config.kl.controller, config.kl.settings) == ("fixed", FixedSettings(beta=0.05))
     assert (config.kl.in_reward, config.kl.in_loss) == (True, "none")
     assert (config.critic.heads, config.critic.loss, config.critic.clip_reduction) == (1, "mse", "max")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_presets_controller_takes_its_settings(preset: str) -> None:
+def test_a_presets_settings_are_those_of_its_controller(preset: str) -> None:
     kl = Config(preset=preset).kl
-    assert kl.settings.items() <= controller_settings(kl.controller, kl.settings).items()
+    assert type(kl.settings) is settings_class(kl.controller)
+    changed = PRESETS[preset].get("kl", {}).get("settings", {})
+    assert dataclasses.asdict(kl.settings) == dataclasses.asdict(settings_class(kl.controller)()) | changed
 
 
 def test_the_controllers_of_the_configuration_are_those_there_are() -> None:
@@ -146,9 +186,79 @@ def test_a_config_never_shares_its_lists_and_mappings_with_the_preset_or_the_cal
     given = {"beta": 1.0}
     config = Config.from_preset("ppo", kl={"settings": given})
     given["beta"] = 2.0
-    assert config.kl.settings == {"beta": 1.0}
-    Config(preset="ppo").kl.settings["beta"] = 7.0
-    assert Config(preset="ppo").kl.settings == {"beta": 0.05}
+    assert config.kl.settings == FixedSettings(beta=1.0)
+    config.to_dict()["kl"]["settings"]["beta"] = 3.0
+    assert config.kl.settings == FixedSettings(beta=1.0)
+    Config(preset="ppo").reward.functions.append("x")
+    assert Config(preset="ppo").reward.functions == ["builtin"]
+    assert PRESETS["ppo"]["kl"]["settings"] == {"beta": 0.05}
+
+
+# -- kl.settings ----------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_are_not_given_are_the_presets_for_its_own_controller_and_the_defaults_for_another() -> None:
+    assert KLConfig().settings == SafeSettings()
+    assert KLConfig(controller="paper").settings == PaperSettings()
+    assert KLConfig(controller="none", settings={}).settings == NoneSettings()  # pyright: ignore
+    for given in ({}, {"settings": None}, {"settings": {}}, {"controller": "safe"}):
+        assert Config.from_preset("safe-no-gate", kl=given).kl.settings == SafeSettings(gate_on=False)
+    assert Config.from_preset("safe-no-gate", kl={"controller": "adaptive"}).kl.settings == AdaptiveSettings()
+
+
+def test_settings_given_as_a_mapping_are_made_the_controllers_own_class() -> None:
+    assert KLConfig(controller="fixed", settings={"beta": 0.1}).settings == FixedSettings(beta=0.1)  # pyright: ignore
+    assert Config.from_preset("safe", kl={"settings": {"budget": 0.2}}).kl.settings == SafeSettings(budget=0.2)
+    kept = Config.from_preset("safe-no-gate", kl={"settings": {"budget": 0.2}}).kl.settings
+    assert kept == SafeSettings(budget=0.2, gate_on=False)
+
+
+def test_settings_given_whole_replace_the_presets() -> None:
+    given = SafeSettings(budget=0.2)
+    assert Config.from_preset("safe-no-gate", kl={"settings": given}).kl.settings == given
+    assert KLConfig(settings=given).settings == given
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            {"settings": {"budget": -1.0}},
+            "kl.settings.budget=-1.0 is out of range: give a finite number > 0.0 (the default is 0.3)",
+        ),
+        ({"settings": {"budget": "0.2"}}, "kl.settings.budget='0.2' is a str: give a float, such as 0.3"),
+        ({"settings": {"window": True}}, "kl.settings.window=True is a bool: give a int, such as 40"),
+        (
+            {"settings": {"initial_coef": 1e-6}},
+            "kl.settings.initial_coef=1e-06 is outside [min_coef=0.0001, max_coef=100.0]: move it between them, or "
+            "widen them",
+        ),
+        (
+            {"controller": "fixed", "settings": {"betta": 0.1}},
+            "kl.settings.betta=0.1: unknown setting; kl.controller=fixed has beta",
+        ),
+        (
+            {"controller": "none", "in_reward": False, "settings": {"beta": 0.1}},
+            "kl.settings.beta=0.1: unknown setting; kl.controller=none has no settings",
+        ),
+        (
+            {"controller": "fixed", "settings": NoneSettings()},
+            "kl.settings=NoneSettings(): give a mapping, such as {name: value}, or FixedSettings(...), for "
+            "kl.controller=fixed",
+        ),
+        (
+            {"settings": [0.2]},
+            "kl.settings=[0.2]: give a mapping, such as {name: value}, or SafeSettings(...), for kl.controller=safe",
+        ),
+    ],
+)
+def test_wrong_settings_of_a_controller_are_refused_where_the_section_is_made(
+    given: dict[str, Any], sentence: str
+) -> None:
+    for make in (lambda: KLConfig(**given), lambda: Config.from_preset(kl=given)):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert str(caught.value) == sentence
 
 
 # -- round trip -----------------------------------------------------------------------------------------------------

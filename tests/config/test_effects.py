@@ -159,7 +159,7 @@ TURNED: dict[str, Turn | str] = {
     "guard.max_entropy": Turn(to=1.0001, of="safe/rollbacks", given={**AT_ONCE, "optim": {"entropy_coef": 1.0}}),
     "guard.min_distinct": "control/test_guard.py::test_a_rules_setting_moves_its_bound_and_none_turns_it_off",
     "guard.min_length": "control/test_guard.py::test_a_rules_setting_moves_its_bound_and_none_turns_it_off",
-    "guard.max_drawdown": "control/test_guard.py::test_a_reward_that_loses_half_of_its_gain_is_a_crash",
+    "guard.max_drawdown": "control/test_guard_rewards.py::test_a_reward_that_loses_half_of_its_gain_is_a_crash",
     "guard.min_explained_variance": Turn(to=0.999, of="safe/rollbacks", given=AT_ONCE),
     "guard.patience": Turn(to=2, of="safe/rollbacks", given=ROLLS_BACK),
     "guard.snapshot_steps": Turn(to=1, of="objective/kl", given=ROLLS_BACK),

@@ -12,7 +12,7 @@ from typing import Any
 
 from stable_rlhf.cli.exits import say, typed_command
 from stable_rlhf.cli.parser import Parser
-from stable_rlhf.config import PRESETS, Config, ModelConfig, load_config, parser, taken_out
+from stable_rlhf.config import Config, ModelConfig, load_config, parser_for
 from stable_rlhf.errors import ConfigError, Exit, Interrupted
 from stable_rlhf.files import unwritable
 from stable_rlhf.policy import check_model, not_a_model
@@ -30,9 +30,8 @@ def train(arguments: list[str]) -> int:
 
 
 def show_settings(command: str, arguments: list[str]) -> int:
-    """Every setting, with the defaults of the preset that is asked for."""
-    preset = (taken_out("--preset", arguments)[0] or ["safe"])[-1]
-    made = parser(preset if preset in PRESETS else "safe", command)
+    """Every setting, with the defaults of the preset and the controller that are asked for."""
+    made = parser_for(arguments, command)
     if command == "doctor":
         made.description = "A FILE in front, without an option's name, is --config FILE."
     made.print_help()

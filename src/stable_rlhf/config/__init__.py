@@ -1,9 +1,9 @@
 """Every setting of a run: sections, presets, and how they are read from YAML files and the command line."""
 
-from stable_rlhf.config.algorithm import CriticConfig, GuardConfig, KLConfig, OptimConfig
+from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
 from stable_rlhf.config.checks import is_url, only_with, require, url_without_secrets
 from stable_rlhf.config.config import Config, complete_settings
-from stable_rlhf.config.loading import load_config, parser, taken_out
+from stable_rlhf.config.loading import load_config, parser_for
 from stable_rlhf.config.presets import PRESETS
 from stable_rlhf.config.resume import refuse_changes
 from stable_rlhf.config.sections import DataConfig, ModelConfig, RewardConfig, RolloutConfig
@@ -13,7 +13,6 @@ __all__ = [
     "Config",
     "CriticConfig",
     "DataConfig",
-    "GuardConfig",
     "KLConfig",
     "ModelConfig",
     "OptimConfig",
@@ -23,9 +22,8 @@ __all__ = [
     "is_url",
     "load_config",
     "only_with",
-    "parser",
+    "parser_for",
     "refuse_changes",
     "require",
-    "taken_out",
     "url_without_secrets",
 ]

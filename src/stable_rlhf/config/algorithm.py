@@ -1,12 +1,15 @@
-"""The sections of a run's settings that say how it learns: optimiser, critic, KL and guard."""
+"""The sections of a run's settings that say how it learns: optimiser, critic and KL."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from stable_rlhf.config.checks import check_types, not_negative, only_with, positive, require
+from stable_rlhf.control import CONTROLLERS, ControllerSettings, settings_class
+from stable_rlhf.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +118,20 @@ class CriticConfig:
             require(0 <= self.lam <= 1, "critic.lam", self.lam, "must be in [0, 1]")
 
 
+_DEFAULTS: Any = None
+"""Marks settings that the caller did not give: ``KLConfig.__post_init__`` puts the controller's defaults there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class KLConfig:
     """Which rule sets the KL coefficient each step, and where the KL acts (algorithm.md, Controllers)."""
 
     controller: Literal["none", "fixed", "adaptive", "asymmetric", "safe", "paper"] = "safe"
     """The rule that yields the coefficient."""
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: ControllerSettings = _DEFAULTS
     """The rule's own settings, such as ``beta`` of ``fixed`` or ``budget`` of ``safe``; what is left out has the
-    preset's value if the preset has the same rule, else its default. docs/algorithm.md lists them."""
+    preset's value if the preset has the same rule, else its default. docs/algorithm.md lists them. A mapping of them is
+    made the rule's own class."""
     in_reward: bool = True
     """Subtract coefficient x (logp - ref) from every token's reward, so that it passes through GAE."""
     length_neutral: bool = True
@@ -135,6 +143,8 @@ class KLConfig:
     """Take the KL in the reward and in the loss: it is then applied twice."""
 
     def __post_init__(self) -> None:
+        if self.controller in CONTROLLERS:
+            object.__setattr__(self, "settings", _settings_of(self.controller, self.settings))
         check_types("kl", self)
         in_loss = self.in_loss != "none"
         both = self.in_reward and in_loss
@@ -152,53 +162,18 @@ class KLConfig:
         require(not in_loss or self.controller != "none", "kl.in_loss", self.in_loss, remedy)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuardConfig:
-    """What counts as a run that goes wrong, and what is done about it (algorithm.md, Guard).
-
-    Levels are shares of the run's own start, the mean of its first five steps."""
-
-    enabled: bool = True
-    """Judge every step. Off, a figure that is not finite ends the run and nothing else does."""
-    max_kl: float | None = 2.0
-    """Ceiling of the KL, nats per token, that a step may not pass once: at 2 the reference finds the text e^2 times
-    less likely at every token, and healthy runs stay below 1 (docs/LOG.md). None sets none."""
-    min_entropy: float | None = 0.2
-    """Share of its start below which the entropy has collapsed; healthy runs keep half or more. None sets none."""
-    max_entropy: float | None = 2.0
-    """Multiple of its start above which the entropy is that of gibberish. None sets none."""
-    min_distinct: float | None = 0.25
-    """Share of its start below which distinct-2 is that of one phrase repeated. None sets none."""
-    min_length: float | None = 0.2
-    """Share of its start below which the mean length has collapsed. None sets none."""
-    max_drawdown: float | None = 0.5
-    """Share of the reward gained since the start (moving average over 20 steps) that may be lost again; reports call a
-    crash what loses a quarter of what was gained since step 20. None sets none."""
-    min_explained_variance: float | None = None
-    """The critic's explained variance below which its values mislead. None, the default, sets none: once a reward is
-    saturated its returns hardly vary, and a critic that is good enough lies below any bound (docs/LOG.md)."""
-    patience: int = 5
-    """Steps in a row that a rule must be broken, but for max_kl and figures that are not finite, which act at once."""
-    snapshot_steps: int = 20
-    """The last good state is kept every this many steps: in memory with LoRA, else in the run's folder."""
-    max_rollbacks: int = 3
-    """Roll-backs of a run; the next one stops it instead."""
-    rollback_factor: float = 0.5
-    """At each roll-back the learning rate and the controller's KL threshold are multiplied by this."""
-
-    def __post_init__(self) -> None:
-        check_types("guard", self)
-        for field in dataclasses.fields(self):
-            if field.name != "enabled":
-                only_with("guard", self, field.name, self.enabled, "guard.enabled=true")
-        for name in ("max_kl", "min_entropy", "max_entropy", "min_distinct", "min_length", "max_drawdown"):
-            if getattr(self, name) is not None:
-                positive("guard", self, name)
-        for name in ("min_entropy", "min_distinct", "min_length"):
-            share = getattr(self, name)
-            require(share is None or share < 1, f"guard.{name}", share, "must be below 1, the start itself")
-        remedy = "must be above 1, the start itself"
-        require(self.max_entropy is None or self.max_entropy > 1, "guard.max_entropy", self.max_entropy, remedy)
-        positive("guard", self, "patience", "snapshot_steps")
-        not_negative("guard", self, "max_rollbacks")
-        require(0 < self.rollback_factor <= 1, "guard.rollback_factor", self.rollback_factor, "must be in (0, 1]")
+def _settings_of(controller: str, given: Any) -> ControllerSettings:
+    """The settings of a controller, out of a mapping of some of them, or None. Raises ConfigError."""
+    kind = settings_class(controller)
+    if isinstance(given, kind):
+        return given
+    remedy = f"give a mapping, such as {{name: value}}, or {kind.__name__}(...), for kl.controller={controller}"
+    require(given is None or isinstance(given, Mapping), "kl.settings", given, remedy)
+    given, known = given or {}, [field.name for field in dataclasses.fields(kind)]
+    for name, value in given.items():
+        has = f"kl.controller={controller} has {', '.join(known) or 'no settings'}"
+        require(name in known, f"kl.settings.{name}", value, f"unknown setting; {has}")
+    try:
+        return kind(**given)
+    except ValueError as error:  # it begins with the setting's name
+        raise ConfigError(f"kl.settings.{str(error).rstrip('.')}") from error

@@ -6,17 +6,30 @@ import dataclasses
 import math
 import types
 import typing
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.text import valid_unicode
+
+Section = TypeVar("Section")
 
 
 def require(ok: bool, setting: str, value: object, remedy: str) -> None:
     """Raises ConfigError with setting, value and remedy unless ``ok``."""
     if not ok:
         raise ConfigError(f"{setting}={value!r}: {remedy}")
+
+
+def made(section: type[Section], fields: Mapping[str, Any]) -> Section:
+    """A section with these fields. Raises ConfigError, also where the section itself raises a ValueError."""
+    try:
+        return section(**fields)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def positive(section: str, config: object, *names: str) -> None:
@@ -98,7 +111,6 @@ def wanted(hint: Any) -> str:
         str: "give a text",
         list[str]: "give a list, such as [first, second]",
         list[float]: "give a list of numbers, such as [1.0, 0.5]",
-        dict[str, Any]: "give a mapping, such as {name: value}",
     }
     return sentences[hint]
 
@@ -111,8 +123,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(option) and value == option for option in options)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.config.algorithm import CriticConfig, GuardConfig, KLConfig, OptimConfig
-from stable_rlhf.config.checks import check_types, require
+from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
+from stable_rlhf.config.checks import check_types, made, require
 from stable_rlhf.config.presets import PRESETS, preset_section
 from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig, RolloutConfig
-from stable_rlhf.control import controller_settings
+from stable_rlhf.control import GuardConfig
 
 
 def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Every setting of a run, the controller's own included: what config.yaml and the checkpoints hold."""
+    """Every setting of a run in its folder: what config.yaml and the checkpoints hold."""
     complete = {**config.to_dict(), "output_dir": str(run_dir)}
-    complete["kl"]["settings"] = controller_settings(config.kl.controller, config.kl.settings)
     complete["reward"]["url"] = None  # it is in functions
     return complete
 
@@ -62,7 +61,7 @@ class Config:
         require(self.preset in PRESETS, "preset", self.preset, f"choose one of {', '.join(PRESETS)}")
         for name, section in SECTIONS.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, section(**preset_section(self.preset, name, {})))
+                object.__setattr__(self, name, made(section, preset_section(self.preset, name, {})))
         check_types("", self)
         for name in ("max_steps", "save_total_limit"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be greater than 0")
@@ -96,9 +95,9 @@ class Config:
             known = [f.name for f in dataclasses.fields(section)]
             for field, value in given.items():
                 require(field in known, f"{name}.{field}", value, f"unknown setting; {name} has {', '.join(known)}")
-            arguments[name] = section(**preset_section(preset, name, given))
+            arguments[name] = made(section, preset_section(preset, name, given))
         return cls(**arguments)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting as plain dictionaries, complete and reusable as input."""
+        """Every setting as plain dictionaries, the controller's own included: complete, and reusable as input."""
         return dataclasses.asdict(self)

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,96 +21,134 @@ from jsonargparse import (
 
 from stable_rlhf.config.checks import wanted
 from stable_rlhf.config.config import Config
-from stable_rlhf.config.presets import PRESETS
+from stable_rlhf.config.presets import PRESETS, preset_section
 from stable_rlhf.config.sections import SECTIONS
-from stable_rlhf.control import controller_settings
+from stable_rlhf.control import CONTROLLERS, settings_class
 from stable_rlhf.errors import ConfigError
 
 _TOP = [field.name for field in dataclasses.fields(Config) if field.name not in SECTIONS]
-
-
-_HINTS: dict[str, Any] = {name: hint for name, hint in typing.get_type_hints(Config).items() if name in _TOP} | {
-    f"{name}.{field}": hint
-    for name, section in SECTIONS.items()
-    for field, hint in typing.get_type_hints(section).items()
-}
-"""The type of every setting, by its name on the command line."""
 
 
 # The docstring below each field is its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def parser(preset: str, command: str = "train") -> ArgumentParser:
-    """Every setting of Config as an argument, the preset's values as defaults. No abbreviations, no other names."""
+def parser(preset: str, controller: str, command: str = "train") -> ArgumentParser:
+    """Every setting of Config as an argument, the preset's values as defaults; ``kl.settings`` are the controller's.
+
+    No abbreviations, no other names.
+    """
     made = ArgumentParser(prog=f"stable-rlhf {command}", exit_on_error=False, allow_abbrev=False, print_config=None)
     made.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; what is given here wins")
     made.add_class_arguments(Config, skip=set(SECTIONS))
     for name, section in SECTIONS.items():
-        made.add_class_arguments(section, name)
+        made.add_class_arguments(section, name, skip={"settings"} if name == "kl" else set())
+        if name == "kl" and _names_of(controller):
+            made.add_class_arguments(settings_class(controller), "kl.settings")
     changes = {f"{name}.{field}": value for name in SECTIONS for field, value in PRESETS[preset].get(name, {}).items()}
+    changes.pop("kl.settings", None)
+    settings = preset_section(preset, "kl", {"controller": controller})["settings"]
+    changes |= {f"kl.settings.{name}": value for name, value in settings.items()}
     made.set_defaults({"preset": preset, **changes})
     return made
 
 
+def parser_for(arguments: Sequence[str], command: str) -> ArgumentParser:
+    """The parser with the defaults of the preset and the settings of the controller that a command line asks for."""
+    files, others = taken_out("--config", arguments)
+    return parser(*_chosen([_content(Path(file)) for file in files], others), command)
+
+
 def load_config(arguments: Sequence[str]) -> Config:
     """Defaults < preset < --config FILE < --section.field VALUE, in this order. Raises ConfigError."""
-    made = parser("safe")
     files, arguments = taken_out("--config", arguments)
-    for file in files:
-        _check_file(Path(file))
+    contents = [_content(Path(file)) for file in files]
+    preset, controller = _chosen(contents, arguments)
+    for file, content in zip(files, contents, strict=True):
+        _check_names(Path(file), content, controller)
+    made = parser(preset, controller)
     arguments = [*(f"--config={file}" for file in files), *arguments]  # what is given here wins, wherever it stands
-    given, complete = (_parse(made, arguments, defaults) for defaults in (False, True))
+    given, complete = (_parse(made, arguments, controller, defaults) for defaults in (False, True))
     for section, field in (("reward", "functions"), ("reward", "trust_remote_code")):
         if field in given.get(section, {}):  # `--reward.functions+ x` adds to the default
             given[section][field] = complete[section][field]
-    config = Config.from_preset(given.pop("preset", "safe"), **given)
-    try:
-        controller_settings(config.kl.controller, config.kl.settings)
-    except ValueError as error:
-        names = controller_settings(config.kl.controller, {})
-        unknown = [name for name in config.kl.settings if name not in names]
-        close = _suggestion(unknown[0], names, otherwise="") if unknown else ""
-        raise ConfigError(f"kl.settings: {str(error).rstrip('.')}{close}") from error
-    return config
+    return Config.from_preset(given.pop("preset", "safe"), **given)
 
 
-def _parse(made: ArgumentParser, arguments: Sequence[str], defaults: bool) -> dict[str, Any]:
+def _chosen(contents: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> tuple[str, str]:
+    """(preset, controller) that files and command line ask for; an unknown one, which the parser refuses, is passed
+    over."""
+
+    def last(option: str, in_files: Iterable[Any], known: Iterable[str], default: str) -> str:
+        try:
+            given, _ = taken_out(option, arguments)
+        except ConfigError:  # it has no value
+            given = []
+        return next((name for name in reversed([*in_files, *given]) if name in list(known)), default)
+
+    preset = last("--preset", (content.get("preset") for content in contents), PRESETS, "safe")
+    sections = [content.get("kl") for content in contents]
+    controllers = (section.get("controller") for section in sections if isinstance(section, dict))
+    own = Config(preset=preset).kl.controller
+    return preset, last("--kl.controller", controllers, CONTROLLERS, own)
+
+
+def _parse(made: ArgumentParser, arguments: Sequence[str], controller: str, defaults: bool) -> dict[str, Any]:
     try:
         settings = made.parse_args(list(arguments), defaults=defaults).as_dict()
     except (ArgumentError, argparse.ArgumentError) as error:
-        raise ConfigError(_in_one_sentence(str(error))) from error
+        raise ConfigError(_in_one_sentence(str(error), controller)) from error
     settings.pop("config", None)
     return settings
 
 
-def _in_one_sentence(message: str) -> str:
+def _in_one_sentence(message: str, controller: str) -> str:
     """jsonargparse's message as setting, value and remedy; as it is, on one line, where it has another form."""
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         name = found[1].split("=")[0]
         if not name.startswith("--"):
             return f"unexpected {name!r}: a setting is given as --section.field VALUE, a file as --config FILE"
-        return f"unknown setting {name}{_suggestion(name.lstrip('-'), _HINTS)}"
+        return f"unknown setting {name}{_suggestion(name.lstrip('-'), controller)}"
+    if found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        name = f"{found[1]}.{found[2]}"
+        return f"unknown setting --{name}{_suggestion(name, controller)}"
     found = re.search(r'Parser key "([\w.]+)"|argument --([\w.]+): expected', message)
     name = found[1] or found[2] if found else ""
-    if name in SECTIONS:
-        return f"--{name} is a section: give its fields one by one, such as --{name}.{_fields(name)[0]} VALUE"
-    if name not in _HINTS:
+    if fields := _fields(name, controller):
+        return f"--{name} is a section: give its fields one by one, such as --{name}.{fields[0]} VALUE"
+    hints = _hints(controller)
+    if name not in hints:
         return " ".join(message.split())
     values = re.findall(r"(?:Got|Given) value: (.*)", message)
-    return f"{name}{f'={values[-1]!r}' if values else ' has no value'}: {wanted(_HINTS[name])}"
+    return f"{name}{f'={values[-1]!r}' if values else ' has no value'}: {wanted(hints[name])}"
 
 
-def _suggestion(name: str, known: Iterable[str], otherwise: str = "; `stable-rlhf train --help` lists them") -> str:
+def _hints(controller: str) -> dict[str, Any]:
+    """The type of every setting, by its name on the command line."""
+    parts = {"": Config, **{f"{name}.": section for name, section in SECTIONS.items()}}
+    parts["kl.settings."] = settings_class(controller)
+    whole = {
+        prefix + name: hint for prefix, part in parts.items() for name, hint in typing.get_type_hints(part).items()
+    }
+    return {name: hint for name, hint in whole.items() if name not in (*SECTIONS, "kl.settings")}
+
+
+def _suggestion(name: str, controller: str, also: Iterable[str] = ()) -> str:
     """The settings that were probably meant: of that name in any section, or with a name like it."""
-    known = list(known)
-    close = [setting for setting in known if "." not in name and setting.endswith(f".{name}")]
+    known = [*also, *_hints(controller)]
+    section, _, field = name.rpartition(".")
+    if section == "kl.settings":  # of its own: any two names of the section are like each other
+        close = difflib.get_close_matches(field, _names_of(controller), n=1, cutoff=0.7)
+        otherwise = f"; kl.controller={controller} has {', '.join(_names_of(controller)) or 'no settings'}"
+        return f". Did you mean kl.settings.{close[0]}?" if close else otherwise
+    close = [setting for setting in known if setting.endswith(f".{field}") and section in ("", "kl")]
     close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    otherwise = "; `stable-rlhf train --help` lists them"
     return f". Did you mean {' or '.join(close)}?" if close else otherwise
 
 
-def _check_file(file: Path) -> None:
-    """Raises ConfigError unless the file is a YAML mapping of known settings and sections, none of them twice."""
+def _content(file: Path) -> dict[Any, Any]:
+    """What a YAML file says. Raises ConfigError unless it is a mapping, no name given twice."""
     try:
         loader = _SafeLoader(file.read_text(encoding="utf-8"))
         content = loader.get_single_data()
@@ -125,17 +163,30 @@ def _check_file(file: Path) -> None:
     if not isinstance(content, dict) or not content:
         what = "is empty" if content is None or content == {} else f"is a {type(content).__name__}"
         raise ConfigError(f"--config {file}: {what}; give a mapping of settings, such as `preset: safe`")
+    return content
+
+
+def _check_names(file: Path, content: Mapping[Any, Any], controller: str) -> None:
+    """Raises ConfigError for a name in a file that no section, or no setting of the section, has."""
     for name, value in content.items():
-        if name not in SECTIONS:
-            if name not in _TOP:
-                close = _suggestion(str(name), [*_TOP, *SECTIONS, *_HINTS])
-                raise ConfigError(f"--config {file}: unknown setting {name!r}{close}")
-        elif not isinstance(value, dict):
-            fields = ", ".join(_fields(name))
-            raise ConfigError(f"--config {file}: {name}={value!r}: a section is a mapping of its fields: {fields}")
-        elif unknown := [field for field in value if field not in _fields(name)]:
-            close = _suggestion(f"{name}.{unknown[0]}", [f"{name}.{field}" for field in _fields(name)])
-            raise ConfigError(f"--config {file}: unknown setting {f'{name}.{unknown[0]}'!r}{close}")
+        if name in SECTIONS:
+            _check_section(file, name, value, controller)
+        elif name not in _TOP:
+            close = _suggestion(str(name), controller, [*_TOP, *SECTIONS])
+            raise ConfigError(f"--config {file}: unknown setting {name!r}{close}")
+
+
+def _check_section(file: Path, name: str, value: Any, controller: str) -> None:
+    fields = _fields(name, controller)
+    if not isinstance(value, dict):
+        has = f"a section is a mapping of its fields: {', '.join(fields) or 'none'}"
+        raise ConfigError(f"--config {file}: {name}={value!r}: {has}")
+    for field in value:
+        if field not in fields:
+            close = _suggestion(f"{name}.{field}", controller)
+            raise ConfigError(f"--config {file}: unknown setting {f'{name}.{field}'!r}{close}")
+    if name == "kl" and "settings" in value:
+        _check_section(file, "kl.settings", value["settings"], controller)
 
 
 class _SafeLoader(yaml.SafeLoader):
@@ -150,8 +201,15 @@ class _SafeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _fields(section: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(SECTIONS[section])]
+def _fields(section: str, controller: str) -> list[str]:
+    """The names in a section, or in kl.settings; none where there is no such section."""
+    if section == "kl.settings":
+        return _names_of(controller)
+    return [field.name for field in dataclasses.fields(SECTIONS[section])] if section in SECTIONS else []
+
+
+def _names_of(controller: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(settings_class(controller))]
 
 
 def taken_out(option: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 _PPO: dict[str, Any] = {
@@ -47,10 +48,12 @@ def preset_section(preset: str, name: str, given: dict[str, Any]) -> dict[str, A
     """
     base = copy.deepcopy(PRESETS[preset].get(name, {}))
     merged = {**base, **copy.deepcopy(given)}
-    if name == "kl" and isinstance(merged.get("settings"), dict):
+    if name == "kl":
         own = base.get("controller", "safe")  # the default of kl.controller
         kept = base.get("settings", {}) if merged.get("controller", own) == own else {}
-        merged["settings"] = {**kept, **given.get("settings", {})}
+        changes = given.get("settings")
+        if changes is None or isinstance(changes, Mapping):
+            merged["settings"] = {**kept, **(changes or {})}
     if name == "guard" and given.get("enabled") is False:  # what the preset sets of it has no effect then
         return dict(given)
     return merged

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from stable_rlhf.config.algorithm import CriticConfig, GuardConfig, KLConfig, OptimConfig
+from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
 from stable_rlhf.config.checks import check_types, check_url, is_url, not_negative, only_with, positive, require
+from stable_rlhf.control import GuardConfig
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 """Endings of prompt files: a file is one split, taken whole."""

@@ -14,7 +14,8 @@ from typing import Any
 import datasets
 import torch
 
-from stable_rlhf.config import Config, DataConfig, GuardConfig, RewardConfig
+from stable_rlhf.config import Config, DataConfig, RewardConfig
+from stable_rlhf.control import GuardConfig
 from stable_rlhf.data import EncodedPrompts, PromptStream
 from stable_rlhf.doctor.findings import Findings
 from stable_rlhf.errors import DivergenceError, RewardError

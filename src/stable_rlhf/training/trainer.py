@@ -33,7 +33,7 @@ from stable_rlhf.checkpoints import (
 )
 from stable_rlhf.config import Config, complete_settings
 from stable_rlhf.console import Progress, said_if_lost, tell
-from stable_rlhf.control import make_controller
+from stable_rlhf.control import controller_of
 from stable_rlhf.control.normaliser import RewardNormaliser
 from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
 from stable_rlhf.errors import ConfigError, DivergenceError, Interrupted, RewardError
@@ -105,7 +105,7 @@ class SAFETrainer:
         refuse_many_processes()
         model = str(model) if isinstance(model, Path) else model
         self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset)
-        self.controller = make_controller(config.kl.controller, **config.kl.settings)
+        self.controller = controller_of(config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
         train_dataset, eval_dataset = split_datasets(config, train_dataset, eval_dataset)
         random.seed(config.seed)

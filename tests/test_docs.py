@@ -15,13 +15,25 @@ from stable_rlhf.config.config import Config
 from stable_rlhf.config.loading import load_config
 from stable_rlhf.config.presets import PRESETS
 from stable_rlhf.config.sections import SECTIONS
-from stable_rlhf.control import CONTROLLERS, controller_settings, guard, paper, safe
+from stable_rlhf.control import (
+    CONTROLLERS,
+    Action,
+    GuardConfig,
+    guard_rules,
+    make_controller,
+    paper,
+    safe,
+    settings_class,
+)
 from stable_rlhf.errors import Exit
+from stable_rlhf.runs.incidents import FIELDS
+from stable_rlhf.runs.names import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "stable_rlhf"
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "benchmarks/README.md"])
 # The log tells what was typed on a day; its settings may have gone since. Its links may not.
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 OF_TODAY = [path for path in DOCUMENTS if path.name != "LOG.md"]
 ALGORITHM = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
 FILES = (".safetensors", ".json", ".jsonl", ".py", ".md", ".yaml")
@@ -63,7 +75,7 @@ def test_the_table_of_a_controllers_settings_is_its_settings(name: str) -> None:
     tables = [rows(part) for part in section(f"`{name}`", "###").split("\n\n") if part.startswith("| setting |")]
     shown = tables[0] if tables else []
     documented = [(cells[0].strip("`"), ast.literal_eval(cells[1])) for cells in shown]
-    assert [(k, repr(v)) for k, v in documented] == [(k, repr(v)) for k, v in controller_settings(name, {}).items()]
+    assert [(k, repr(v)) for k, v in documented] == [(k, repr(v)) for k, v in defaults(name).items()]
     assert all(len(cells) == 4 and all(cells) for cells in shown)
 
 
@@ -85,6 +97,13 @@ def test_every_section_and_field_that_is_named_exists() -> None:
         spans = " ".join(code(path))
         mentioned = set(re.findall(rf"(?<![\w./])(?:--)?((?:{names})\.[a-z_]\w*)", spans))
         assert sorted(name for name in mentioned - known if not name.endswith(FILES)) == [], path.name
+
+
+def test_every_setting_of_a_controller_that_is_named_exists() -> None:
+    known = {name for controller in CONTROLLERS for name in defaults(controller)}
+    mentioned = {name for path in OF_TODAY for name in re.findall(r"kl\.settings\.(\w+)", text(path))}
+    assert mentioned
+    assert mentioned <= known
 
 
 def test_every_command_to_train_that_is_shown_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +135,8 @@ def test_the_table_of_presets_says_what_they_set(preset: str) -> None:
     assert rewards == f"`{config.reward.normalise}`"
     place = ", in the reward" if config.kl.in_reward else f", in the loss (`{config.kl.in_loss}`)"
     assert kl == f"`{config.kl.controller}`" + ("" if config.kl.controller == "none" else place)
-    changed: dict[str, Any] = {k: v for k, v in config.kl.settings.items() if v != defaults(config)[k]}
+    given, usual = dataclasses.asdict(config.kl.settings), defaults(config.kl.controller)
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value != usual[name]}
     shown = [f"`{name}` {value}" for name, value in changed.items()]
     if config.optim.entropy_coef:
         shown.append(f"`optim.entropy_coef` = {config.optim.entropy_coef}")
@@ -129,8 +149,44 @@ def test_the_table_of_presets_says_what_they_set(preset: str) -> None:
     assert other == "; ".join(shown)
 
 
-def defaults(config: Config) -> dict[str, Any]:
-    return controller_settings(config.kl.controller, {})
+def defaults(controller: str) -> dict[str, Any]:
+    return dataclasses.asdict(settings_class(controller)())
+
+
+def test_the_help_of_preset_lists_the_presets() -> None:
+    """The docstring of Config.preset, which a reader meets in `train --help`."""
+    (made,) = [
+        node for node in ast.parse(text(PACKAGE / "config" / "config.py")).body if getattr(node, "name", "") == "Config"
+    ]
+    assert isinstance(made, ast.ClassDef)
+    below = next(made.body[i + 1] for i, node in enumerate(made.body) if ast.unparse(node).startswith("preset: str"))
+    listed = re.findall(r"\b(?:safe|ppo|paper|asymmetric)(?:-\w+)*", ast.unparse(below).partition("come from: ")[2])
+    where = listed.index("safe", 1)  # "..., or safe without one layer: ..."
+    assert listed[:where] + listed[where + 1 :] == list(PRESETS)
+
+
+README_KL = {
+    "none": "none",
+    "fixed": "fixed, {beta}",
+    "adaptive": "adaptive (Ziegler et al. 2019)",
+    "asymmetric": "asymmetric penalty with momentum",
+    "safe": "regulated to a budget of {budget} nats per token that opens while the reward climbs; tightened when "
+    "entropy collapses",
+    "paper": "the paper's constants, made to act",
+}
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if not name.startswith("safe-")])
+def test_the_readmes_table_of_presets_says_what_they_set(preset: str) -> None:
+    table = rows(text(ROOT / "README.md").split("## Presets\n")[1].split("\n## ")[0])
+    (cells,) = [cells for cells in table if cells[0].split(" ")[0] == f"`{preset}`"]
+    config = Config(preset=preset)
+    critic = {1: "one head", 2: "two heads, soft-min"}[config.critic.heads]
+    critic += "" if config.critic.bootstrap == "online" else ", Polyak bootstrap"
+    place = "the reward" if config.kl.in_reward else f"the loss ({config.kl.in_loss})"
+    kl = README_KL[config.kl.controller].format(**dataclasses.asdict(config.kl.settings))
+    assert cells[1:] == [critic, kl, "nowhere" if config.kl.controller == "none" else place]
+    assert ("(default)" in cells[0]) == (preset == Config().preset)
 
 
 def test_the_presets_that_are_said_to_have_no_guard_have_none() -> None:
@@ -138,19 +194,61 @@ def test_the_presets_that_are_said_to_have_no_guard_have_none() -> None:
     without = {preset for preset in PRESETS if not Config(preset=preset).guard.enabled}
     others = {preset for preset in PRESETS if preset.startswith("ppo")}
     assert without == {"paper", "asymmetric", "safe-no-guard", *others}
+    operations = " ".join(OPERATIONS.split())
+    assert re.search(r"In `safe` and all of its ablations (but|except) `safe-no-guard` a guard judges", operations)
+    assert "`paper`, `asymmetric` and the `ppo` presets have none" in operations
+    assert set(PRESETS) - without == {name for name in PRESETS if name.startswith("safe")} - {"safe-no-guard"}
+
+
+# --- the guard -------------------------------------------------------------------------------------
 
 
 def test_the_guards_rules_are_those_of_the_table_in_their_order_with_their_bounds() -> None:
     table = rows(section("Guard", "##"))
-    assert [cells[0].strip("`") for cells in table] == [rule.__name__ for rule in guard.RULES]
+    assert [cells[0].strip("`") for cells in table] == list(guard_rules.RULES)
     bounds = {cells[0].strip("`"): re.search(r"(?:[<>] |< )(-?[\d.]+)", cells[1]) for cells in table}
     settings = dataclasses.asdict(Config().guard)
     shown = {name: float(found[1]) for name, found in bounds.items() if found is not None}
     assert shown == {name: value for name, value in settings.items() if name in bounds and value is not None}
-    assert f"D > {guard.ERRORS:g} standard errors" in section("Guard", "##")
-    assert [cells[2] for cells in table if cells[0].strip("`") in {rule.__name__ for rule in guard.AT_ONCE}] == [
-        "at once"
-    ] * 2
+    assert f"D > {guard_rules.ERRORS:g} standard errors" in section("Guard", "##")
+    at_once = [cells[0].strip("`") for cells in table if cells[2] == "at once"]
+    assert at_once == [name for name, rule in guard_rules.RULES.items() if rule.at_once]
+
+
+def test_each_rule_of_the_guard_but_two_has_a_setting_of_its_name_and_a_row_of_what_to_do() -> None:
+    assert "Each but the first and third has a setting of its name in `guard`" in section("Guard", "##")
+    settings = {field.name for field in dataclasses.fields(GuardConfig)}
+    rules = list(guard_rules.RULES)
+    assert [name for name in rules if name not in settings] == [rules[0], rules[2]]
+    table = rows(OPERATIONS.split("## In the run itself\n")[1].split("\n## ")[0])
+    named = {name for cells in table for name in re.findall(r"`guard\.(\w+)`", cells[0])}
+    assert named == {*rules[1:2], *rules[3:], "max_rollbacks"}
+
+
+def test_what_a_roll_back_tightens_is_what_the_text_says() -> None:
+    said = "`safe` `budget`, `adaptive` `target`, `asymmetric` `threshold`, `paper` its three thresholds"
+    assert f"{said}; `fixed` has β / f^k" in section("Guard", "##")
+    tightened = {}
+    for name in CONTROLLERS:
+        controller = make_controller(name)
+        controller.tighten(0.5)
+        after = dataclasses.asdict(controller.settings)
+        tightened[name] = [key for key, value in defaults(name).items() if after[key] != value]
+    named = dict(re.findall(r"`(\w+)` `(\w+)`", said))
+    assert {name: [key] for name, key in named.items()} | {"none": [], "fixed": ["beta"]} == {
+        name: keys for name, keys in tightened.items() if name != "paper"
+    }
+    assert tightened["paper"] == ["base_threshold", "threshold_min", "threshold_max"]
+
+
+def test_the_table_of_an_incident_is_its_fields_and_its_actions() -> None:
+    table = rows(text(ROOT / "docs" / "metrics.md").split("## incidents.jsonl\n")[1].split("\n## ")[0])
+    assert [name for cells in table for name in re.findall(r"`(\w+)`", cells[0])] == list(FIELDS)
+    (actions,) = [cells[1] for cells in table if cells[0] == "`action`"]
+    assert re.findall(r"`([^`]+)`", actions) == [action.value for action in Action if action is not Action.GO_ON]
+
+
+# --- the phases ------------------------------------------------------------------------------------
 
 
 def test_the_factors_of_the_phases_are_those_of_the_controllers() -> None:
@@ -166,10 +264,30 @@ def test_the_factors_of_the_phases_are_those_of_the_controllers() -> None:
 
 
 def test_the_table_of_exit_codes_is_that_of_the_command() -> None:
-    operations = text(ROOT / "docs" / "operations.md").split("## Exit codes\n")[1].split("\n## ")[0]
-    shown = rows(operations)
+    shown = rows(OPERATIONS.split("## Exit codes\n")[1].split("\n## ")[0])
     assert [(int(cells[0]), cells[1].strip("`")) for cells in shown] == [(code.value, code.name) for code in Exit]
     assert all(len(cells) == 4 and all(cells) for cells in shown)
+
+
+def test_every_exit_code_that_is_said_in_passing_is_one() -> None:
+    """In brackets after what ends with it, in operations.md; in a sentence, in README.md and rewards.md."""
+    said = [int(code) for found in re.findall(r"\((\d+(?: or \d+)?)\)", OPERATIONS) for code in found.split(" or ")]
+    assert {Exit.GUARD, Exit.REWARD, Exit.DISK, Exit.INTERRUPTED, Exit.TERMINATED} <= set(said) <= set(Exit)
+    doctor = text(ROOT / "README.md").split("It exits with ")[1].split(".\n")[0]
+    assert [int(code) for code in re.findall(r"\b\d+\b", doctor)] == [Exit.DONE, Exit.FAILED, Exit.BAD_INPUT]
+    server = re.search(r"with the exit codes (\d+) and (\d+)", text(ROOT / "docs" / "rewards.md"))
+    assert server is not None
+    assert (int(server[1]), int(server[2])) == (Exit.DONE, Exit.INTERRUPTED)
+
+
+# --- metrics ---------------------------------------------------------------------------------------
+
+
+def test_every_metric_that_is_named_is_one_that_a_run_writes() -> None:
+    families = "|".join(sorted({name.split("/")[0] for name in METRICS if "/" in name} - {"rewards"}))
+    for path in OF_TODAY:
+        named = {name for span in code(path) for name in re.findall(rf"^((?:{families})/\w+)$", span)}
+        assert sorted(named - set(METRICS)) == [], path.name
 
 
 # --- files -----------------------------------------------------------------------------------------

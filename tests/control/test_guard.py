@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stable_rlhf.control import guard_rules
 from stable_rlhf.control.base import from_dict
 from stable_rlhf.control.guard import Action, Guard, Verdict, judge
 from stable_rlhf.control.guard_config import GuardConfig
 from stable_rlhf.control.guard_rules import RULES, START, Figures, GuardState
+from stable_rlhf.runs.names import METRICS
 
 HEALTHY: dict[str, float | None] = {
     "objective/kl": 0.25,
@@ -41,6 +45,12 @@ def run(config: GuardConfig, steps: list[Figures], state: GuardState | None = No
 def started(config: GuardConfig) -> GuardState:
     """After as many healthy steps as the start has."""
     return run(config, [HEALTHY] * START)[0]
+
+
+def test_the_figures_that_the_rules_look_at_are_metrics_of_a_row() -> None:
+    assert set(HEALTHY) - set(METRICS) == {"rows"}  # the completions that had a reward, which the trainer adds
+    source = Path(guard_rules.__file__).read_text(encoding="utf-8")
+    assert set(re.findall(r'"(\w+/\w+)"', source)) == set(HEALTHY) - {"rows"}
 
 
 # -- each rule at its bound -----------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> Non
 
 
 def _moved(here: list[str], there: list[str]) -> bool:
-    """Whether two lists of rewards are the same but for the addresses of servers."""
+    """Whether two lists of rewards are the same except for the addresses of servers."""
     return len(here) == len(there) and all(
         a == b or (is_url(a) and is_url(b)) for a, b in zip(here, there, strict=True)
     )

@@ -66,16 +66,15 @@ def make_trainer(preset: str, folder: Path, arguments: argparse.Namespace) -> SA
     trainer = SAFETrainer(args=config, **given)
     # An id beyond the vocabulary is never sampled, so no completion ends early.
     trainer.sampler = dataclasses.replace(trainer.sampler, eos_token_ids=[len(trainer.processing_class)])
-    trainer._open_run(None)
-    trainer.state.max_steps = total  # as train() does: a run past its last step saves at every one
+    trainer.begin()
     return trainer
 
 
 def take_step(trainer: SAFETrainer, seed: int) -> tuple[float, float]:
-    """(seconds, seconds of CPU) of one turn of the loop. Its two halves are called here, so that presets take turns."""
-    torch.manual_seed(seed + trainer.step)  # heads of another number leave the generator elsewhere: start it anew
+    """(seconds, seconds of CPU) of one turn of the loop. Called here, so that presets take turns."""
+    torch.manual_seed(seed + trainer.steps_done)  # heads of another number leave the generator elsewhere: start it anew
     started, started_cpu = time.perf_counter(), time.process_time()
-    trainer._after_step(trainer._train_step())
+    trainer.step()
     return time.perf_counter() - started, time.process_time() - started_cpu
 
 

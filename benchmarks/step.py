@@ -89,8 +89,7 @@ def make_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[SAFETrain
     trainer = SAFETrainer(args=make_config(arguments, folder), **given)
     # An id beyond the vocabulary is never sampled, so no completion ends early.
     trainer.sampler = dataclasses.replace(trainer.sampler, eos_token_ids=[len(trainer.processing_class)])
-    trainer._open_run(None)
-    trainer.state.max_steps = trainer.args.max_steps  # as train() does: a run past its last step saves at every one
+    trainer.begin()
     floors.synchronize(device)
     return trainer, {"model_s": built - started, "construction_s": time.perf_counter() - built}
 
@@ -100,8 +99,7 @@ def take_step(trainer: SAFETrainer) -> float:
     device = trainer.model.device
     floors.synchronize(device)
     started = time.perf_counter()
-    row = trainer._train_step()
-    trainer._after_step(row)
+    row = trainer.step()
     floors.synchronize(device)
     seconds = time.perf_counter() - started
     lengths = {row["completions/min_length"], row["completions/max_length"]}

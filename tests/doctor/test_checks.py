@@ -312,13 +312,13 @@ def test_a_signal_in_a_step_is_told_by_the_exit_code(settings: list[str], capsys
 def test_a_step_that_runs_out_of_memory_says_what_takes_less_and_a_bug_keeps_its_traceback(
     settings: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stable_rlhf.training.trainer.update", lambda *arguments: torch.empty(2**60))
+    monkeypatch.setattr("stable_rlhf.training.step.update", lambda *arguments: torch.empty(2**60))
     assert main(["doctor", *settings]) == 1
     last = lines(capsys)[-1]
     assert last[0] == "failed"
     assert "allocate memory" in last[1]
     assert last[1].endswith(memory.LESS)
-    monkeypatch.setattr("stable_rlhf.training.trainer.update", lambda *arguments: torch.ones(2) + torch.ones(3))
+    monkeypatch.setattr("stable_rlhf.training.step.update", lambda *arguments: torch.ones(2) + torch.ones(3))
     with pytest.raises(RuntimeError, match="size of tensor"):
         main(["doctor", *settings])
 

@@ -14,7 +14,7 @@ import torch
 from stable_rlhf import errors
 from stable_rlhf.cli.main import main
 from stable_rlhf.hardware import memory
-from stable_rlhf.training import trainer
+from stable_rlhf.training import step
 
 
 def test_a_containers_files_that_can_be_dropped_are_free_memory(tmp_path: Path) -> None:
@@ -72,13 +72,13 @@ def settings(tiny_folder: Path, tmp_path: Path) -> list[str]:
 def test_a_run_that_runs_out_of_memory_says_what_takes_less_and_goes_on_with_it(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, update, calls = tmp_path / "run", trainer.update, []
+    run, update, calls = tmp_path / "run", step.update, []
 
     def greedy(*given: Any) -> Any:
         calls.append(0)
         return update(*given) if len(calls) < 3 else torch.empty(2**60)
 
-    monkeypatch.setattr(trainer, "update", greedy)
+    monkeypatch.setattr(step, "update", greedy)
     assert main(["train", *settings]) == errors.Exit.FAILED
     [line] = capsys.readouterr().err.splitlines()
     assert re.match(r"stable-rlhf: after 2 steps: .*allocate memory", line)
@@ -87,7 +87,7 @@ def test_a_run_that_runs_out_of_memory_says_what_takes_less_and_goes_on_with_it(
     )
     assert "goes on from step 2." in line
     assert (run / "report.html").is_file()
-    monkeypatch.setattr(trainer, "update", update)
+    monkeypatch.setattr(step, "update", update)
     config = run / "config.yaml"
     for setting, less in (("microbatch_tokens: \\d+", "16"), ("gradient_checkpointing: false", "true")):
         given = config.read_text()

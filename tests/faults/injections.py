@@ -16,6 +16,7 @@ import matplotlib.pyplot  # noqa: F401  here, not in each child
 import torch
 
 from stable_rlhf.learner import passes
+from stable_rlhf.training import step as step_page
 from stable_rlhf.training import trainer
 from tests.tiny_runs import letters
 
@@ -51,9 +52,9 @@ def nan(where: str, steps: Collection[int]) -> None:
     module, name, act = {
         "loss": (passes, "objective", _spoil_loss),
         "gradient": (sys.modules["stable_rlhf.learner.update"], "_clipped_step", _spoil_gradient),
-        "value head": (trainer, "measure", _spoil_head),
-        "log-prob": (trainer, "measure", _spoil_logp),
-        "weight": (trainer, "update", _spoil_weight),
+        "value head": (step_page, "measure", _spoil_head),
+        "log-prob": (step_page, "measure", _spoil_logp),
+        "weight": (step_page, "update", _spoil_weight),
     }[where]
     real = getattr(module, name)
 
@@ -98,16 +99,16 @@ def _follow_steps() -> None:
 
 def at_step(step: int, act: Callable[[], None]) -> None:
     """Calls ``act`` when the step begins."""
-    real = trainer.SAFETrainer._train_step
+    real = trainer.SAFETrainer.step
 
     def train_step(self: trainer.SAFETrainer) -> Any:
         global _present
-        _present = self.step
-        if self.step == step:
+        _present = self.steps_done
+        if self.steps_done == step:
             act()
         return real(self)
 
-    setattr(trainer.SAFETrainer, "_train_step", train_step)  # noqa: B010
+    setattr(trainer.SAFETrainer, "step", train_step)  # noqa: B010
 
 
 # -- the machine ----------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from stable_rlhf.files import parsed
 
-VERSION = 2
-"""Of the format of checkpoints. 1 had no digest of the manifest, and no length: it is refused."""
+VERSION = 3
+"""Of the format of checkpoints; older ones are refused. 1 had no digest of the manifest, and no length; 2, of release
+0.1.0, did not keep the state in named parts."""
 
 
 NAME = "manifest.json"

@@ -1,6 +1,14 @@
 """The policy with its value heads and its reference, and how they are loaded."""
 
-from stable_rlhf.policy.actor_critic import ActorCritic, Output, ValueHead, compile_layers, detached
+from stable_rlhf.policy.actor_critic import (
+    ActorCritic,
+    Output,
+    Reference,
+    TrainedState,
+    ValueHead,
+    compile_layers,
+    detached,
+)
 from stable_rlhf.policy.loading import (
     check_model,
     given_policy,
@@ -17,6 +25,8 @@ from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_len
 __all__ = [
     "ActorCritic",
     "Output",
+    "Reference",
+    "TrainedState",
     "ValueHead",
     "causal_lm",
     "check_model",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stable_rlhf.checkpoints import load_random_state, random_state
+from stable_rlhf.checkpoints import RandomState
 from stable_rlhf.config import Config
 from stable_rlhf.data import EncodedPrompts, prompt_text
 from stable_rlhf.learner import Passes, measure, plain
@@ -30,7 +30,8 @@ def evaluate(
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """(figures over all rows, the first SAMPLES completions). The run's own random draws stay as if it had not been."""
     size, parts = config.rollout.batch_size, []
-    tensors, state = random_state()  # Python's and NumPy's too: a reward function may draw from them
+    draws = RandomState()
+    before = draws.state_dict()  # Python's and NumPy's too: a reward function may draw from them
     try:
         random.seed(SEED)
         np.random.seed(SEED)
@@ -40,7 +41,7 @@ def evaluate(
             rollout, _ = sampler.collect(dataset, encoded, indices)
             parts.append((rollout, measure(passes, rollout, config.max_steps)))
     finally:
-        load_random_state(tensors, state)
+        draws.load_state_dict(before)
     samples = [
         {"prompt": prompt_text(prompt), "completion": completion, "reward": score if valid else None}
         for rollout, _ in parts

@@ -1,34 +1,83 @@
-"""One step of training: rollout, measurement, decision, update, verdict."""
+"""One step of training, as a page: rollout, measurement, decision, batch, update."""
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
-from stable_rlhf.control import Decision
-from stable_rlhf.data import prompt_text
-from stable_rlhf.ops.masked import masked_sum
-from stable_rlhf.records import Measured, Rollout
-from stable_rlhf.runs import METRICS
+import torch
+
+from stable_rlhf.config import Config
+from stable_rlhf.control import Controller, Decision, RewardNormaliser
+from stable_rlhf.data import EncodedPrompts, PromptStream
+from stable_rlhf.learner import Passes, Preview, check_finite, make_batch, measure, observe, update
+from stable_rlhf.records import Measured, Rollout, StepStats
+from stable_rlhf.rollout import Sampler
+from stable_rlhf.training.resume import Counters
+from stable_rlhf.training.stopwatch import Stopwatch
 
 
-def completion_rows(rollout: Rollout, measured: Measured) -> list[dict[str, Any]]:
-    """Rows of completions/*.parquet; score and kl (nats per token) are None where there is no reward."""
-    mask = measured.tokens.mask
-    kl = masked_sum(measured.logp - measured.ref_logp, mask, dim=1) / mask.sum(1).clamp(min=1)
-    return [
-        {
-            "prompt": prompt_text(rollout.prompts[row]),
-            "completion": rollout.completions[row],
-            "score": rollout.scores[row] if valid else None,
-            "length": int(rollout.tokens.mask[row].sum()),
-            "kl": float(kl[row]) if valid else None,
-        }
-        for row, valid in enumerate(rollout.valid)
-    ]
+@dataclass(kw_only=True)
+class Loop:
+    """The parts of a run that a step reads and changes."""
+
+    config: Config
+    dataset: Any
+    """Training rows; columns other than ``prompt`` reach the reward functions."""
+    prompts: EncodedPrompts
+    stream: PromptStream
+    sampler: Sampler
+    passes: Passes
+    controller: Controller[Any, Any]
+    normaliser: RewardNormaliser
+    optimizer: torch.optim.Optimizer
+    preview: Preview | None
+    counters: Counters
 
 
-def decision_metrics(decision: Decision) -> dict[str, Any]:
-    """What a controller decided, as the metrics ``safe/...`` that it has among METRICS."""
-    fields = dataclasses.asdict(decision)
-    return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in METRICS}
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a step did."""
+
+    rollout: Rollout
+    measured: Measured
+    decision: Decision
+    batch_metrics: dict[str, float | None]
+    stats: StepStats
+    learning_rates: list[float]
+    """Of the policy and of the critic, in this step."""
+
+
+def take_step(loop: Loop, watch: Stopwatch) -> Step:
+    """Samples completions, has them scored, decides, and learns from them.
+
+    The decision comes before the update, from figures of the policy that sampled. Raises RewardError where no reward can
+    be had, before anything is learned; DivergenceError for a figure that is not finite.
+    """
+    config, step = loop.config, loop.counters.step
+    indices = loop.stream.take(config.rollout.batch_size)
+    rollout, seconds = loop.sampler.collect(loop.dataset, loop.prompts, indices)
+    watch.add(seconds)
+    measured = measure(loop.passes, rollout, step)
+    watch.lap("logprobs_s")
+    loop.counters.episode += len(indices)
+    decision = loop.controller.observe(observe(step, rollout, measured))
+    loop.normaliser.update([score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid])
+    scores = loop.normaliser.normalise(rollout.scores)
+    batch, batch_metrics = make_batch(loop.passes.model, measured, scores, decision, loop.passes.learning)
+    check_finite(step, batch_metrics)
+    learning_rates = [group["lr"] for group in loop.optimizer.param_groups]
+    watch.lap("control_s")
+    stats = update(loop.passes, loop.optimizer, batch, decision, step, loop.preview)
+    watch.lap("update_s")
+    check_finite(step, stats.metrics | {"the norm of the weights": loop.passes.model.norm()})
+    if stats.metrics["policy/skipped_steps"] and not config.guard.enabled:
+        check_finite(step, {"the gradient's norm": float("nan")})
+    return Step(
+        rollout=rollout,
+        measured=measured,
+        decision=decision,
+        batch_metrics=batch_metrics,
+        stats=stats,
+        learning_rates=learning_rates,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +15,31 @@ import yaml
 from peft import LoraConfig
 from rich.console import Console
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import get_scheduler as make_scheduler
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from stable_rlhf.checkpoints import (
+    OptimizerState,
+    Part,
+    RandomState,
+    Snapshots,
     Tensors,
-    callbacks_of,
     capture,
-    check_callbacks,
-    load_random_state,
-    put_callbacks,
-    random_state,
     restore,
     store,
 )
 from stable_rlhf.config import Config, complete_settings
 from stable_rlhf.console import Progress, said_if_lost, tell
-from stable_rlhf.control import controller_of
-from stable_rlhf.control.normaliser import RewardNormaliser
+from stable_rlhf.control import Action, Guard, RewardNormaliser, Verdict, controller_of
 from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
-from stable_rlhf.errors import ConfigError, DivergenceError, Interrupted, RewardError
+from stable_rlhf.errors import CheckpointError, ConfigError, DivergenceError, GuardStop, Interrupted, RewardError
 from stable_rlhf.files import replace_text
 from stable_rlhf.hardware import refuse_many_processes, replays_graphs
-from stable_rlhf.learner import (
-    Learning,
-    check_finite,
-    make_batch,
-    make_passes,
-    make_preview,
-    measure,
-    observe,
-    optimizer_groups,
-    rollout_metrics,
-    update,
-)
+from stable_rlhf.learner import Learning, make_passes, make_preview, optimizer_groups
 from stable_rlhf.policy import (
     ActorCritic,
+    Reference,
+    TrainedState,
     context_length,
     eos_token_ids,
     given_policy,
@@ -63,11 +50,15 @@ from stable_rlhf.policy import (
 from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
 from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, write_completions
+from stable_rlhf.training.callbacks import CallbackStates, callback_arguments, callback_handler
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.given import as_given
-from stable_rlhf.training.recovery import Recovery, forget_after
-from stable_rlhf.training.step import completion_rows, decision_metrics
+from stable_rlhf.training.recovery import STAYS, Recovery, incident
+from stable_rlhf.training.resume import Counters, SameSettings, forget_after
+from stable_rlhf.training.rows import completion_rows, step_row
+from stable_rlhf.training.step import Loop, Step, take_step
 from stable_rlhf.training.stopping import GracefulStop
+from stable_rlhf.training.stopwatch import Stopwatch
 
 
 class SAFETrainer:
@@ -152,12 +143,26 @@ class SAFETrainer:
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
         self.scheduler: Any = make_scheduler(course, self.optimizer, config.optim.warmup_steps, config.max_steps)
         self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        self.step, self.episode = 0, 0
-        self.recovery, self.fingerprint = Recovery(self), self.model.reference_fingerprint()
+        self.counters = Counters()
+        self.guard = Guard(config.guard)
+        self.recovery = Recovery(self.guard, Snapshots(None if self.model.peft else self.run_dir / "snapshot"))
+        self.reference = Reference(self.model)
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
-        self._set_up_callbacks(callbacks)
-        self._random = random_state()  # where `train` begins, whatever is drawn until then
+        self._arguments = callback_arguments(config, self.run_dir, on_cpu=self.model.device.type == "cpu")
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.handler = callback_handler(
+            config.log.report_to,
+            callbacks or [],
+            self.model.policy,
+            self.processing_class,
+            self.optimizer,
+            self.scheduler,
+        )
+        self.callback_states = CallbackStates(self.handler)
+        self._progress: Progress | None = None
+        self._began, self._saved_at = False, -1
+        self._random = RandomState().state_dict()  # where `train` begins, whatever is drawn until then
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -165,26 +170,22 @@ class SAFETrainer:
         """Trains to ``args.max_steps`` and returns the evaluation before and after (evaluation.json).
 
         ``resume_from_checkpoint``: a checkpoint's folder, or True for the newest whole one of the run; the run then
-        goes on as if it had never stopped.
+        continues as if it had never stopped.
 
-        SIGINT and SIGTERM end the run after the step in hand, with a checkpoint, and at once where there is none in
-        hand: Interrupted is raised. Raises GuardStop where the guard gives the run up, RewardError where no reward can
-        be had; both with a checkpoint once the first step has begun.
+        SIGINT and SIGTERM end the run after the step in hand, with a checkpoint, and at once where no step is in hand:
+        Interrupted is raised. Raises GuardStop where the guard gives the run up, RewardError where no reward can be
+        had; both with a checkpoint once the first step has begun.
         """
         try:
             with self._stop as stop:
-                self._open_run(resume_from_checkpoint)
-                self.state.max_steps, self.state.global_step = self.args.max_steps, self.step
+                self.begin(resume_from_checkpoint)
                 self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
-                progress = Progress(self.args.max_steps, first_step=self.step, console=self._console)
-                with progress, stop.waiting():
-                    while self.step < self.args.max_steps and not self.control.should_training_stop:
-                        row = self._train_step()
-                        if row is not None:
-                            progress.update(row)
-                        saved = self._after_step(row)
+                self._progress = Progress(self.args.max_steps, first_step=self.steps_done, console=self._console)
+                with self._progress, stop.waiting():
+                    while self.steps_done < self.args.max_steps and not self.control.should_training_stop:
+                        self.step()
                         if stop.signum is not None:
-                            if saved is None:
+                            if self._saved_at != self.steps_done:
                                 self.save_checkpoint()
                             raise Interrupted(stop.signum)
                 self.save_final()
@@ -192,20 +193,38 @@ class SAFETrainer:
                 self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
                 return result
         finally:
-            self.recovery.end()
-            self._lock.release()
+            self.end()
 
-    def _train_step(self) -> dict[str, Any] | None:
-        """One rollout, what is learned from it and what the guard says of it; returns its row of metrics.jsonl, None
-        where a figure is not finite (then there is none)."""
-        boundary = self.stream.state_dict(), random_state(), callbacks_of(self)
+    def step(self) -> dict[str, Any] | None:
+        """One whole step: rollout, update, the guard's verdict and what follows from it, callbacks, snapshot and
+        checkpoint where they are due.
+
+        Returns the step's row of metrics.jsonl, None where a figure was not finite (then there is no row). The run is
+        begun first if it has not begun; ``end`` ends it. Raises as ``train`` does.
+        """
+        if not self._began:
+            self.begin()
+        row = self._learn()
+        if row is not None and self._progress is not None:
+            self._progress.update(row)
+        self._after_step(row)
+        return row
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that the run has made, those that were rolled back included."""
+        return self.counters.step
+
+    def _learn(self) -> dict[str, Any] | None:
+        """One rollout, what is learned from it and what the guard makes of it; the step's row, already written."""
+        before = self._parts_named("prompts", "callbacks", "random")
+        boundary = capture(before, self.steps_done)
         self.control = self.handler.on_step_begin(self._arguments, self.state, self.control)
+        watch = Stopwatch()
         try:
-            row, scored = self._learn()
-        except RewardError as error:  # nothing has been learned from this rollout: the run goes on from before it
-            self.stream.load_state_dict(boundary[0])
-            load_random_state(*boundary[1])
-            put_callbacks(self, boundary[2])
+            step = take_step(self._loop, watch)
+        except RewardError as error:  # nothing has been learned from this rollout: the run is as it was before it
+            restore(before, *boundary)
             with said_if_lost(error):
                 self.save_checkpoint()
             raise
@@ -214,88 +233,113 @@ class SAFETrainer:
                 raise
             row, figures = None, error.figures
         else:
-            figures = {name: value for name, value in row.items() if not isinstance(value, str)} | {"rows": scored}
-        self.step += 1
-        self.recovery.judge(figures)
+            self.scheduler.step()
+            self.set_learning_rates()
+            row = self._write(step, watch)
+            figures = {name: value for name, value in row.items() if not isinstance(value, str)}
+            figures["rows"] = sum(step.rollout.valid)
+        self.counters.step += 1
+        verdict = self.recovery.judge(figures)
+        if verdict.action is not Action.GO_ON:
+            self._act(verdict, figures)
         return row
 
-    def _learn(self) -> tuple[dict[str, Any], int]:
-        """(the step's row, written already; completions that had a reward). Raises DivergenceError for a figure that is
-        not finite, before anything is written."""
-        started, step, config = time.perf_counter(), self.step, self.args
-        indices = self.stream.take(config.rollout.batch_size)
-        rollout, timing = self.sampler.collect(self.train_dataset, self.train_prompts, indices)
-        sampled = time.perf_counter()
-        measured = measure(self.passes, rollout, step)
-        known = time.perf_counter()
-        self.episode += len(indices)
-        decision = self.controller.observe(observe(step, rollout, measured))  # before the update
-        self.normaliser.update([s for s, v in zip(rollout.scores, rollout.valid, strict=True) if v])
-        scores = self.normaliser.normalise(rollout.scores)
-        batch, batch_metrics = make_batch(self.model, measured, scores, decision, self.passes.learning)
-        check_finite(step, batch_metrics)
-        learning_rates = [group["lr"] for group in self.optimizer.param_groups]
-        decided = time.perf_counter()
-        stats = update(self.passes, self.optimizer, batch, decision, step, self.preview)
-        learned = time.perf_counter()
-        check_finite(step, stats.metrics | {"the norm of the weights": self.model.norm()})
-        if stats.metrics["policy/skipped_steps"] and not config.guard.enabled:
-            check_finite(step, {"the gradient's norm": float("nan")})
-        self.scheduler.step()
-        self.set_learning_rates()
-        row = {
-            "step": step,
-            "episode": self.episode,
-            **rollout_metrics(rollout, measured),
-            **batch_metrics,
-            **stats.metrics,
-            **decision_metrics(decision),
-            "safe/reward_mean": self.normaliser.moments.mean,
-            "safe/reward_std": self.normaliser.moments.deviation,
-            "lr": learning_rates[0],
-            "lr_critic": learning_rates[1],
-        }
-        if config.guard.enabled:
-            row["safe/rollbacks"] = self.recovery.guard.rollbacks
-        row["objective/non_score_reward"] *= self.normaliser.unit  # back in the scorer's units
-        row["objective/rlhf_reward"] = row["objective/scores"] + row["objective/non_score_reward"]
-        ended = time.perf_counter()
-        length = int(rollout.tokens.mask.sum())
-        timing |= {
-            "logprobs_s": known - sampled,
-            "control_s": decided - known,
-            "update_s": learned - decided,
-            "total_s": ended - started,
-            "tokens_per_s": length / (ended - started),
-        }
-        self.writer.write(row, {"step": step, **timing})
-        if config.log.completions_steps and step % config.log.completions_steps == 0:
-            write_completions(self.run_dir, step, completion_rows(rollout, measured))
-        return row, sum(rollout.valid)
+    @property
+    def _loop(self) -> Loop:
+        return Loop(
+            config=self.args,
+            dataset=self.train_dataset,
+            prompts=self.train_prompts,
+            stream=self.stream,
+            sampler=self.sampler,
+            passes=self.passes,
+            controller=self.controller,
+            normaliser=self.normaliser,
+            optimizer=self.optimizer,
+            preview=self.preview,
+            counters=self.counters,
+        )
 
-    def _after_step(self, row: dict[str, Any] | None) -> Path | None:
-        """Callbacks, then snapshot, then checkpoint, which is returned: always at a rollout's end, so that there is no
-        buffer to save."""
-        self.state.global_step = self.step
-        self.state.epoch = self.episode / len(self.train_dataset)
+    def _write(self, step: Step, watch: Stopwatch) -> dict[str, Any]:
+        """Writes what a step did to metrics.jsonl, timings.jsonl and, when due, completions; returns its row."""
+        number, every = self.steps_done, self.args.log.completions_steps
+        rollbacks = self.guard.state.rollbacks if self.args.guard.enabled else None
+        row = step_row(step, self.counters, self.normaliser, rollbacks)
+        self.writer.write(row, {"step": number, **watch.timing(int(step.rollout.tokens.mask.sum()))})
+        if every and number % every == 0:
+            write_completions(self.run_dir, number, completion_rows(step.rollout, step.measured))
+        return row
+
+    def _after_step(self, row: dict[str, Any] | None) -> None:
+        """Callbacks, then snapshot, then checkpoint: always at a rollout's end, so that there is no buffer to save."""
+        self.state.global_step = self.steps_done
+        self.state.epoch = self.counters.episode / len(self.train_dataset)
         self.control = self.handler.on_step_end(self._arguments, self.state, self.control)
         if row is not None:
             known = {name: value for name, value in row.items() if value is not None}  # trackers warn of each None
             self.control = self.handler.on_log(self._arguments, self.state, self.control, known)
-        if self.recovery.snapshot_due:
-            self.recovery.snapshots.keep(*capture(self))
+        if self.recovery.snapshot_due(self.steps_done):
+            self.recovery.snapshots.keep(*capture(self.parts, self.steps_done))
         every = self.args.save_steps
-        due = self.step == self.args.max_steps or (every > 0 and self.step % every == 0)
-        saved = None
+        due = self.steps_done == self.args.max_steps or (every > 0 and self.steps_done % every == 0)
         if due or self.control.should_save or self.control.should_training_stop:
-            saved = self.save_checkpoint()
+            self.save_checkpoint()
         self.control.should_save = False
-        return saved
 
     def set_learning_rates(self) -> None:
-        """base x schedule x what roll-backs have made of it; the schedule is that of the present max_steps."""
+        """base x schedule x the roll-backs' factor; the schedule is that of the present max_steps."""
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) * self.recovery.factor
+
+    # -- what a verdict asks for ----------------------------------------------------------------------------------
+
+    def _act(self, verdict: Verdict, figures: Mapping[str, Any]) -> None:
+        """Does what the guard's verdict asks for, and records it as an incident. Raises GuardStop."""
+        action, fault = verdict.action, None
+        if action is Action.SKIP:
+            done = "learned from the rest of the step"
+        else:
+            try:
+                done = f"went back to the state after {self._roll_back()} steps"
+            except CheckpointError as error:
+                action, fault = Action.STOP, error
+                done = f"would have gone back, but the last good state cannot be read ({error}), and stopped"
+            if fault is None:
+                done += f" {self._what_next(action)}"
+        entry = incident(self.steps_done - 1, verdict, action, done, figures)
+        sentence = incidents.sentence(entry)
+        with said_if_lost(sentence):
+            incidents.record(self.run_dir, entry)
+            if action is Action.STOP and fault is None:  # otherwise the present state is not one to save
+                self.save_checkpoint()
+        if action is Action.STOP:
+            raise GuardStop(sentence) from fault
+
+    def _what_next(self, action: Action) -> str:
+        most = self.args.guard.max_rollbacks
+        if action is Action.STOP:
+            return f"and stopped there, after guard.max_rollbacks={most} roll-backs"
+        return (
+            f"(roll-back {self.guard.state.rollbacks} of {most}) and continues with other prompts, the learning rate at "
+            f"{self.recovery.factor:g} x its setting and the KL held tighter by the same factor"
+        )
+
+    def _roll_back(self) -> int:
+        """Puts the last good state back, every byte of it, except the parts that stay (recovery.STAYS). Returns the steps
+        done in that state. Raises CheckpointError where it cannot be read; then nothing has changed."""
+        tensors, state = self.recovery.snapshots.load()
+        restore({name: part for name, part in self.parts.items() if name not in STAYS}, tensors, state)
+        self.guard.roll_back(state["parts"]["guard"])
+        self.recovery.suspect = False
+        self.scheduler.last_epoch = self.steps_done  # a step that broke off did not move it
+        self.controller.next_step = self.steps_done
+        self._tighten()
+        return state["step"]
+
+    def _tighten(self) -> None:
+        """Sets learning rates and KL threshold to what the roll-backs so far ask for."""
+        self.controller.tighten(self.recovery.factor)
+        self.set_learning_rates()
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -316,45 +360,77 @@ class SAFETrainer:
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def _open_run(self, resume: bool | str | Path | None) -> None:
-        """Makes the run folder, or loads the checkpoint that the run goes on from."""
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Everything that the run's future depends on, by name. The first two only check that it is the same run."""
+        return {
+            "reference": self.reference,
+            "settings": SameSettings(lambda: self.settings),
+            "policy": TrainedState(self.model),
+            "optimizer": OptimizerState(self.optimizer),
+            "scheduler": self.scheduler,
+            "controller": self.controller,
+            "normaliser": self.normaliser,
+            "guard": self.guard,
+            **({} if self.preview is None else {"preview": self.preview}),
+            "prompts": self.stream,
+            "callbacks": self.callback_states,
+            "counters": self.counters,
+            "random": RandomState(),
+        }
+
+    def _parts_named(self, *names: str) -> dict[str, Part]:
+        return {name: self.parts[name] for name in names}
+
+    def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
+        """Makes the run folder and evaluates, or loads the checkpoint that the run is resumed from."""
         self._lock.take()
-        check_callbacks(self)
+        self.callback_states.check()
         self.writer = MetricsWriter(self.run_dir)
-        if resume:
-            path, damaged = (
-                store.newest(self.run_dir / "checkpoints") if resume is True else (Path(resume), list[str]())
-            )
-            for fault in damaged:
-                tell(f"{fault}: passed over, the run goes on from step {store.steps_of(path)}")
-            with store.restoring(path):
-                tensors, state = self.load_checkpoint(path)
-            if path.resolve().parent != (self.run_dir / "checkpoints").resolve():
-                raise ConfigError(f"resume_from_checkpoint={str(path)!r}: set output_dir to the run that it belongs to")
-            if self.step > self.args.max_steps:
-                raise ConfigError(
-                    f"max_steps={self.args.max_steps}: the run has done {self.step} steps already; give that many or "
-                    "more, or resume from an older checkpoint"
-                )
-            forget_after(self)
-            self.recovery.resume(tensors, state)
-            if self.step < self.args.max_steps:  # what was final is so no more
-                shutil.rmtree(self.run_dir / "final", ignore_errors=True)
-                evaluation.forget_after(self.run_dir)
+        if resume_from_checkpoint:
+            self._resume(resume_from_checkpoint)
         elif (self.run_dir / "metrics.jsonl").exists() or store.found(self.run_dir / "checkpoints"):
             raise ConfigError(
-                f"output_dir={str(self.run_dir)!r}: holds a run already; go on with it by `stable-rlhf resume "
+                f"output_dir={str(self.run_dir)!r}: holds a run already; resume it by `stable-rlhf resume "
                 f"{self.run_dir}`, or choose another folder"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        # Again by a resume, which may train longer.
-        settings = yaml.safe_dump(self.settings, sort_keys=False)
-        replace_text(self.run_dir / "config.yaml", settings)
-        if not resume:
-            load_random_state(*self._random)
+        # Written again by a resume, which may train longer.
+        replace_text(self.run_dir / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        if not resume_from_checkpoint:
+            RandomState().load_state_dict(self._random)
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved
-            self.recovery.begin()
+            self.recovery.begin(*capture(self.parts, self.steps_done))
             self._evaluate_into("before")
+        self.state.max_steps, self.state.global_step = self.args.max_steps, self.steps_done
+        self._began = True
+
+    def end(self) -> None:
+        """Releases the run folder and drops the snapshots; a run that has ended is resumed from a checkpoint."""
+        self.recovery.end()
+        self._lock.release()
+        self._began, self._progress = False, None
+
+    def _resume(self, chosen: bool | str | Path) -> None:
+        """Loads a checkpoint, and removes what the run folder has of later steps."""
+        checkpoints = self.run_dir / "checkpoints"
+        path, damaged = store.newest(checkpoints) if chosen is True else (Path(chosen), list[str]())
+        for fault in damaged:
+            tell(f"{fault}: passed over, the run resumes from step {store.steps_of(path)}")
+        with store.restoring(path):
+            tensors, state = self.load_checkpoint(path)
+        if path.resolve().parent != checkpoints.resolve():
+            raise ConfigError(f"resume_from_checkpoint={str(path)!r}: set output_dir to the run that it belongs to")
+        if self.steps_done > self.args.max_steps:
+            raise ConfigError(
+                f"max_steps={self.args.max_steps}: the run has done {self.steps_done} steps already; give that many or "
+                "more, or resume from an older checkpoint"
+            )
+        forget_after(self.run_dir, self.writer, self.steps_done)
+        self.recovery.resume(tensors, state)
+        if self.steps_done < self.args.max_steps:  # the final model is no longer the last
+            shutil.rmtree(self.run_dir / "final", ignore_errors=True)
+            evaluation.forget_after(self.run_dir)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -363,18 +439,19 @@ class SAFETrainer:
 
     def save_checkpoint(self) -> Path:
         """All that affects the future, the last good state included, in run_dir/checkpoints/step-<steps done>."""
-        tensors, state = capture(self)
+        tensors, state = capture(self.parts, self.steps_done)
         self.recovery.snapshots.into(tensors, state)
         kept = self.args.save_total_limit
-        path = store.save(self.run_dir / "checkpoints", self.step, tensors, state, kept)
+        path = store.save(self.run_dir / "checkpoints", self.steps_done, tensors, state, kept)
+        self._saved_at = self.steps_done
         self.control = self.handler.on_save(self._arguments, self.state, self.control)
         return path
 
     def load_checkpoint(self, path: Path) -> tuple[Tensors, dict[str, Any]]:
-        """Puts the run back to a checkpoint; returns what that holds."""
+        """Puts the run back to a checkpoint; returns its content."""
         tensors, state = store.load(path)
-        restore(self, tensors, state)
-        self.recovery.tighten()
+        restore(self.parts, tensors, state)
+        self._tighten()
         return tensors, state
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
@@ -405,27 +482,6 @@ class SAFETrainer:
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         self.handler.add_callback(callback)
-
-    def _set_up_callbacks(self, callbacks: Sequence[TrainerCallback] | None) -> None:
-        self._arguments = TrainingArguments(
-            output_dir=str(self.run_dir),
-            max_steps=self.args.max_steps,
-            seed=self.args.seed,
-            # The loop decides when to log, save and evaluate; a callback may ask for a save or a stop.
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=self.args.log.report_to or "none",
-            use_cpu=self.model.device.type == "cpu",
-        )
-        reporting = get_reporting_integration_callbacks(self.args.log.report_to)
-        self.state, self.control = TrainerState(), TrainerControl()
-        self.handler = CallbackHandler(
-            [DefaultFlowCallback, *reporting, *(callbacks or [])],
-            self.model.policy,
-            self.processing_class,
-            self.optimizer,
-            self.scheduler,
-        )
 
     def _encode(self, dataset: Any) -> EncodedPrompts:
         return encode_prompts(

@@ -1,0 +1,79 @@
+"""Transformers' callbacks: how they are called, and their states as a part of the run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
+
+from stable_rlhf.config import Config
+from stable_rlhf.errors import ConfigError
+
+
+def callback_arguments(config: Config, run_dir: Path, on_cpu: bool) -> TrainingArguments:
+    """What callbacks are given as ``args``. The loop decides when to log, save and evaluate; a callback may ask for a
+    save or a stop."""
+    return TrainingArguments(
+        output_dir=str(run_dir),
+        max_steps=config.max_steps,
+        seed=config.seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=config.log.report_to or "none",
+        use_cpu=on_cpu,
+    )
+
+
+def callback_handler(
+    trackers: list[str],
+    callbacks: Sequence[TrainerCallback],
+    model: Any,
+    tokenizer: Any,
+    optimizer: Any,
+    scheduler: Any,
+) -> CallbackHandler:
+    """Calls trackers, then the user's callbacks, in the order given."""
+    reporting = get_reporting_integration_callbacks(trackers)
+    return CallbackHandler([DefaultFlowCallback, *reporting, *callbacks], model, tokenizer, optimizer, scheduler)
+
+
+class CallbackStates:
+    """The states of those callbacks that have one (Transformers' ExportableState), by class name; a second callback of a
+    name is "Name 2"."""
+
+    def __init__(self, handler: CallbackHandler) -> None:
+        self.handler = handler
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(callback.state()) for name, callback in self._stateful().items()}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        for name, callback in self._stateful().items():
+            for attribute, value in states.get(name, {}).get("attributes", {}).items():
+                setattr(callback, attribute, value)
+
+    def check(self) -> None:
+        """Raises ConfigError where a callback's state cannot be saved as JSON."""
+        for name, state in self.state_dict().items():
+            try:
+                json.dumps(state, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ConfigError(
+                    f"callbacks: the state() of {name} cannot be saved as JSON ({error}); give it only finite numbers, "
+                    "texts, lists and mappings"
+                ) from error
+
+    def _stateful(self) -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        for callback in self.handler.callbacks:
+            if isinstance(callback, ExportableState):
+                name = type(callback).__name__
+                before = sum(type(other).__name__ == name for other in named.values())
+                named[f"{name} {before + 1}" if before else name] = callback
+        return named

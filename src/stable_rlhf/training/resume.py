@@ -1,0 +1,66 @@
+"""Which steps of a run folder a resume keeps, and the counters and settings that a checkpoint is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stable_rlhf.checkpoints import store
+from stable_rlhf.config import refuse_changes
+from stable_rlhf.console import tell
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.runs import MetricsWriter, incidents
+
+
+@dataclass
+class Counters:
+    """How far a run is."""
+
+    step: int = 0
+    """Steps done; a step is a rollout with its update."""
+    episode: int = 0
+    """Completions sampled for training."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step, "episode": self.episode}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.step, self.episode = state["step"], state["episode"]
+
+
+class SameSettings:
+    """A part that only checks: a checkpoint's settings must be the run's, except for those that may change."""
+
+    def __init__(self, settings: Callable[[], dict[str, Any]]) -> None:
+        self.settings = settings
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.settings()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Raises CheckpointError with setting and both values."""
+        refuse_changes(self.settings(), saved)
+
+
+def forget_after(run_dir: Path, writer: MetricsWriter, step: int) -> None:
+    """Removes from the run folder the steps that a resumed run is about to repeat: checkpoints, rows, incidents.
+
+    Raises ConfigError for a line of theirs that cannot be read, before anything is removed.
+    """
+    try:
+        incidents.read(run_dir)
+        writer.check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    # Checkpoints first: were only the rows gone, the next resume would start from a checkpoint that has no rows.
+    folder = run_dir / "checkpoints"
+    later = [path.name for path in store.found(folder) if store.steps_of(path) > step]
+    for kept in store.forget_after(folder, step):
+        tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it if you like")
+        later = [name for name in later if not kept.name.startswith(f"damaged-{name}")]
+    if later:
+        tell(f"Removed everything after step {step} (including {', '.join(later)}); those steps will be repeated")
+    writer.truncate(step)
+    incidents.truncate(run_dir, step)

@@ -1,0 +1,58 @@
+"""What a step writes: its row of metrics.jsonl, its completions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from stable_rlhf.control import Decision, RewardNormaliser
+from stable_rlhf.data import prompt_text
+from stable_rlhf.learner import rollout_metrics
+from stable_rlhf.ops.masked import masked_sum
+from stable_rlhf.records import Measured, Rollout
+from stable_rlhf.runs import METRICS
+from stable_rlhf.training.resume import Counters
+from stable_rlhf.training.step import Step
+
+
+def step_row(step: Step, counters: Counters, normaliser: RewardNormaliser, rollbacks: int | None) -> dict[str, Any]:
+    """The step's row of metrics.jsonl (docs/metrics.md). ``rollbacks``: made so far; None without a guard."""
+    row = {
+        "step": counters.step,
+        "episode": counters.episode,
+        **rollout_metrics(step.rollout, step.measured),
+        **step.batch_metrics,
+        **step.stats.metrics,
+        **decision_metrics(step.decision),
+        "safe/reward_mean": normaliser.moments.mean,
+        "safe/reward_std": normaliser.moments.deviation,
+        "lr": step.learning_rates[0],
+        "lr_critic": step.learning_rates[1],
+    }
+    if rollbacks is not None:
+        row["safe/rollbacks"] = rollbacks
+    row["objective/non_score_reward"] *= normaliser.unit  # back in the scorer's units
+    row["objective/rlhf_reward"] = row["objective/scores"] + row["objective/non_score_reward"]
+    return row
+
+
+def decision_metrics(decision: Decision) -> dict[str, Any]:
+    """A controller's decision as the metrics ``safe/...`` that it has among METRICS."""
+    fields = dataclasses.asdict(decision)
+    return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in METRICS}
+
+
+def completion_rows(rollout: Rollout, measured: Measured) -> list[dict[str, Any]]:
+    """Rows of completions/*.parquet; score and kl (nats per token) are None where there is no reward."""
+    mask = measured.tokens.mask
+    kl = masked_sum(measured.logp - measured.ref_logp, mask, dim=1) / mask.sum(1).clamp(min=1)
+    return [
+        {
+            "prompt": prompt_text(rollout.prompts[row]),
+            "completion": rollout.completions[row],
+            "score": rollout.scores[row] if valid else None,
+            "length": int(rollout.tokens.mask[row].sum()),
+            "kl": float(kl[row]) if valid else None,
+        }
+        for row, valid in enumerate(rollout.valid)
+    ]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stable_rlhf.errors import ConfigError as ConfigError
     from stable_rlhf.errors import PromptError as PromptError
     from stable_rlhf.errors import RewardError as RewardError
+    from stable_rlhf.errors import StableRLHFError as StableRLHFError
     from stable_rlhf.report import write_report as write_report
     from stable_rlhf.rewards import RewardModel as RewardModel
     from stable_rlhf.training import SAFETrainer as SAFETrainer
@@ -29,6 +30,7 @@ _ROOMS = {
     "write_report": "report",
     "RewardError": "errors",
     "RewardModel": "rewards",
+    "StableRLHFError": "errors",
     "SAFETrainer": "training",
 }
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "RewardError",
     "RewardModel",
     "SAFETrainer",
+    "StableRLHFError",
     "load_prompts",
     "make_controller",
     "write_report",

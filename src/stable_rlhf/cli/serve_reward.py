@@ -8,23 +8,24 @@ import socket
 import sys
 from collections.abc import Sequence
 
-import torch
 import uvicorn
 from starlette.applications import Starlette
 from transformers.utils import logging
 
 from stable_rlhf.cli.parser import Parser
 from stable_rlhf.config import is_url, require
-from stable_rlhf.errors import ConfigError, RewardError
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.hardware import resolve_device, shortage_named
 from stable_rlhf.rewards import resolve_reward
-from stable_rlhf.rewards.server import CONNECTIONS, SHOWN, STOP_SECONDS, Limits, RewardServer, is_loopback
+from stable_rlhf.rewards.server import CONNECTIONS, SHOWN, STOP_SECONDS, Limits, RewardServer, is_loopback, listening
 from stable_rlhf.text import printable
 
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
 def serve(arguments: Sequence[str]) -> int:
-    """Serves until SIGTERM (returns 0) or SIGINT (returns 130). Raises ConfigError for what cannot be served."""
+    """Serves until SIGTERM (returns 0) or SIGINT (returns 130). Raises ConfigError for what cannot be
+    served."""
     made = Parser(prog="stable-rlhf serve-reward", allow_abbrev=False)
     made.add_argument("model", help="builtin, a sequence-classification model's folder or hub name, or module:function")
     made.add_argument("--host", default="127.0.0.1", help="address to listen at; any but loopback needs --token-env")
@@ -45,19 +46,17 @@ def serve(arguments: Sequence[str]) -> int:
         remedy = "others can reach this address: set --token-env to an environment variable with a token, or listen at "
         raise ConfigError(f"--host={given.host!r}: {remedy}127.0.0.1")
     logging.disable_progress_bar()
-    with _listening(given.host, given.port) as listening:
-        try:
+    with listening(given.host, given.port) as listener:
+        with shortage_named("loading", "choose another --device or a smaller model"):
             reward = resolve_reward(
                 given.model,
-                device=_device(given.device),
+                device=resolve_device(given.device, "--device"),
                 batch_size=given.batch_size,
                 trust_remote_code=given.trust_remote_code,
             )
-        except RewardError as error:
-            raise ConfigError(str(error)) from error
         limits = Limits(max_body_bytes=given.max_body_bytes, max_batch=given.max_batch, token=token)
         server = RewardServer(reward, limits, _print)
-        code = _serve(listening, server.app, reward.name)
+        code = _serve(listener, server.app, reward.name)
     if server.scoring:  # Python would wait for the batch at its end, and the batch may never end
         _print(f"the batch being scored did not end within {STOP_SECONDS:g} s, and is lost")
         sys.stderr.flush()
@@ -65,8 +64,8 @@ def serve(arguments: Sequence[str]) -> int:
     return code
 
 
-def _serve(listening: socket.socket, app: Starlette, name: str) -> int:
-    host, port = listening.getsockname()[:2]
+def _serve(listener: socket.socket, app: Starlette, name: str) -> int:
+    host, port = listener.getsockname()[:2]
     _print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
     config = uvicorn.Config(
         app,
@@ -86,31 +85,11 @@ def _serve(listening: socket.socket, app: Starlette, name: str) -> int:
         number: signal.signal(number, lambda n, _: stopped.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[listener])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 128 + signal.SIGINT if signal.SIGINT in stopped else 0
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
-    except OSError as error:
-        what = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else error.strerror
-        raise ConfigError(f"--host={host!r} --port={port}: {what}; choose another address or port") from error
-
-
-def _device(name: str) -> torch.device:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.device(chosen)
-    except RuntimeError as error:
-        raise ConfigError(f"--device={name!r}: give auto, cpu, cuda or cuda:NUMBER") from error
-    here = f"this machine has {torch.cuda.device_count()} CUDA devices; give auto"
-    require(device.type != "cuda" or (device.index or 0) < torch.cuda.device_count(), "--device", name, here)
-    return device
 
 
 def _token(variable: str | None) -> str | None:

@@ -116,7 +116,7 @@ def _local(path: Path) -> datasets.Dataset:
         names = {key: None for row in rows for key in row}  # a dict keeps the order of first appearance
         columns = {key: [row.get(key) for row in rows] for key in names}
         return datasets.Dataset.from_dict(columns)
-    except (pyarrow.ArrowException, EOFError, gzip.BadGzipFile) as error:
+    except (pyarrow.ArrowException, EOFError, OSError) as error:  # BadGzipFile is an OSError
         check_prompts(columns.get("prompt", []), str(path))  # names the row, if a prompt is what is wrong
         raise PromptError(f"prompt file {path} could not be read: {str(error)!r}. Repair the file.") from error
 

@@ -22,11 +22,11 @@ from stable_rlhf.doctor.findings import Findings
 from stable_rlhf.doctor.memory import Memory, estimate, skeleton
 from stable_rlhf.errors import RewardError, RewardUnavailable
 from stable_rlhf.files import existing, unwritable
-from stable_rlhf.hardware import memory, resolve_device
+from stable_rlhf.hardware import memory, resolve_device, shortage_named
 from stable_rlhf.policy import context_length, load_tokenizer, policy_dtype
 from stable_rlhf.rewards import Scorer, make_scorer
 from stable_rlhf.text import printable, readable_size
-from stable_rlhf.training import as_given
+from stable_rlhf.training import as_given, check_named
 
 PLEASANT = " It was wonderful: friendly, quick, and better than I had hoped. I would go again."
 
@@ -50,10 +50,12 @@ TIGHT = 0.8
 """Share of the free memory above which an estimate is a warning: runs took up to 1.23 times theirs (memory.py)."""
 
 
+@shortage_named("loading")
 def examine(config: Config, say: Callable[[str], object] = print) -> bool:
     """Checks a run without training it; True where nothing failed. ``say`` is given each line.
 
-    Raises ConfigError, PromptError or RewardError for what cannot be loaded at all, as the trainer does.
+    Raises ConfigError, PromptError, RewardError or OutOfMemoryError for what cannot be loaded at all, as the trainer
+    does.
     """
     found = Findings(say)
     try:  # it tries a reward server in seconds, as the trainer does
@@ -61,6 +63,7 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
     except RewardUnavailable as error:
         found.fail(f"reward: {error}")
         return False
+    check_named(config, config.model.name)
     device, low = resolve_device(config.model.device), policy_dtype(config.model)[1]
     check_output(found, config)
     policy = skeleton(config)

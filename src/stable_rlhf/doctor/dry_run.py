@@ -18,7 +18,7 @@ from stable_rlhf.config import Config, DataConfig, RewardConfig
 from stable_rlhf.control import GuardConfig
 from stable_rlhf.data import EncodedPrompts, PromptStream
 from stable_rlhf.doctor.findings import Findings
-from stable_rlhf.errors import DivergenceError, RewardError
+from stable_rlhf.errors import DivergenceError, OutOfMemoryError, RewardError
 from stable_rlhf.hardware import memory, resolve_device
 from stable_rlhf.text import readable_size
 from stable_rlhf.training import SAFETrainer
@@ -33,7 +33,10 @@ PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_
 
 
 class _DryRun(SAFETrainer):
-    """The trainer, but for what it would leave on disk."""
+    """The trainer without what it would leave on disk; there is no run to resume after an error."""
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
+        return self._train(resume_from_checkpoint)
 
     def save_checkpoint(self) -> Path:
         return self.run_dir
@@ -88,14 +91,13 @@ def dry_steps(
                 rows = train.select([*longest, *usual])
                 trainer = _DryRun(config.model.name, functions, args=dry, train_dataset=rows)
                 trainer.stream = _Order(size)
-                trainer.train()
+                with memory.shortage_named("step"):
+                    trainer.train()
         except (RewardError, DivergenceError) as error:
             found.fail(f"step: {error}")
             return
-        except RuntimeError as error:
-            if (said := memory.shortage(error)) is None:
-                raise
-            found.fail(f"step: {said}; {memory.LESS}")
+        except OutOfMemoryError as error:
+            found.fail(str(error))
             return
         lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
     timing = usual_step([json.loads(line) for line in lines])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,7 +18,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stable_rlhf.config import Config
 from stable_rlhf.hardware import SHORT, replays_graphs
 from stable_rlhf.ops.logprobs import CHUNK_BYTES
-from stable_rlhf.policy import ValueHead, causal_lm, layers, lm_head, lora_config, policy_dtype, policy_source
+from stable_rlhf.policy import (
+    ValueHead,
+    causal_lm,
+    layers,
+    lm_head,
+    lora_config,
+    model_named,
+    policy_dtype,
+    policy_source,
+    with_adapter,
+)
 from stable_rlhf.rollout import SHORTEST
 
 FLOAT = 4
@@ -57,12 +67,14 @@ class Memory:
 def skeleton(config: Config) -> Any:
     """The policy as it will be loaded, adapter included, on the meta device: shapes and dtypes without memory."""
     name, arguments = policy_source(config.model)
-    known = AutoConfig.from_pretrained(name, **arguments)
     trust = {"trust_remote_code": config.model.trust_remote_code}
+    with model_named(config.model):
+        known = AutoConfig.from_pretrained(name, **arguments)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(known, dtype=policy_dtype(config.model)[0], **trust)
+    adapter = lora_config(config.model)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(known, dtype=policy_dtype(config.model)[0], **trust)
-        adapter = lora_config(config.model)
-        return model if adapter is None else get_peft_model(model, adapter)
+        return model if adapter is None else with_adapter(model, adapter, config.model)
 
 
 def estimate(policy: Any, config: Config, *, device: torch.device, low: bool, prompt: int) -> Memory:

@@ -15,12 +15,18 @@ def refuse_many_processes() -> None:
         raise ConfigError(f"WORLD_SIZE={size}: this release trains in one process; start it without a launcher")
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, setting: str = "model.device") -> torch.device:
+    """The device that ``setting`` names; ``auto`` is CUDA where there is one. Raises ConfigError for one that is not
+    here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"model.device={name!r}: no CUDA device is available; set model.device=cpu or auto")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{setting}={name!r}: give auto, cpu, cuda or cuda:NUMBER") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"{setting}={name!r}: this machine has {count} CUDA devices; give auto")
     return device
 
 

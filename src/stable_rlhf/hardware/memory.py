@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from stable_rlhf.errors import OutOfMemoryError, StableRLHFError
+
 LESS = "set model.lora_r, lower optim.microbatch_tokens or rollout.batch_size, or set model.gradient_checkpointing"
 """What to do where it is too much."""
 
@@ -28,6 +30,19 @@ def shortage(error: BaseException) -> str | None:
     if not found and isinstance(error, torch.OutOfMemoryError):
         found = lines or [type(error).__name__]
     return ". ".join(found[0].split(". ")[:2]).rstrip(".") if found else None
+
+
+@contextmanager
+def shortage_named(doing: str, remedy: str = LESS) -> Iterator[None]:
+    """Inside, memory that runs out raises OutOfMemoryError, which says what was being done and what takes less."""
+    try:
+        yield
+    except StableRLHFError:
+        raise
+    except RuntimeError as error:
+        if (said := shortage(error)) is None:
+            raise
+        raise OutOfMemoryError(f"{doing}: {said}; {remedy}") from error
 
 
 def free(device: torch.device, cgroup: Path = CGROUP) -> int:

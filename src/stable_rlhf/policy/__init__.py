@@ -15,10 +15,11 @@ from stable_rlhf.policy.loading import (
     load_policy,
     load_tokenizer,
     lora_config,
-    not_a_model,
+    model_named,
     policy_dtype,
     policy_source,
     prepare_tokenizer,
+    with_adapter,
 )
 from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_length, eos_token_ids, layers, lm_head
 
@@ -41,8 +42,9 @@ __all__ = [
     "load_policy",
     "load_tokenizer",
     "lora_config",
-    "not_a_model",
+    "model_named",
     "policy_dtype",
     "policy_source",
     "prepare_tokenizer",
+    "with_adapter",
 ]

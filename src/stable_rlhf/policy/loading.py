@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from stable_rlhf.config import ModelConfig
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.hardware import resolve_device
 from stable_rlhf.policy.transformer import causal_lm
-
-
-def check_model(model: ModelConfig) -> None:
-    """Raises ConfigError for a name that is no model, before anything else loads."""
-    from transformers import AutoConfig
-
-    if model.name == "builtin" or model.gguf_file is not None:  # a GGUF file's settings take as long to read as it does
-        return
-    if not model.name or (model.name.startswith((".", "/", "~")) and not Path(model.name).is_dir()):
-        raise not_a_model(model, FileNotFoundError("there is no such folder"))
-    try:
-        AutoConfig.from_pretrained(
-            model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise not_a_model(model, error) from error
-
-
-def not_a_model(model: ModelConfig, error: Exception) -> ConfigError:
-    setting = f"model.name={model.name!r}" + (f", model.gguf_file={model.gguf_file!r}" if model.gguf_file else "")
-    remedy = "give builtin, the folder of a causal language model in safetensors or GGUF, or a hub name"
-    return ConfigError(f"{setting}: {str(error).rstrip('.')}; {remedy}")
-
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -47,9 +27,40 @@ HEAD_TOLERANCE = 1e-3
 rounding stays below 1e-4, a head with a bias, a scale or a soft cap is far above."""
 
 
+def check_model(config: ModelConfig) -> None:
+    """Raises ConfigError for a name that is not a model's, before anything else loads."""
+    if config.name == "builtin" or config.gguf_file is not None:  # reading a GGUF file's settings is reading all of it
+        return
+    if not config.name or (config.name.startswith((".", "/", "~")) and not Path(config.name).is_dir()):
+        raise _not_a_model(config, "there is no such folder")
+    with model_named(config):
+        AutoConfig.from_pretrained(
+            config.name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+
+
+@contextlib.contextmanager
+def model_named(config: ModelConfig) -> Iterator[None]:
+    """Inside, the error of Transformers for settings, a tokenizer, weights or a GGUF file that are missing, damaged or
+    not a language model's is a ConfigError that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: of the package gguf
+        raise _not_a_model(config, str(error)) from error
+
+
+def _not_a_model(config: ModelConfig, fault: str) -> ConfigError:
+    setting = f"model.name={config.name!r}" + (f", model.gguf_file={config.gguf_file!r}" if config.gguf_file else "")
+    remedy = "give builtin, the folder of a causal language model in safetensors or GGUF, or a hub name"
+    return ConfigError(f"{setting}: {fault.rstrip('.')}; {remedy}")
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer. Raises ConfigError where the model has none."""
     name, arguments = policy_source(config)
-    return prepare_tokenizer(AutoTokenizer.from_pretrained(name, **arguments))
+    with model_named(config):
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    return prepare_tokenizer(tokenizer)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -63,11 +74,15 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def load_policy(config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
-    """(model on its device, whether to run it under bfloat16 autocast). Weights come from safetensors or GGUF only."""
+    """(model on its device, whether to run it under bfloat16 autocast). Weights come from safetensors or GGUF only.
+
+    Raises ConfigError for a device, a model, weights or an adapter's target modules that are not there.
+    """
     name, arguments = policy_source(config)
     device = resolve_device(config.device)
     dtype, low = policy_dtype(config, adapter=peft_config is not None)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
+    with model_named(config):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
     if config.gguf_file is not None:  # dequantised on loading, but it still calls itself quantised: no saving then
         model.hf_quantizer = None
         model.is_quantized = False
@@ -93,7 +108,20 @@ def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None 
     if isinstance(model, PeftModel):
         return check_adapter(model)
     peft_config = peft_config or lora_config(config)
-    return model if peft_config is None else check_adapter(get_peft_model(model, peft_config))
+    return model if peft_config is None else check_adapter(with_adapter(model, peft_config, config))
+
+
+def with_adapter(model: Any, adapter: LoraConfig, config: ModelConfig) -> PeftModel:
+    """The model with a new adapter. Raises ConfigError where the model has none of its target modules."""
+    try:
+        return get_peft_model(model, adapter)
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        named = config.lora_target_modules
+        setting = f"peft_config: target_modules={adapter.target_modules!r}"
+        setting = setting if named is None else f"model.lora_target_modules={named!r}"
+        raise ConfigError(f"{setting}: {error}; name linear layers of the model, or leave it out") from error
 
 
 def lora_config(config: ModelConfig) -> LoraConfig | None:

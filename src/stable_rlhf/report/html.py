@@ -13,6 +13,8 @@ from typing import Any
 import jinja2
 
 from stable_rlhf.control import WINDOW
+from stable_rlhf.errors import SaveError
+from stable_rlhf.files import NO_ROOM
 from stable_rlhf.report.plots import draw_plots
 from stable_rlhf.report.run import headline, read_run
 from stable_rlhf.runs import METRICS, evaluation
@@ -22,7 +24,10 @@ SAMPLES, COMPLETIONS, TEXT_LIMIT = 12, 8, 1500  # rows shown, and characters of 
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into the run folder, whole or not at all, and return its path. Raises as `read_run` does."""
+    """Write `report.html` into the run folder, whole or not at all, and return its path.
+
+    Raises as `read_run` does, and SaveError where the file cannot be written.
+    """
     run = read_run(run_dir)
     head = headline(run)
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "assets")
@@ -39,9 +44,14 @@ def write_report(run_dir: str | Path) -> Path:
         plots=draw_plots(run.rows, head.crashes, run.incidents),
         metrics=METRICS,
     )
-    aside = run.path / "report.html.tmp"
-    aside.write_text(page, encoding="utf-8")
-    return aside.replace(run.path / "report.html")
+    aside, path = run.path / "report.html.tmp", run.path / "report.html"
+    try:
+        aside.write_text(page, encoding="utf-8")
+        return aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        remedy = NO_ROOM.get(error.errno or 0, "mend that")
+        raise SaveError(f"{path} could not be written: {error.strerror or error}; {remedy}") from error
 
 
 def _shown(value: Any, limit: int = TEXT_LIMIT) -> str:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from stable_rlhf.control import WINDOW
+from stable_rlhf.errors import NoRunError, RunError
 from stable_rlhf.files import finite
 from stable_rlhf.report.crashes import RewardCrash, moving_average, reward_crashes, step_errors
 from stable_rlhf.report.plots import series
@@ -52,13 +53,21 @@ class Headline:
 def read_run(run_dir: str | Path) -> Run:
     """Read a run folder; metrics.jsonl is required and must have a row, the rest is noted when missing.
 
-    Raises FileNotFoundError without metrics.jsonl, ValueError naming file and line for what cannot be read.
+    Raises NoRunError without metrics.jsonl, RunError naming file and line for what cannot be read.
     """
-    path, notes = Path(run_dir), []
+    path = Path(run_dir)
     if not (path / "metrics.jsonl").is_file():
         begun = (path / "config.yaml").is_file()
         remedy = "the run has done no step yet" if begun else "give the folder of a run"
-        raise FileNotFoundError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
+        raise NoRunError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
+    try:
+        return _read(path)
+    except (OSError, ValueError) as error:
+        raise RunError(str(error)) from error
+
+
+def _read(path: Path) -> Run:
+    notes: list[str] = []
     rows, torn = read_rows(path / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{path / 'metrics.jsonl'}:1: no complete row yet: nothing to report before the first step")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stable_rlhf.data import Text
-from stable_rlhf.errors import RewardError
+from stable_rlhf.errors import RewardError, RewardInputError
 from stable_rlhf.text import quoted
 
 LARGEST = 1e30
@@ -20,6 +20,8 @@ def failures_named(name: str, prompts: Sequence[Text]) -> Iterator[None]:
     """What a reward function raises comes out as a RewardError that names it; its own RewardErrors as they are."""
     try:
         yield
+    except RewardInputError as error:  # met while scoring, so training has begun
+        raise RewardError(str(error)) from error
     except RewardError:
         raise
     except Exception as error:

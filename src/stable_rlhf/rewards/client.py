@@ -24,7 +24,7 @@ import tenacity
 from stable_rlhf.config import RewardConfig, url_without_secrets
 from stable_rlhf.console import tell
 from stable_rlhf.data import Message, Text, plain_text
-from stable_rlhf.errors import RewardError, RewardUnavailable
+from stable_rlhf.errors import RewardError, RewardInputError, RewardUnavailable
 from stable_rlhf.rewards.checks import shown
 from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.run_async import waited_for
@@ -246,7 +246,7 @@ class RemoteReward:
 
 
 def remote_reward(url: str, config: RewardConfig, stopping: Callable[[], bool] = lambda: False) -> RewardFunction:
-    """The server at a URL as a reward function, by its host and port as name. Raises RewardError for its token."""
+    """The server at a URL as a reward function, by its host and port as name. Raises RewardInputError for its token."""
     function = RemoteReward(
         url,
         batch_size=config.batch_size,
@@ -263,9 +263,9 @@ def remote_reward(url: str, config: RewardConfig, stopping: Callable[[], bool] =
 def _token(variable: str) -> str:
     token = os.environ.get(variable, "")
     if not token:
-        raise RewardError(f"reward.token_env={variable!r}: no such environment variable is set; export it.")
+        raise RewardInputError(f"reward.token_env={variable!r}: no such environment variable is set; export it.")
     if not (token.isascii() and token.isprintable()) or " " in token:  # what a header cannot hold
-        raise RewardError(f"reward.token_env={variable!r}: its value has spaces or other signs that no token has.")
+        raise RewardInputError(f"reward.token_env={variable!r}: its value has spaces or other signs that no token has.")
     return token
 
 

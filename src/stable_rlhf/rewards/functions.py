@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stable_rlhf.errors import RewardError
+from stable_rlhf.errors import RewardInputError
 from stable_rlhf.rewards.model import BUILTIN_MODEL, RewardModel, load_reward_model
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -48,18 +48,19 @@ def resolve_reward(
         put, and its weights (its head stays float32). batch_size, max_length (tokens): see RewardModel.
     trust_remote_code: run code that comes with this one model. Off: such a model is refused.
 
-    Raises RewardError if it cannot be had exactly so. A head that is not in the checkpoint is an error.
+    Raises RewardInputError if it cannot be had exactly so. A head that is not in the checkpoint is an error.
     """
     settings = {"batch_size": batch_size, "max_length": max_length}
     if isinstance(spec, torch.nn.Module):
         if tokenizer is None:
-            raise RewardError(f"the reward model {type(spec).__name__} needs its tokenizer: reward_processing_classes.")
+            kind = type(spec).__name__
+            raise RewardInputError(f"the reward model {kind} needs its tokenizer: reward_processing_classes.")
         name = name or Path(getattr(spec.config, "_name_or_path", "")).name or type(spec).__name__
         return RewardFunction(name=name, function=RewardModel(spec, tokenizer, name=name, **settings))
     if callable(spec):
         return RewardFunction(name=name or getattr(spec, "__name__", type(spec).__name__), function=spec)
     if not isinstance(spec, str | os.PathLike) or not os.fspath(spec):
-        raise RewardError(f"the reward {spec!r} is neither a callable, a model, a name nor a path.")
+        raise RewardInputError(f"the reward {spec!r} is neither a callable, a model, a name nor a path.")
     text = os.fspath(spec)
     if _IMPORT_PATH.fullmatch(text) and not Path(text).exists():
         return RewardFunction(name=name or text.rpartition(":")[2], function=_import(text))
@@ -78,11 +79,13 @@ def _import(path: str) -> Callable[..., Any]:
         value: Any = importlib.import_module(module_name)
     except Exception as error:
         what = f"importing {module_name!r} (from {os.getcwd()} or installed packages) failed"
-        raise RewardError(f"reward {path!r}: {what}: {type(error).__name__}: {error}.") from error
+        raise RewardInputError(f"reward {path!r}: {what}: {type(error).__name__}: {error}.") from error
     for part in attribute.split("."):
         if not hasattr(value, part):
-            raise RewardError(f"reward {path!r}: {module_name!r} has no {attribute!r}. Check the name after the colon.")
+            raise RewardInputError(
+                f"reward {path!r}: {module_name!r} has no {attribute!r}. Check the name after the colon."
+            )
         value = getattr(value, part)
     if not callable(value):
-        raise RewardError(f"reward {path!r} is a {type(value).__name__}, which cannot be called. Name a function.")
+        raise RewardInputError(f"reward {path!r} is a {type(value).__name__}, which cannot be called. Name a function.")
     return value

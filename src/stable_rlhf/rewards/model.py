@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from stable_rlhf.data import Text, plain_text
-from stable_rlhf.errors import RewardError
+from stable_rlhf.errors import RewardError, RewardInputError
 from stable_rlhf.hardware import exact_products, kernel
 
 BUILTIN_MODEL = Path(__file__).parent / "assets" / "reward_model"
@@ -45,7 +45,9 @@ class RewardModel:
         max_length: int | None = None,
     ) -> None:
         if batch_size < 1 or (max_length is not None and max_length < 1):
-            raise RewardError(f"{name}: batch_size ({batch_size}) and max_length ({max_length}) must be at least 1.")
+            raise RewardInputError(
+                f"{name}: batch_size ({batch_size}) and max_length ({max_length}) must be at least 1."
+            )
         _require_one_label(model.config, name)
         self.name, self.model = name, model.eval()
         self.tokenizer = copy.deepcopy(tokenizer)  # the caller's may be the policy's, whose side must not change
@@ -98,11 +100,13 @@ def load_reward_model(
         tokenizer = AutoTokenizer.from_pretrained(path, **trust)
     except (OSError, ValueError) as error:
         kinds = "a sequence-classification model in safetensors (folder or hub name), 'builtin', or 'module:function'"
-        raise RewardError(f"the reward model {spec!r} could not be loaded: {error} A reward is {kinds}.") from error
+        raise RewardInputError(
+            f"the reward model {spec!r} could not be loaded: {error} A reward is {kinds}."
+        ) from error
     if missing := sorted(info["missing_keys"]):
         remedy = "Give a trained reward model (scripts/train_reward_model.py makes one)."
         lacks = f"lacks {len(missing)} weights ({', '.join(missing[:3])})"
-        raise RewardError(f"the reward model {spec!r} {lacks}: they would be random, and so the reward. {remedy}")
+        raise RewardInputError(f"the reward model {spec!r} {lacks}: they would be random, and so the reward. {remedy}")
     if isinstance(head := getattr(model, "score", None), torch.nn.Linear) and dtype != torch.float32:
         # bfloat16 has 8 bits: a reward of 3 would be rounded to steps of 1/64, and near answers would tie.
         head.float().register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
@@ -126,7 +130,9 @@ def _require_one_label(config: Any, name: str) -> None:
     if config.num_labels != 1:
         kind = ", ".join(getattr(config, "architectures", None) or [config.model_type])
         remedy = "A language model must first be trained as one (scripts/train_reward_model.py)."
-        raise RewardError(f"reward model {name!r} ({kind}) has {config.num_labels} outputs, not num_labels=1. {remedy}")
+        raise RewardInputError(
+            f"reward model {name!r} ({kind}) has {config.num_labels} outputs, not num_labels=1. {remedy}"
+        )
 
 
 def _length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -140,6 +146,8 @@ def _pad_token_id(config: Any, tokenizer: Any, name: str) -> int:
     candidates = (text_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((candidate for candidate in candidates if candidate is not None), None)
     if pad is None:
-        raise RewardError(f"{name}: neither model nor tokenizer has a pad or end-of-sequence token. Set pad_token.")
+        raise RewardInputError(
+            f"{name}: neither model nor tokenizer has a pad or end-of-sequence token. Set pad_token."
+        )
     text_config.pad_token_id = pad
     return pad

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_rlhf.data import Text
-from stable_rlhf.errors import RewardError
+from stable_rlhf.errors import RewardError, RewardInputError
 from stable_rlhf.rewards.checks import checked, failures_named, shown
 from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.run_async import waited_for
@@ -46,12 +46,16 @@ class Scorer:
         missing_eos_penalty: float | None = None,
     ) -> None:
         if not functions:
-            raise RewardError("there is no reward function. Name at least one.")
+            raise RewardInputError("there is no reward function. Name at least one.")
         weights = [1.0] * len(functions) if weights is None else list(weights)
         if len(weights) != len(functions) or not all(math.isfinite(weight) for weight in weights):
-            raise RewardError(f"reward.weights must be {len(functions)} finite numbers, one a reward; got {weights}.")
+            raise RewardInputError(
+                f"reward.weights must be {len(functions)} finite numbers, one a reward; got {weights}."
+            )
         if missing_eos_penalty is not None and not 0 <= missing_eos_penalty < math.inf:
-            raise RewardError(f"reward.missing_eos_penalty must be finite and at least 0, got {missing_eos_penalty}.")
+            raise RewardInputError(
+                f"reward.missing_eos_penalty must be finite and at least 0, got {missing_eos_penalty}."
+            )
         self.functions = _with_unique_names(functions)
         self._weights = weights
         self._penalty = missing_eos_penalty or 0.0

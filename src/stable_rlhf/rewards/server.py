@@ -9,6 +9,8 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import os
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from stable_rlhf.data import Text
+from stable_rlhf.errors import ConfigError
 from stable_rlhf.rewards.checks import shown
 from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.model import RewardModel
@@ -286,6 +289,16 @@ def _host_of(header: str) -> str:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:
         return ""
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens at the address; port 0 takes a free one. Raises ConfigError where it cannot."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+    except OSError as error:
+        what = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else error.strerror
+        raise ConfigError(f"--host={host!r} --port={port}: {what}; choose another address or port") from error
 
 
 def is_loopback(host: str) -> bool:

@@ -5,11 +5,14 @@ from stable_rlhf.runs.evaluation import evaluation_rows, read
 from stable_rlhf.runs.lock import RunLock
 from stable_rlhf.runs.metrics import MetricsWriter, read_rows, write_completions
 from stable_rlhf.runs.names import METRICS
+from stable_rlhf.runs.output import check_output, check_writable
 
 __all__ = [
     "METRICS",
     "MetricsWriter",
     "RunLock",
+    "check_output",
+    "check_writable",
     "evaluation",
     "evaluation_rows",
     "incidents",

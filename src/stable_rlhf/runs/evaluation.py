@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf.errors import RunError
 from stable_rlhf.files import replace_text
 from stable_rlhf.runs.metrics import check_value
 from stable_rlhf.text import clipped, formatted
@@ -40,9 +41,15 @@ def forget_after(run_dir: Path) -> None:
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """The content of run_dir/evaluation.json; empty where the run has no held-out prompts."""
+    """The content of run_dir/evaluation.json; empty where the run has no held-out prompts.
+
+    Raises RunError where it is not JSON.
+    """
     path = run_dir / "evaluation.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise RunError(f"{path}: not JSON ({error}); repair or remove it") from error
 
 
 # Figures of evaluation.json that get a row of their own: label, and the format in which people read it.

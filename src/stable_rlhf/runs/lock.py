@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from stable_rlhf.errors import ConfigError
+from stable_rlhf.runs.output import check_writable
 
 
 class RunLock:
@@ -21,9 +22,11 @@ class RunLock:
         self._lock = FileLock(run_dir / ".lock")
 
     def take(self) -> None:
-        """Raises ConfigError, with the owner, while another process has it. Taking it twice is taking it once."""
+        """Raises ConfigError, with the owner, while another process has it, and for a folder that cannot be written to.
+        Taking it twice is taking it once."""
         if self._lock.is_locked:
             return
+        check_writable(self._owner.parent)
         self._owner.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from stable_rlhf.config import Config, is_url, only_with
 from stable_rlhf.errors import ConfigError
+from stable_rlhf.hardware import resolve_device
+from stable_rlhf.policy import check_model
 from stable_rlhf.rewards import listed, remote_reward
 
 
@@ -37,6 +40,20 @@ def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Confi
     for server in servers:
         remote_reward(server, config.reward).function.probe()
     return config
+
+
+def check_named(config: Config, model: Any) -> None:
+    """Raises ConfigError for a device, a tracker or a model that the settings name and that is not there, before
+    anything loads."""
+    resolve_device(config.model.device)
+    available = get_available_reporting_integrations()
+    if missing := [name for name in config.log.report_to if name not in available]:
+        raise ConfigError(
+            f"log.report_to={config.log.report_to!r}: {missing[0]} is not a tracker that is installed here; install "
+            f"it, or choose from {', '.join(sorted(available)) or 'none'}"
+        )
+    if isinstance(model, str):
+        check_model(config.model)
 
 
 def _reward_name(function: Any) -> str:

@@ -34,7 +34,7 @@ from stable_rlhf.control import Action, Guard, RewardNormaliser, Verdict, contro
 from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
 from stable_rlhf.errors import CheckpointError, ConfigError, DivergenceError, GuardStop, Interrupted, RewardError
 from stable_rlhf.files import replace_text
-from stable_rlhf.hardware import refuse_many_processes, replays_graphs
+from stable_rlhf.hardware import refuse_many_processes, replays_graphs, shortage_named
 from stable_rlhf.learner import Learning, make_passes, make_preview, optimizer_groups
 from stable_rlhf.policy import (
     ActorCritic,
@@ -52,7 +52,8 @@ from stable_rlhf.rollout import Decoder, Sampler
 from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, write_completions
 from stable_rlhf.training.callbacks import CallbackStates, callback_arguments, callback_handler
 from stable_rlhf.training.evaluate import evaluate
-from stable_rlhf.training.given import as_given
+from stable_rlhf.training.failures import failures_named, misfits_named
+from stable_rlhf.training.given import as_given, check_named
 from stable_rlhf.training.recovery import STAYS, Recovery, incident
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.rows import completion_rows, step_row
@@ -78,9 +79,10 @@ class SAFETrainer:
         callbacks: ``transformers.TrainerCallback`` objects.
         peft_config: adapter for a model that has none.
 
-    Raises ConfigError, PromptError or RewardError, with a remedy, before anything is written.
+    Raises ConfigError, PromptError, RewardError or OutOfMemoryError, with a remedy, before anything is written.
     """
 
+    @shortage_named("loading")
     def __init__(
         self,
         model: Any,
@@ -96,6 +98,7 @@ class SAFETrainer:
         refuse_many_processes()
         model = str(model) if isinstance(model, Path) else model
         self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset)
+        check_named(config, model)
         self.controller = controller_of(config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
         train_dataset, eval_dataset = split_datasets(config, train_dataset, eval_dataset)
@@ -174,11 +177,18 @@ class SAFETrainer:
 
         SIGINT and SIGTERM end the run after the step in hand, with a checkpoint, and at once where no step is in hand:
         Interrupted is raised. Raises GuardStop where the guard gives the run up, RewardError where no reward can be
-        had; both with a checkpoint once the first step has begun.
+        had, both with a checkpoint once the first step has begun; SaveError for a file that could not be written,
+        OutOfMemoryError where memory ran out. The messages say how to resume.
         """
+        with failures_named(self.run_dir, lambda: self.steps_done):
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
+        """``train``, whose errors do not say how to resume."""
         try:
             with self._stop as stop:
-                self.begin(resume_from_checkpoint)
+                with misfits_named(bool(resume_from_checkpoint)):
+                    self.begin(resume_from_checkpoint)
                 self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
                 self._progress = Progress(self.args.max_steps, first_step=self.steps_done, console=self._console)
                 with self._progress, stop.waiting():

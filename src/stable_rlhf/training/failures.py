@@ -1,0 +1,113 @@
+"""Failures of a run as errors of ours, whose messages say how to resume it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from stable_rlhf.checkpoints import found, inspect, steps_of
+from stable_rlhf.errors import (
+    ConfigError,
+    GuardStop,
+    Interrupted,
+    NoRoomError,
+    OutOfMemoryError,
+    RewardError,
+    SaveError,
+    StableRLHFError,
+)
+from stable_rlhf.files import NO_ROOM, error_number, existing
+from stable_rlhf.hardware import shortage
+
+
+@contextlib.contextmanager
+def failures_named(run: Path, steps: Callable[[], int]) -> Iterator[None]:
+    """Around the training of a run: an error that ends it says how to resume.
+
+    ``run``: its folder. ``steps``: how many steps are done.
+
+    A full disk raises NoRoomError, memory that runs out OutOfMemoryError, and a signal or Ctrl-C Interrupted. To the
+    messages of SaveError, RewardError and GuardStop the sentence is added. Any other exception passes as it is.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(signum, f"interrupted after {steps()} steps. {how_to_resume(run)}") from error
+    except SaveError as error:
+        error.args = (f"{error}. {how_to_resume(run)}",)
+        raise
+    except RewardError as error:
+        if error.__cause__ is not None and (said := shortage(error.__cause__)) is not None:  # of a model that scores
+            raise OutOfMemoryError(f"after {steps()} steps, in the reward: {said}; {_with_less(run)}") from error
+        error.args = (f"{error} {how_to_resume(run)}",)
+        raise
+    except GuardStop as error:
+        error.args = (f"{error} {how_to_resume(run)}{_until_changed(run, error)}",)
+        raise
+    except StableRLHFError:
+        raise
+    except (OSError, SafetensorError) as error:  # of another file than a checkpoint, whose SaveErrors are above
+        if (sentence := _no_room(run, error)) is None:
+            raise
+        raise NoRoomError(f"{sentence}. {how_to_resume(run)}") from error
+    except RuntimeError as error:
+        if (said := shortage(error)) is None:
+            raise
+        raise OutOfMemoryError(f"after {steps()} steps: {said}; {_with_less(run)}") from error
+
+
+@contextlib.contextmanager
+def misfits_named(resumed: bool) -> Iterator[None]:
+    """Around the opening of a run: a saved state that does not fit the settings, which somebody has changed in
+    config.yaml, raises ConfigError where the run is ``resumed``."""
+    try:
+        yield
+    except StableRLHFError:
+        raise
+    except ValueError as error:
+        if not resumed:
+            raise
+        raise ConfigError(str(error)) from error
+
+
+def how_to_resume(run: Path) -> str:
+    """The command that resumes a run, and from which step, or that there is no checkpoint to resume from."""
+    saved, _ = inspect(run / "checkpoints")
+    if saved is None:
+        where = ", with another output_dir" if (run / "metrics.jsonl").exists() else ""
+        return f"There is no checkpoint to resume from yet: start again{where}."
+    return f"`stable-rlhf resume {shlex.quote(str(run))}` goes on from step {steps_of(saved)}."
+
+
+def _until_changed(run: Path, error: GuardStop) -> str:
+    """What a resume needs besides; nothing where the guard stopped because the last good state could not be read."""
+    if error.__cause__ is not None:
+        return ""
+    return f" The guard would stop it again for the same cause: change `guard` in {run / 'config.yaml'} first."
+
+
+def _with_less(run: Path) -> str:
+    """The settings that take less memory and that `resume` may be given anew."""
+    return (
+        f"lower optim.microbatch_tokens or reward.batch_size, or set model.gradient_checkpointing, in "
+        f"{run / 'config.yaml'}. {how_to_resume(run)} A smaller rollout.batch_size or model.lora_r needs a new run."
+    )
+
+
+def _no_room(run: Path, error: Exception) -> str | None:
+    """For an error that says that there is no room: how much is free and needed, and what to do. Else None."""
+    if (number := error_number(error)) not in NO_ROOM:
+        return None
+    saved = found(run / "checkpoints")
+    need = sum(file.stat().st_size for file in saved[-1].iterdir()) if saved else 0
+    needs = f", and its next checkpoint needs {need:,}" if need else ""
+    free = shutil.disk_usage(existing(run)).free
+    return f"{run} could not be written to: {os.strerror(number)}; {free:,} bytes are free{needs}; {NO_ROOM[number]}"

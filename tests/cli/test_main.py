@@ -280,6 +280,15 @@ def test_usage_is_shown_when_asked_for_and_an_unknown_command_is_named(capsys: p
     assert said(capsys).endswith("no command 'trian'; the commands are train, resume, report, doctor, serve-reward")
 
 
+def test_the_package_runs_as_a_module_as_launchers_start_it() -> None:
+    command = [sys.executable, "-m", "stable_rlhf", "trian"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == errors.Exit.BAD_INPUT
+    assert done.stdout == ""
+    assert done.stderr.startswith("stable-rlhf: there is no command 'trian'; the commands are train, ")
+    assert done.stderr.count("\n") == 1
+
+
 # -- runs -----------------------------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,17 @@ def test_a_bad_file_is_refused_with_its_row(tmp_path, text, message):
         load_prompts(write(tmp_path / "a.jsonl", text))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_file_that_may_not_be_read_is_named(tmp_path, name, monkeypatch):
+    def denied(*given, **named):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path / name, "prompt\na\n")
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(PromptError, match=rf"prompt file .*{name} could not be read: .*Permission denied"):
+        load_prompts(path)
+
+
 def test_a_bad_source_is_refused(tmp_path):
     with pytest.raises(PromptError, match=r"gone\.csv does not exist"):
         load_prompts(tmp_path / "gone.csv")

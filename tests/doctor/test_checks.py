@@ -306,7 +306,7 @@ def test_a_reward_server_is_tried_as_train_tries_it(
 def test_a_signal_in_a_step_is_told_by_the_exit_code(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["doctor", *settings, "--reward.functions", '["tests.doctor.test_checks:told_to_end"]']
     assert main(arguments) == errors.Exit.TERMINATED
-    assert capsys.readouterr().err == "stable-rlhf: interrupted before training began\n"
+    assert capsys.readouterr().err == "stable-rlhf: stopped by SIGTERM\n"
 
 
 def test_a_step_that_runs_out_of_memory_says_what_takes_less_and_a_bug_keeps_its_traceback(

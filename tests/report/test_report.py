@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html.parser
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from stable_rlhf.errors import SaveError
 from stable_rlhf.report import crashes, plots
 from stable_rlhf.report import html as report_html
 from stable_rlhf.report import run as report_run
@@ -203,6 +206,32 @@ def test_headline_has_literal_figures(tmp_path: Path):
     assert (head.steps, head.reward, head.entropy) == (30, 18.5, None)  # mean of 9..28
     assert (head.kl_end, head.kl_max) == pytest.approx((0.1, 0.6))
     assert (head.crashes, head.largest_fall, head.errors_known) == ((), 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("number", "fault"),
+    [
+        (errno.ENOSPC, "No space left on device; make room there"),
+        (errno.EACCES, "Permission denied; mend that"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_an_error_of_the_disk(
+    number: int, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = fake_run(tmp_path / "run", fake_rows(3))
+    write_text = Path.write_text
+
+    def refused(path: Path, *given: object, **named: object) -> int:
+        if path.name == "report.html.tmp":
+            raise OSError(number, os.strerror(number))
+        return write_text(path, *given, **named)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    with pytest.raises(SaveError) as caught:
+        report_html.write_report(run)
+    assert str(caught.value) == f"{run / 'report.html'} could not be written: {fault}"
+    assert caught.value.exit_code == 5
+    assert not list(run.glob("report.html*"))
 
 
 def test_missing_run_is_named(tmp_path: Path):

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from stable_rlhf.errors import RewardError
+from stable_rlhf.errors import Exit, RewardError, RewardInputError
 from stable_rlhf.rewards.functions import RewardFunction, resolve_reward
 from stable_rlhf.rewards.model import RewardModel
 from stable_rlhf.rewards.scorer import Scorer
@@ -148,6 +148,18 @@ def test_a_function_that_raises_is_named_with_its_prompt_and_cause():
     assert isinstance(caught.value.__cause__, KeyError)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 350
+
+
+def test_a_function_that_loads_its_model_only_when_called_fails_as_a_reward_not_as_a_setting():
+    """Training has begun by then, so that the exit code is the one after which a run can be resumed."""
+
+    def late(prompts, completions):
+        resolve_reward("tests.no_such:f")
+
+    with pytest.raises(RewardError, match=r"importing 'tests\.no_such'") as caught:
+        score(named(late=late))
+    assert not isinstance(caught.value, RewardInputError)
+    assert caught.value.exit_code == Exit.REWARD
 
 
 def test_a_function_that_takes_no_columns_is_told_so():

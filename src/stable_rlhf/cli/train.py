@@ -13,7 +13,7 @@ from stable_rlhf.cli.parser import Parser
 from stable_rlhf.cli.settings import asks_for_help, show_settings
 from stable_rlhf.config import Config, load_config
 from stable_rlhf.errors import ConfigError, Exit, StableRLHFError
-from stable_rlhf.runs import RunLock, check_output, check_writable
+from stable_rlhf.runs import RunLock, check_output, check_writable, read
 from stable_rlhf.text import visible
 
 if TYPE_CHECKING:
@@ -77,8 +77,6 @@ def _last_step(run: Path) -> tuple[int | None, list[str]]:
 
 def _is_whole(run: Path) -> bool:
     """Whether a run that has done its steps also has its model, and its evaluation after training."""
-    from stable_rlhf.runs import read
-
     known = read(run)
     return (run / "final" / "value_heads.safetensors").is_file() and ("after" in known or not known)
 

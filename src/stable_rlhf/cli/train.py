@@ -110,7 +110,7 @@ def _report_of_a_failure(trainer: SAFETrainer) -> None:
     """The report of a run that an error ended: that error, which is shown, is the one that counts."""
     from stable_rlhf.report import write_report
 
-    if trainer.step == 0 or not (trainer.run_dir / "metrics.jsonl").exists():
+    if trainer.steps_done == 0 or not (trainer.run_dir / "metrics.jsonl").exists():
         return
     try:
         write_report(trainer.run_dir)

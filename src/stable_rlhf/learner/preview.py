@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ class Preview:
             optimizer.step()
             return
         if not self._start:
-            parameters = self.passes.model.policy_parameters()
+            parameters: list[Any] = self.passes.model.policy_parameters()
             # Copies, by a launch for many tensors where `clone` takes one each.
             self._start = list(torch._foreach_mul(parameters, 1.0))  # pyright: ignore[reportPrivateImportUsage]
         optimizer.step()
@@ -160,7 +161,8 @@ class Preview:
     ) -> tuple[float, Tensor]:
         """Scales the step from the weights ``start`` until its KL, ``size`` at first, is within the limit; (share of it
         that is taken, the probe's log-probs then)."""
-        parameters, scale = self.passes.model.policy_parameters(), 1.0
+        parameters: list[Any] = self.passes.model.policy_parameters()
+        scale = 1.0
         for _ in range(RETRIES):
             if size <= limit or not math.isfinite(size):
                 break

@@ -15,6 +15,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+ASSETS = Path(__file__).parent / "assets"
+"""What ships with the package: the built-in policy, reward model and prompts, and the report's template."""
+
 NO_ROOM = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "free some of your quota there",

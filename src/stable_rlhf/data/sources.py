@@ -24,6 +24,7 @@ from datasets.table import InMemoryTable
 
 from stable_rlhf.data.chat import ROLES, Message, hh_prompt
 from stable_rlhf.errors import PromptError
+from stable_rlhf.files import ASSETS
 from stable_rlhf.text import quoted
 
 FORMATS = ("auto", "prompt", "hh")
@@ -32,7 +33,7 @@ FORMATS = ("auto", "prompt", "hh")
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 
 
-_BUILTIN_PROMPTS = Path(__file__).parent / "assets" / "prompts.json"
+_BUILTIN_PROMPTS = ASSETS / "prompts.json"
 
 
 _BUILTIN_SPLITS = {"train": "train", "eval": "eval", "test": "eval"}

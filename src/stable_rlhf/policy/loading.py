@@ -16,11 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from stable_rlhf.config import ModelConfig
 from stable_rlhf.errors import ConfigError
+from stable_rlhf.files import ASSETS
 from stable_rlhf.hardware import resolve_device
 from stable_rlhf.policy.transformer import causal_lm
-
-ASSETS = Path(__file__).parent / "assets"
-
 
 HEAD_TOLERANCE = 1e-3
 """Largest difference, in nats, between the model's own log-probs and ours that the check at loading lets pass: float32

@@ -14,7 +14,7 @@ import jinja2
 
 from stable_rlhf.control import WINDOW
 from stable_rlhf.errors import SaveError
-from stable_rlhf.files import NO_ROOM
+from stable_rlhf.files import ASSETS, NO_ROOM
 from stable_rlhf.report.plots import draw_plots
 from stable_rlhf.report.run import headline, read_run
 from stable_rlhf.runs import METRICS, evaluation
@@ -30,7 +30,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     head = headline(run)
-    folder = jinja2.FileSystemLoader(Path(__file__).parent / "assets")
+    folder = jinja2.FileSystemLoader(ASSETS)
     environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["shown"] = _shown
     environment.filters["number"] = lambda value, form=".3f": "-" if value is None else format(float(value), form)

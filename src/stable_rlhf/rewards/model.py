@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from stable_rlhf.data import Text, plain_text
 from stable_rlhf.errors import RewardError, RewardInputError
+from stable_rlhf.files import ASSETS
 from stable_rlhf.hardware import exact_products, kernel
 
-BUILTIN_MODEL = Path(__file__).parent / "assets" / "reward_model"
+BUILTIN_MODEL = ASSETS / "reward_model"
 
 
 # Tokenizers without a limit say 10^30; no model here reads a million tokens.

@@ -44,8 +44,8 @@ def callback_handler(
 
 
 class CallbackStates:
-    """The states of those callbacks that have one (Transformers' ExportableState), by class name; a second callback of a
-    name is "Name 2"."""
+    """The states of those callbacks that have one (Transformers' ExportableState), by class name; a second callback of
+    a name is "Name 2"."""
 
     def __init__(self, handler: CallbackHandler) -> None:
         self.handler = handler

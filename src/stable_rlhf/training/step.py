@@ -51,8 +51,8 @@ class Step:
 def take_step(loop: Loop, watch: Stopwatch) -> Step:
     """Samples completions, has them scored, decides, and learns from them.
 
-    The decision comes before the update, from figures of the policy that sampled. Raises RewardError where no reward can
-    be had, before anything is learned; DivergenceError for a figure that is not finite.
+    The decision comes before the update, from figures of the policy that sampled. Raises RewardError where no reward
+    can be had, before anything is learned; DivergenceError for a figure that is not finite.
     """
     config, step = loop.config, loop.counters.step
     indices = loop.stream.take(config.rollout.batch_size)

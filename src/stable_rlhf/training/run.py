@@ -1,0 +1,309 @@
+"""The parts of a run: made once, begun, saved, resumed, rolled back."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from peft import LoraConfig
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import get_scheduler as make_scheduler
+
+from stable_rlhf.checkpoints import (
+    OptimizerState,
+    Part,
+    RandomState,
+    Snapshots,
+    Tensors,
+    capture,
+    restore,
+    store,
+)
+from stable_rlhf.config import Config, complete_settings
+from stable_rlhf.console import Progress, tell
+from stable_rlhf.control import Guard, RewardNormaliser, controller_of
+from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.files import replace_text
+from stable_rlhf.hardware import refuse_many_processes, replays_graphs, shortage_named
+from stable_rlhf.learner import Learning, make_passes, make_preview, optimizer_groups
+from stable_rlhf.policy import (
+    ActorCritic,
+    Reference,
+    TrainedState,
+    context_length,
+    eos_token_ids,
+    given_policy,
+    load_policy,
+    load_tokenizer,
+    prepare_tokenizer,
+)
+from stable_rlhf.rewards import make_scorer
+from stable_rlhf.rollout import Decoder, Sampler
+from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents
+from stable_rlhf.training.callbacks import CallbackStates, callback_arguments, callback_handler
+from stable_rlhf.training.given import as_given, check_named
+from stable_rlhf.training.recovery import STAYS, Recovery
+from stable_rlhf.training.resume import Counters, SameSettings, forget_after
+from stable_rlhf.training.stopping import GracefulStop
+
+
+class Run:
+    """Everything that a run consists of. `SAFETrainer`, which documents the arguments, adds the loop."""
+
+    @shortage_named("loading")
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Config | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Sequence[Any] | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: LoraConfig | None = None,
+    ) -> None:
+        refuse_many_processes()
+        model = str(model) if isinstance(model, Path) else model
+        self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset)
+        check_named(config, model)
+        self.controller = controller_of(config.kl.settings)
+        self.normaliser = RewardNormaliser(config.reward.normalise)
+        train_dataset, eval_dataset = split_datasets(config, train_dataset, eval_dataset)
+        random.seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        named = isinstance(model, str)
+        self.processing_class = (
+            prepare_tokenizer(processing_class) if processing_class else load_tokenizer(config.model)
+        )
+        policy, low = (
+            load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
+        )
+        self.model = ActorCritic(policy, config.critic, autocast=low)
+        learning = Learning(
+            optim=config.optim,
+            critic=config.critic,
+            kl=config.kl,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+        )
+        self.passes = make_passes(self.model, config.model, learning)
+        self.preview = make_preview(self.passes)
+        self._stop = GracefulStop()
+        self.scorer = make_scorer(
+            config, reward_funcs, reward_processing_classes, self.model.device, stopping=self._stop.asked
+        )
+        self.sampler = Sampler(
+            tokenizer=self.processing_class,
+            scorer=self.scorer,
+            config=config.rollout,
+            eos_token_ids=eos_token_ids(policy, self.processing_class),
+            decoder=Decoder(
+                self.model,
+                cuda_graphs=replays_graphs(config.model.cuda_graphs, self.model.device),
+                torch_compile=config.model.torch_compile,
+            ),
+        )
+        self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)
+        self.eval_dataset = eval_dataset
+        self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
+        self.stream = PromptStream(len(train_dataset), config.seed)
+        self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
+        course = config.optim.lr_scheduler_type
+        course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
+        self.scheduler: Any = make_scheduler(course, self.optimizer, config.optim.warmup_steps, config.max_steps)
+        self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.counters = Counters()
+        self.guard = Guard(config.guard)
+        self.recovery = Recovery(self.guard, Snapshots(None if self.model.peft else self.run_dir / "snapshot"))
+        self.reference = Reference(self.model)
+        self._lock = RunLock(self.run_dir)
+        self._console = Console(quiet=not config.log.progress)
+        self._arguments = callback_arguments(config, self.run_dir, on_cpu=self.model.device.type == "cpu")
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.handler = callback_handler(
+            config.log.report_to,
+            callbacks or [],
+            self.model.policy,
+            self.processing_class,
+            self.optimizer,
+            self.scheduler,
+        )
+        self.callback_states = CallbackStates(self.handler)
+        self._progress: Progress | None = None
+        self._began, self._saved_at = False, -1
+        self._random = RandomState().state_dict()  # where `train` begins, whatever is drawn until then
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that the run has made, those that were rolled back included."""
+        return self.counters.step
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the run, the controller's own included: what config.yaml and the checkpoints hold."""
+        return complete_settings(self.args, self.run_dir)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Everything that the run's future depends on, by name. The first two only check that it is the same run."""
+        return {
+            "reference": self.reference,
+            "settings": SameSettings(lambda: self.settings),
+            "policy": TrainedState(self.model),
+            "optimizer": OptimizerState(self.optimizer),
+            "scheduler": self.scheduler,
+            "controller": self.controller,
+            "normaliser": self.normaliser,
+            "guard": self.guard,
+            **({} if self.preview is None else {"preview": self.preview}),
+            "prompts": self.stream,
+            "callbacks": self.callback_states,
+            "counters": self.counters,
+            "random": RandomState(),
+        }
+
+    def _parts_named(self, *names: str) -> dict[str, Part]:
+        return {name: self.parts[name] for name in names}
+
+    # -- begin and end ------------------------------------------------------------------------------------------------
+
+    def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
+        """Makes the run folder and evaluates, or loads the checkpoint that the run is resumed from."""
+        self._lock.take()
+        self.callback_states.check()
+        self.writer = MetricsWriter(self.run_dir)
+        if resume_from_checkpoint:
+            self._resume(resume_from_checkpoint)
+        elif (self.run_dir / "metrics.jsonl").exists() or store.found(self.run_dir / "checkpoints"):
+            raise ConfigError(
+                f"output_dir={str(self.run_dir)!r}: holds a run already; resume it by `stable-rlhf resume "
+                f"{self.run_dir}`, or choose another folder"
+            )
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        # Written again by a resume, which may train longer.
+        replace_text(self.run_dir / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        if not resume_from_checkpoint:
+            RandomState().load_state_dict(self._random)
+            incidents.truncate(self.run_dir, 0)  # of a run that was never saved
+            self.recovery.begin(*capture(self.parts, self.steps_done))
+        self.state.max_steps, self.state.global_step = self.args.max_steps, self.steps_done
+        self._began = True
+
+    def end(self) -> None:
+        """Releases the run folder and drops the snapshots; a run that has ended is resumed from a checkpoint."""
+        self.recovery.end()
+        self._lock.release()
+        self._began, self._progress = False, None
+
+    def _resume(self, chosen: bool | str | Path) -> None:
+        """Loads a checkpoint, and removes what the run folder has of later steps."""
+        checkpoints = self.run_dir / "checkpoints"
+        path, damaged = store.newest(checkpoints) if chosen is True else (Path(str(chosen)), list[str]())
+        for fault in damaged:
+            tell(f"{fault}: passed over, the run resumes from step {store.steps_of(path)}")
+        with store.restoring(path):
+            tensors, state = self.load_checkpoint(path)
+        if path.resolve().parent != checkpoints.resolve():
+            raise ConfigError(f"resume_from_checkpoint={str(path)!r}: set output_dir to the run that it belongs to")
+        if self.steps_done > self.args.max_steps:
+            raise ConfigError(
+                f"max_steps={self.args.max_steps}: the run has done {self.steps_done} steps already; give that many or "
+                "more, or resume from an older checkpoint"
+            )
+        forget_after(self.run_dir, self.writer, self.steps_done)
+        self.recovery.resume(tensors, state)
+        if self.steps_done < self.args.max_steps:  # the final model is no longer the last
+            shutil.rmtree(self.run_dir / "final", ignore_errors=True)
+            evaluation.forget_after(self.run_dir)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> Path:
+        """All that affects the future, the last good state included, in run_dir/checkpoints/step-<steps done>."""
+        tensors, state = capture(self.parts, self.steps_done)
+        self.recovery.snapshots.into(tensors, state)
+        kept = self.args.save_total_limit
+        path = store.save(self.run_dir / "checkpoints", self.steps_done, tensors, state, kept)
+        self._saved_at = self.steps_done
+        self.control = self.handler.on_save(self._arguments, self.state, self.control)
+        return path
+
+    def load_checkpoint(self, path: Path) -> tuple[Tensors, dict[str, Any]]:
+        """Puts the run back to a checkpoint; returns its content."""
+        tensors, state = store.load(path)
+        restore(self.parts, tensors, state)
+        self._tighten()
+        return tensors, state
+
+    def _roll_back(self) -> int:
+        """Puts the last good state back, every byte of it, except the parts that stay (recovery.STAYS).
+
+        Returns the steps done in that state. Raises CheckpointError where it cannot be read; nothing has changed then.
+        """
+        tensors, state = self.recovery.snapshots.load()
+        restore({name: part for name, part in self.parts.items() if name not in STAYS}, tensors, state)
+        self.guard.roll_back(state["parts"]["guard"])
+        self.recovery.suspect = False
+        self.scheduler.last_epoch = self.steps_done  # a step that broke off did not move it
+        self.controller.next_step = self.steps_done
+        self._tighten()
+        return state["step"]
+
+    def _tighten(self) -> None:
+        """Sets learning rates and KL threshold to what the roll-backs so far ask for."""
+        self.controller.tighten(self.recovery.factor)
+        self.set_learning_rates()
+
+    def set_learning_rates(self) -> None:
+        """base x schedule x the roll-backs' factor; the schedule is that of the present max_steps."""
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) * self.recovery.factor
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """A plain Transformers or PEFT folder with its tokenizer; value_heads.safetensors lies beside the weights."""
+        folder = Path(output_dir or self.run_dir / "final")
+        policy: Any = self.model.policy
+        policy.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        heads = {
+            name: tensor.cpu().contiguous()
+            for name, tensor in self.model.trained_state().items()
+            if name.startswith(("heads.", "target_heads."))
+        }
+        save_file(heads, folder / "value_heads.safetensors")
+        return folder
+
+    def save_final(self) -> None:
+        """``save_model`` into run_dir/final, whole or not at all: a kill leaves what was there before, or nothing."""
+        aside = self.save_model(self.run_dir / ".final")
+        shutil.rmtree(self.run_dir / "final", ignore_errors=True)
+        aside.rename(self.run_dir / "final")
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Uploads the policy and its tokenizer (``PreTrainedModel.push_to_hub`` takes the same arguments)."""
+        self.processing_class.push_to_hub(repo_id, **kwargs)
+        policy: Any = self.model.policy
+        return policy.push_to_hub(repo_id, **kwargs)
+
+    def _encode(self, dataset: Any) -> EncodedPrompts:
+        return encode_prompts(
+            dataset,
+            self.processing_class,
+            max_prompt_length=self.args.data.max_prompt_length,
+            context_length=context_length(self.model.policy),
+            max_completion_length=self.args.rollout.max_completion_length,
+        )

@@ -256,7 +256,7 @@ def test_a_first_request_is_answered_although_the_run_is_asked_to_stop() -> None
 
 def test_a_pause_ends_where_the_run_is_asked_to_stop() -> None:
     began = time.monotonic()
-    with misbehaving(answer(b"", 503, Retry_After="60")) as server, stopped_after(0.3):
+    with misbehaving(answer(b"", 503, Retry_After="30")) as server, stopped_after(0.3):
         asked(server.url)
     assert time.monotonic() - began < SOON
     assert len(server.requests) == 1
@@ -265,7 +265,7 @@ def test_a_pause_ends_where_the_run_is_asked_to_stop() -> None:
 def test_a_request_that_is_made_again_ends_where_the_run_is_asked_to_stop() -> None:
     began = time.monotonic()
     with misbehaving(answer(b"", 503), servers.hang) as server, stopped_after(1.0):
-        asked(server.url, timeout=60.0)
+        asked(server.url, timeout=30.0)
     assert time.monotonic() - began < SOON
     assert len(server.requests) == 2
 
@@ -274,3 +274,22 @@ def test_no_further_request_is_made_once_the_run_is_asked_to_stop() -> None:
     with misbehaving(answer(b"", 503, Retry_After="1")) as server, stopped_after(0.2):
         asked(server.url)
     assert len(server.requests) == 1
+
+
+# -- a refusal ------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_is_not_read_further_than_is_shown_of_it() -> None:
+    """It begins with more than is read of one, and never ends."""
+
+    def endless(handler: servers.Handler) -> None:
+        handler.send_response(503)
+        handler.send_header("Content-Length", str(10**9))
+        handler.end_headers()
+        handler.wfile.write(b"busy " * 2000)
+        handler.wfile.flush()
+        handler.close_connection = True
+        handler.server.released.wait()
+
+    with misbehaving(endless) as server, pytest.raises(RewardUnavailable, match="HTTP 503: 'busy busy "):
+        asked(server.url, timeout=3.0, retries=0)

@@ -24,13 +24,18 @@ GUARD = {"snapshot_steps": 2, "patience": 3, "max_kl": 0.5}
 
 
 def prints(tensors: snapshots.Tensors, state: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of every tensor, and every other part of a state as JSON."""
+    """SHA-256 of every tensor, and the rest of each part of a state as JSON."""
     found = {
         f"{group}.{name}": hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
         for group, named in tensors.items()
         for name, tensor in named.items()
     }
-    return found | {name: json.dumps(part, sort_keys=True) for name, part in state.items()}
+    return found | {name: json.dumps(part, sort_keys=True) for name, part in state["parts"].items() if part}
+
+
+def captured(run: SAFETrainer) -> tuple[snapshots.Tensors, dict[str, Any]]:
+    """The state of a run as it is now: its own tensors, and the rest."""
+    return checkpoints_state.capture(run.parts, run.steps_done)
 
 
 def guarded(output_dir: Path, lora_r: int = 0, guard: dict | None = None, **overrides: Any) -> Any:
@@ -48,7 +53,7 @@ class Happens(TrainerCallback):
         """Steps done -> prints of the state, before ``what``."""
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.seen[state.global_step] = prints(*checkpoints_state.capture(self.run))
+        self.seen[state.global_step] = prints(*captured(self.run))
         if state.global_step in self.at:
             self.what(self.run)
 

@@ -18,7 +18,7 @@ from stable_rlhf.checkpoints.snapshots import Snapshots
 from stable_rlhf.errors import CheckpointError
 from stable_rlhf.runs import incidents
 from stable_rlhf.runs.metrics import MetricsWriter
-from stable_rlhf.training import recovery
+from stable_rlhf.training import resume
 from tests.runs.test_incidents import of_step
 from tests.tiny_runs import settings, trainer
 
@@ -196,34 +196,36 @@ def run(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> SAFETrainer:
 
 
 def taken(run: SAFETrainer) -> tuple[checkpoints_snapshots.Tensors, dict[str, Any]]:
-    return copy.deepcopy(checkpoints_state.capture(run))
+    return copy.deepcopy(checkpoints_state.capture(run.parts, run.steps_done))
 
 
 def test_gradients_of_an_interrupted_update_are_gone_when_a_state_is_put_back(run: SAFETrainer) -> None:
     parameters = [*run.model.policy_parameters(), *run.model.critic_parameters()]
     state = taken(run)
     assert all(parameter.grad is not None for parameter in parameters)
-    checkpoints_state.restore(run, *state)
+    checkpoints_state.restore(run.parts, *state)
     assert all(parameter.grad is None for parameter in parameters)
 
 
-def test_the_counts_of_a_run_and_whether_it_is_quiet_come_back(run: SAFETrainer) -> None:
-    run.step, run.episode, run.quiet = 3, 24, True
+def test_the_counts_of_a_run_and_whether_its_preview_is_quiet_come_back(run: SAFETrainer) -> None:
+    preview = run.preview
+    assert preview is not None
+    run.counters.step, run.counters.episode, preview.quiet = 3, 24, True
     run.normaliser.update([1.0, 5.0])
     state = taken(run)
     drawn = torch.rand(3)
-    run.step, run.episode, run.quiet = 9, 72, False
+    run.counters.step, run.counters.episode, preview.quiet = 9, 72, False
     run.normaliser.update([100.0])
-    checkpoints_state.restore(run, *state)
-    assert (run.step, run.episode, run.quiet) == (3, 24, True)
-    assert run.normaliser.state_dict() == state[1]["normaliser"]
+    checkpoints_state.restore(run.parts, *state)
+    assert (run.steps_done, run.counters.episode, preview.quiet) == (3, 24, True)
+    assert run.normaliser.state_dict() == state[1]["parts"]["normaliser"]
     assert torch.equal(torch.rand(3), drawn)
 
 
 def test_what_is_learned_after_a_state_was_put_back_does_not_reach_the_state(run: SAFETrainer) -> None:
     tensors, state = taken(run)
     before = copy.deepcopy(tensors)
-    checkpoints_state.restore(run, tensors, state)
+    checkpoints_state.restore(run.parts, tensors, state)
     for parameter in [*run.model.policy_parameters(), *run.model.critic_parameters()]:
         parameter.grad = torch.ones_like(parameter)
     run.optimizer.step()
@@ -234,7 +236,7 @@ def test_what_is_learned_after_a_state_was_put_back_does_not_reach_the_state(run
 
 def test_the_states_of_callbacks_are_copies_under_names_of_their_own(run: SAFETrainer) -> None:
     first = next(callback for callback in run.handler.callbacks if isinstance(callback, Best))
-    found = checkpoints_state.callbacks_of(run)
+    found = run.callback_states.state_dict()
     first.attributes["scores"].append(2.0)
     assert found == {
         "Best": {"args": {}, "attributes": {"attributes": {"scores": [1.0]}}},
@@ -247,7 +249,9 @@ def test_callbacks_get_their_states_back_where_that_is_asked_for(run: SAFETraine
     state = taken(run)
     first = next(callback for callback in run.handler.callbacks if isinstance(callback, Best))
     first.attributes = {"scores": [7.0]}
-    checkpoints_state.restore(run, *state, callbacks=callbacks)
+    checkpoints_state.restore(
+        {name: part for name, part in run.parts.items() if callbacks or name != "callbacks"}, *state
+    )
     assert first.attributes == {"scores": [1.0] if callbacks else [7.0]}
 
 
@@ -256,20 +260,20 @@ def test_what_the_folder_has_of_steps_that_are_repeated_goes_and_is_named(
 ) -> None:
     run.writer = MetricsWriter(run.run_dir)
     for step in range(5):
-        run.step = step + 1
+        run.counters.step = step + 1
         run.writer.write({"step": step}, {"total_s": 1.0})
         incidents.record(run.run_dir, of_step(step))
         if step in (1, 2, 4):
             run.save_checkpoint()
-    run.step = 3
+    run.counters.step = 3
     capsys.readouterr()
-    recovery.forget_after(run)
+    resume.forget_after(run.run_dir, run.writer, run.steps_done)
     assert capsys.readouterr().err == (
-        "what there was of the steps after 3 is removed, step-000005 too: they are done again\n"
+        "Removed everything after step 3 (including step-000005); those steps will be repeated\n"
     )
     assert [incident["step"] for incident in incidents.read(run.run_dir)] == [0, 1, 2]
     assert [[row["step"] for row in rows] for rows in run.writer.check().values()] == [[0, 1, 2]] * 2
     names = sorted(path.name for path in (run.run_dir / "checkpoints").iterdir())
     assert names == ["step-000003"]  # of the two that were kept
-    recovery.forget_after(run)
+    resume.forget_after(run.run_dir, run.writer, run.steps_done)
     assert capsys.readouterr().err == ""

@@ -45,9 +45,10 @@ def run(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFac
 
 def saved_with(run: SAFETrainer, name: str) -> tuple[snapshots.Tensors, dict[str, Any]]:
     """The run's state, saved by a run with another value of the setting."""
-    tensors, state = checkpoints_state.capture(run)
+    tensors, state = checkpoints_state.capture(run.parts, run.steps_done)
     section, _, field = name.rpartition(".")
-    (state["config"][section] if section else state["config"])[field] = ANOTHER
+    saved = state["parts"]["settings"]
+    (saved[section] if section else saved)[field] = ANOTHER
     return tensors, state
 
 
@@ -56,7 +57,7 @@ def test_a_setting_that_makes_it_another_run_is_refused_with_both_values(run: SA
     section, _, field = name.rpartition(".")
     here = (run.settings[section] if section else run.settings)[field]
     with pytest.raises(CheckpointError) as caught:
-        checkpoints_state.restore(run, *saved_with(run, name))
+        checkpoints_state.restore(run.parts, *saved_with(run, name))
     assert str(caught.value) == (
         f"{name} is {here!r} here and 'another value' in the checkpoint: resume with the run's own, or start a new run"
     )
@@ -65,15 +66,16 @@ def test_a_setting_that_makes_it_another_run_is_refused_with_both_values(run: SA
 @pytest.mark.parametrize("name", MAY_CHANGE)
 def test_a_setting_that_says_where_and_how_may_be_another(run: SAFETrainer, name: str) -> None:
     assert name in NAMES
-    checkpoints_state.restore(run, *saved_with(run, name))
-    assert run.step == 1
+    checkpoints_state.restore(run.parts, *saved_with(run, name))
+    assert run.steps_done == 1
 
 
 def test_another_reference_is_refused_before_anything_is_changed(run: SAFETrainer, tmp_path: Path) -> None:
-    tensors, state = checkpoints_state.capture(run)
+    tensors, state = checkpoints_state.capture(run.parts, run.steps_done)
+    parts = {**state["parts"], "reference": {"fingerprint": "0" * 64}, "counters": {"step": 9, "episode": 72}}
     with pytest.raises(CheckpointError, match="its reference model is another one; give the model it began with"):
-        checkpoints_state.restore(run, tensors, {**state, "reference": "0" * 64, "step": 9})
-    assert run.step == 1
+        checkpoints_state.restore(run.parts, tensors, {"step": 9, "parts": parts})
+    assert run.steps_done == 1
 
 
 @pytest.mark.parametrize(
@@ -88,12 +90,12 @@ def test_another_reference_is_refused_before_anything_is_changed(run: SAFETraine
 def test_a_server_may_have_moved_and_no_other_reward(
     run: SAFETrainer, monkeypatch: pytest.MonkeyPatch, here: list[str], there: list[str], same: bool
 ) -> None:
-    tensors, state = checkpoints_state.capture(run)
-    state["config"]["reward"]["functions"] = there
+    tensors, state = checkpoints_state.capture(run.parts, run.steps_done)
+    state["parts"]["settings"]["reward"]["functions"] = there
     reward = dataclasses.replace(run.args.reward, functions=here)
     monkeypatch.setattr(run, "args", dataclasses.replace(run.args, reward=reward))
     if same:
-        checkpoints_state.restore(run, tensors, state)
+        checkpoints_state.restore(run.parts, tensors, state)
         return
     with pytest.raises(CheckpointError, match=r"^reward\.functions is "):
-        checkpoints_state.restore(run, tensors, state)
+        checkpoints_state.restore(run.parts, tensors, state)

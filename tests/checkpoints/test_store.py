@@ -87,13 +87,13 @@ def test_a_cut_off_file_and_a_folder_that_is_not_there_are_refused(tmp_path: Pat
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = save(tmp_path)
     monkeypatch.setattr(manifest, "VERSION", 99)
-    with pytest.raises(CheckpointError, match=r"step-000004 is not .*it has format 2, this release reads 99"):
+    with pytest.raises(CheckpointError, match=r"step-000004 is not .*it has format 3, this release reads 99"):
         store.load(saved)
     monkeypatch.undo()
     assert store.load(saved)[1]["step"] == 4
     digests = {name: manifest.sha256(saved / name) for name in FILES[1:]}
     (saved / "manifest.json").write_text(json.dumps(digests, indent=1))  # as format 1 had it
-    with pytest.raises(CheckpointError, match=r"it has format 1, this release reads 2.*or start a new run"):
+    with pytest.raises(CheckpointError, match=r"it has format 1, this release reads 3.*or start a new run"):
         store.load(saved)
 
 
@@ -136,16 +136,15 @@ def test_forgetting_removes_only_the_checkpoints_after_the_step(tmp_path: Path) 
 
 def test_all_generators_draw_the_same_numbers_after_loading_through_the_files(tmp_path: Path) -> None:
     np.random.normal(), random.gauss(0, 1)  # both keep a second normal deviate for the next call
-    generators, state = checkpoints_state.random_state()
-    path = store.save(tmp_path, 1, {"random": generators}, {"random": state}, 1)
+    parts = {"random": checkpoints_state.RandomState()}
+    path = store.save(tmp_path, 1, *checkpoints_state.capture(parts, 1), 1)
 
     def draw() -> list[Any]:
         return [torch.rand(3).tolist(), random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand()]
 
     first = draw()
     assert draw() != first
-    tensors, loaded = store.load(path)
-    checkpoints_state.load_random_state(tensors["random"], loaded["random"])
+    checkpoints_state.restore(parts, *store.load(path))
     assert draw() == first
 
 
@@ -165,13 +164,12 @@ def test_the_optimisers_state_continues_bit_for_bit(tmp_path: Path) -> None:
 
     first, optimizer = made()
     step(first, optimizer, 1.0, both=False)
-    moments, groups = checkpoints_state.optimizer_state(optimizer)
-    path = store.save(tmp_path, 1, {"optimizer": moments}, {"groups": groups}, 1)
+    state = checkpoints_state.capture({"optimizer": checkpoints_state.OptimizerState(optimizer)}, 1)
+    path = store.save(tmp_path, 1, *state, 1)
     second, other = made()
     for mine, theirs in zip(second, first, strict=True):
         mine.data.copy_(theirs.data)
-    tensors, state = store.load(path)
-    checkpoints_state.load_optimizer_state(other, tensors["optimizer"], state["groups"])
+    checkpoints_state.restore({"optimizer": checkpoints_state.OptimizerState(other)}, *store.load(path))
     for scale in (0.5, -2.0):
         step(first, optimizer, scale, both=True)
         step(second, other, scale, both=True)

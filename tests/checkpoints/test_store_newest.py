@@ -273,9 +273,9 @@ def test_a_hostile_safetensors_file_ends_in_a_sentence(tmp_path: Path, content: 
         (b"[" * 100_000, "manifest.json has changed since it was saved: it is nested too deeply"),
         (b" " * (1 << 20) + b"{}", "manifest.json is longer than 1,048,576 bytes"),
         (b"[]", "manifest.json has changed since it was saved"),
-        (b'{"version": 2, "step": 4, "files": 5}', "manifest.json has changed since it was saved"),
-        (b'{"version": 2, "step": 4, "files": {"state.json": []}}', "manifest.json has changed since it was saved"),
-        (b'{"version": 2, "step": NaN, "files": {}}', "NaN is not a finite number"),
+        (b'{"version": 3, "step": 4, "files": 5}', "manifest.json has changed since it was saved"),
+        (b'{"version": 3, "step": 4, "files": {"state.json": []}}', "manifest.json has changed since it was saved"),
+        (b'{"version": 3, "step": NaN, "files": {}}', "NaN is not a finite number"),
         (manifest.Manifest(4, {}).encoded(), "manifest.json has changed since it was saved"),
         (manifest.Manifest(4, {"state.json": (0, "")}).encoded(), r"'model.safetensors' was not saved with it"),
         (manifest.Manifest(4, {"state.json": (0, ""), "../x": (0, "")}).encoded(), "../x is missing"),
@@ -328,7 +328,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_bi
     said = capsys.readouterr().err.splitlines()
     assert said[0] == (
         f"{folder}/step-000004 is not a whole checkpoint (optimizer.safetensors has changed since it was saved): "
-        "passed over, the run goes on from step 2"
+        "passed over, the run resumes from step 2"
     )
     assert said[1].startswith(f"{folder}/damaged-step-000004: a damaged checkpoint of a later step has this name now")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == text
@@ -343,8 +343,9 @@ def test_a_whole_checkpoint_whose_state_is_of_another_kind_is_refused(
     trainer(config, tokenizer).train()
     saved = tmp_path / "run" / "checkpoints" / "step-000004"
     state = json.loads((saved / "state.json").read_text())
-    for other in ({key: value for key, value in state.items() if key != part}, {**state, part: 5}):
-        forge(saved, "state.json", json.dumps(other).encode())
+    parts = state["parts"]
+    for other in ({name: own for name, own in parts.items() if name != part}, {**parts, part: 5}):
+        forge(saved, "state.json", json.dumps({**state, "parts": other}).encode())
         with pytest.raises(CheckpointError, match=r"step-000004 holds no state of a run \((Key|Type|Attribute)Error: "):
             trainer(config, tokenizer).train(resume_from_checkpoint=True)
 

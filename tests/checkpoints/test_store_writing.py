@@ -111,20 +111,21 @@ def test_numbers_of_more_digits_come_after_those_of_fewer(tmp_path: Path) -> Non
 def test_an_optimiser_of_other_settings_is_refused_in_any_group(setting: str, saved: float) -> None:
     parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
     optimizer = torch.optim.AdamW([{"params": [each], "initial_lr": 0.1, "weight_decay": 0.0} for each in parameters])
-    tensors, groups = state.optimizer_state(optimizer)
-    state.load_optimizer_state(optimizer, tensors, groups)
-    groups[1][setting] = saved
+    part = state.OptimizerState(optimizer)
+    kept = part.state_dict()
+    part.load_state_dict(kept)
+    kept["groups"][1][setting] = saved
     name = "learning_rate" if setting == "initial_lr" else setting
     here = 0.1 if setting == "initial_lr" else 0.0
     with pytest.raises(CheckpointError, match=rf"^{name} is {here} here and {saved} in the checkpoint: resume with"):
-        state.load_optimizer_state(optimizer, tensors, groups)
+        part.load_state_dict(kept)
 
 
 def test_the_second_of_a_pair_of_normal_deviates_comes_back() -> None:
     """Python's and NumPy's generators each keep one for the next call."""
     random.gauss(0, 1), np.random.normal()
-    saved = state.random_state()
+    saved = state.RandomState().state_dict()
     first: list[Any] = [random.gauss(0, 1), float(np.random.normal())]
     random.gauss(0, 1), np.random.rand(3)
-    state.load_random_state(*saved)
+    state.RandomState().load_state_dict(saved)
     assert [random.gauss(0, 1), float(np.random.normal())] == first

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import format_datetime
 from typing import Any
@@ -230,14 +230,15 @@ def test_a_silence_that_a_pause_will_make_is_told_before_it(
 
 
 @contextmanager
-def stopped_after(seconds: float) -> Iterator[None]:
-    """SIGTERM to this process that soon, while a step is in hand; Interrupted at its end, as in a run."""
+def stopped_after(seconds: float) -> Iterator[Callable[[], bool]]:
+    """SIGTERM to this process that soon, while a step is in hand; Interrupted at its end, as in a run. Gives whether
+    the run is asked to stop."""
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted), GracefulStop() as stop:  # noqa: PT012
         timer.start()
         try:
             with stop.waiting():
-                yield
+                yield stop.asked
                 timer.join()
         finally:
             timer.cancel()
@@ -249,30 +250,30 @@ def test_a_first_request_is_answered_although_the_run_is_asked_to_stop() -> None
         score(handler)
 
     scores: list[Any] = []
-    with misbehaving(slow) as server, stopped_after(0.2):
-        scores += asked(server.url)
+    with misbehaving(slow) as server, stopped_after(0.2) as stopping:
+        scores += asked(server.url, stopping=stopping)
     assert scores == [2.0, 3.0]
 
 
 def test_a_pause_ends_where_the_run_is_asked_to_stop() -> None:
     began = time.monotonic()
-    with misbehaving(answer(b"", 503, Retry_After="30")) as server, stopped_after(0.3):
-        asked(server.url)
+    with misbehaving(answer(b"", 503, Retry_After="30")) as server, stopped_after(0.3) as stopping:
+        asked(server.url, stopping=stopping)
     assert time.monotonic() - began < SOON
     assert len(server.requests) == 1
 
 
 def test_a_request_that_is_made_again_ends_where_the_run_is_asked_to_stop() -> None:
     began = time.monotonic()
-    with misbehaving(answer(b"", 503), servers.hang) as server, stopped_after(1.0):
-        asked(server.url, timeout=30.0)
+    with misbehaving(answer(b"", 503), servers.hang) as server, stopped_after(1.0) as stopping:
+        asked(server.url, timeout=30.0, stopping=stopping)
     assert time.monotonic() - began < SOON
     assert len(server.requests) == 2
 
 
 def test_no_further_request_is_made_once_the_run_is_asked_to_stop() -> None:
-    with misbehaving(answer(b"", 503, Retry_After="1")) as server, stopped_after(0.2):
-        asked(server.url)
+    with misbehaving(answer(b"", 503, Retry_After="1")) as server, stopped_after(0.2) as stopping:
+        asked(server.url, stopping=stopping)
     assert len(server.requests) == 1
 
 

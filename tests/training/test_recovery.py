@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from stable_rlhf.checkpoints import snapshots as checkpoints_snapshots
 from stable_rlhf.checkpoints import state
 from stable_rlhf.errors import CheckpointError
 from stable_rlhf.runs import incidents
-from tests.guarded_runs import ADAPTER, STEPS, Happens, fill, guarded, known, made, multiply, prints
+from tests.guarded_runs import ADAPTER, STEPS, Happens, captured, fill, guarded, known, made, multiply, prints
 from tests.tiny_runs import ENDS, letters, rows, trainer
 
 # -- every byte -----------------------------------------------------------------------------------------------------
@@ -41,9 +42,9 @@ def scramble(run: SAFETrainer) -> None:
     run.normaliser.update([5.0, -5.0])
     run.stream.take(3)
     run.scheduler.last_epoch = 99
-    run.step, run.episode = 99, 999
+    run.counters.step, run.counters.episode = 99, 999
     run.controller.load_state_dict({**run.controller.state_dict(), "next_step": 99})
-    run.recovery.guard = type(run.recovery.guard)(rollbacks=2)
+    run.guard.state = dataclasses.replace(run.guard.state, rollbacks=2)
     assert run.preview is not None
     run.preview.quiet = not run.preview.quiet
     torch.rand(3)
@@ -55,22 +56,22 @@ def test_what_is_kept_comes_back_byte_for_byte_and_is_not_changed_by_what_follow
 ) -> None:
     run = trainer(guarded(tmp_path, lora_r, max_steps=3), tokenizer)
     run.train()
-    before = prints(*state.capture(run))
+    before = prints(*captured(run))
     assert any("target_heads" in name for name in before)
     assert any(name.startswith("optimizer.") and name.endswith("exp_avg_sq") for name in before)
     snapshots = run.recovery.snapshots
-    snapshots.keep(*state.capture(run))
+    snapshots.keep(*captured(run))
     snapshots.confirm()
     for _ in range(2):  # what was put back is trained on, and must not be the snapshot itself
         scramble(run)
-        after = prints(*state.capture(run))
-        untouched = {"random.cpu", "random", "reference", "config", "callbacks"}
+        after = prints(*captured(run))
+        untouched = {"random.cpu", "random", "reference", "settings", "callbacks"}
         assert {name for name in before if before[name] == after[name]} <= untouched
-        state.restore(run, *snapshots.load())
-        assert prints(*state.capture(run)) == before
-    run.step += 1
-    kept = state.capture(run)[0]["model"]
-    snapshots.keep(*state.capture(run))  # a candidate, in other memory than the good one's
+        state.restore(run.parts, *snapshots.load())
+        assert prints(*captured(run)) == before
+    run.counters.step += 1
+    kept = captured(run)[0]["model"]
+    snapshots.keep(*captured(run))  # a candidate, in other memory than the good one's
     with torch.no_grad():
         next(iter(kept.values())).add_(1.0)
     assert prints(*snapshots.load())["model." + next(iter(kept))] == before["model." + next(iter(kept))]
@@ -82,11 +83,11 @@ def test_a_candidate_is_good_once_it_is_confirmed_and_only_then(tokenizer, tmp_p
     snapshots = checkpoints_snapshots.Snapshots(None if lora_r else tmp_path / "kept")
 
     def keep(step: int) -> dict[str, str]:
-        run.step = step
+        run.counters.step = step
         with torch.no_grad():
             next(iter(run.model.trained_state().values())).fill_(float(step))
-        snapshots.keep(*state.capture(run))
-        return prints(*state.capture(run))
+        snapshots.keep(*captured(run))
+        return prints(*captured(run))
 
     def good() -> dict[str, str]:
         return prints(*snapshots.load())
@@ -134,13 +135,13 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     good, back = happens.seen[4], happens.seen[6]
     moved = {name for name in good if good[name] != back[name]}
     drawn = {"random.cpu", "random"}
-    assert moved == {"step", "episode", "prompts", "scheduler", "optimizer", "controller", "guard", *drawn}
+    assert moved == {"counters", "prompts", "scheduler", "optimizer", "controller", "guard", *drawn}
     was, now = ({name: json.loads(found[name]) for name in moved if "." not in name} for found in (good, back))
-    assert (now["step"], now["episode"], now["prompts"]["epoch"], now["prompts"]["position"]) == (6, 48, 5, 8)
+    assert (now["counters"], now["prompts"]["epoch"], now["prompts"]["position"]) == ({"step": 6, "episode": 48}, 5, 8)
     assert now["controller"] == {**was["controller"], "next_step": 6}
     assert now["guard"] == {**was["guard"], "rollbacks": 1, "factor": 0.25}
     assert now["scheduler"]["last_epoch"] == 6
-    for before, after in zip(was["optimizer"], now["optimizer"], strict=True):
+    for before, after in zip(was["optimizer"]["groups"], now["optimizer"]["groups"], strict=True):
         assert after == {**before, "lr": 1e-3 * (1 - 6 / 8) * 0.25}
     assert run.controller.settings.budget == 0.3 * 0.25
     figures = rows(run.run_dir)
@@ -149,8 +150,8 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     assert [row["lr"] for row in figures] == expected
     (incident,) = incidents.read(run.run_dir)
     assert incident["done"] == (
-        "went back to the state after 4 steps (roll-back 1 of 3) and on with other prompts, the learning rate at "
-        "0.25 x what is configured and the KL held as much tighter"
+        "went back to the state after 4 steps (roll-back 1 of 3) and continues with other prompts, the learning "
+        "rate at 0.25 x its setting and the KL held tighter by the same factor"
     )
 
 
@@ -214,7 +215,7 @@ def test_a_run_whose_weights_go_wrong_ends_with_good_ones(
 def test_gradients_that_are_not_finite_are_skipped_and_after_patience_rolled_back(tokenizer, tmp_path: Path) -> None:
     happens = Happens()
     run = made(guarded(tmp_path, max_steps=9), tokenizer, happens)
-    run.model.policy_parameters()[0].register_hook(lambda g: g * math.nan if run.step in (3, 5, 6, 7) else g)
+    run.model.policy_parameters()[0].register_hook(lambda g: g * math.nan if run.steps_done in (3, 5, 6, 7) else g)
     run.train()
     assert known(run) == [
         (3, "skip", "skipped_steps"),
@@ -268,9 +269,9 @@ def test_a_learning_rate_far_too_high_is_lowered_until_the_run_is_readable(token
         ("roll back", "non_finite"),
         ("skip", "skipped_steps"),
     }
-    assert 1 <= run.recovery.guard.rollbacks <= 3
+    assert 1 <= run.guard.state.rollbacks <= 3
     last = rows(tmp_path)[-1]
-    assert last["lr"] == 3.0 * 0.01**run.recovery.guard.rollbacks
+    assert last["lr"] == 3.0 * 0.01**run.guard.state.rollbacks
     assert abs(last["objective/kl"]) < 2.0
     assert all(tensor.isfinite().all() for tensor in run.model.trained_state().values())
 
@@ -278,7 +279,7 @@ def test_a_learning_rate_far_too_high_is_lowered_until_the_run_is_readable(token
 def test_a_failure_in_the_first_step_goes_back_to_the_beginning(tokenizer, tmp_path: Path) -> None:
     happens = Happens(lambda run: fill(run.model.policy_parameters(), math.nan), 1)
     run = made(guarded(tmp_path, guard={"snapshot_steps": 100}), tokenizer, happens)
-    start = prints(*state.capture(run))
+    start = prints(*captured(run))
     run.train()
     assert known(run) == [(1, "roll back", "non_finite")]
     back = happens.seen[2]
@@ -299,13 +300,13 @@ def test_rolling_back_an_adapter_on_135m_takes_less_than_two_seconds(tokenizer, 
     for parameter in [*run.model.policy_parameters(), *run.model.critic_parameters()]:
         parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()
-    run.recovery.begin()
+    run.recovery.begin(*captured(run))
     trained = sum(parameter.numel() for parameter in run.model.policy_parameters())
     assert (
         trained == 4_884_480
     )  # rank 16 on all seven projections of 30 layers, as of the model with its own vocabulary
     began = time.perf_counter()
-    run.recovery.judge({"objective/kl": 9.0})
+    run.judge({"objective/kl": 9.0})
     took = time.perf_counter() - began
-    assert run.recovery.guard.rollbacks == 1
+    assert run.guard.state.rollbacks == 1
     assert took < 2.0

@@ -51,7 +51,7 @@ def test_a_roll_back_to_a_damaged_state_ends_the_run_with_its_last_checkpoint_as
     (incident,) = incidents.read(run_dir)  # with rule and figures, like every verdict
     assert (incident["step"], incident["action"], incident["rule"]) == (1, "stop", "max_kl")
     assert incident["figures"]["objective/kl"] > 1e-9
-    assert str(stop.value) == incidents.sentence(incident)
+    assert str(stop.value) == f"{incidents.sentence(incident)} `stable-rlhf resume {run_dir}` goes on from step 1."
     (saved,) = store.found(run_dir / "checkpoints")
     assert store.load(saved)[1]["step"] == store.steps_of(saved) == 1
     assert not (run_dir / "snapshot").exists()
@@ -62,22 +62,22 @@ def test_what_roll_backs_have_made_of_the_rate_stays_with_another_factor_and_wit
 ) -> None:
     config = guarded(tmp_path / "run", save_steps=2, max_steps=2)
     run = trainer(config, tokenizer)
-    run._open_run(None)
-    run.recovery.guard = dataclasses.replace(run.recovery.guard, rollbacks=2, factor=0.64)
-    run.step = 2
+    run.begin()
+    run.guard.state = dataclasses.replace(run.guard.state, rollbacks=2, factor=0.64)
+    run.counters.step = 2
     run.save_checkpoint()
-    run._lock.release()
+    run.end()
     for guard in ({**GUARD, "rollback_factor": 0.1}, {"enabled": False}):
         again = trainer(settings(tmp_path / "run", guard=guard, save_steps=0, optim={"learning_rate": 1e-3}), tokenizer)
-        again._open_run(True)
+        again.begin(resume_from_checkpoint=True)
         assert [group["lr"] for group in again.optimizer.param_groups] == [1e-3 * 0.64] * 2
         assert again.controller.settings.budget == 0.3 * 0.64
-        again._lock.release()
+        again.end()
 
 
 def test_a_folder_with_a_checkpoint_alone_is_left_alone(tokenizer, tmp_path: Path) -> None:
     config = guarded(tmp_path / "run", max_steps=2)
     trainer(config, tokenizer).train()
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"holds a run already; go on with it by `stable-rlhf resume "):
+    with pytest.raises(ConfigError, match=r"holds a run already; resume it by `stable-rlhf resume "):
         trainer(config, tokenizer).train()

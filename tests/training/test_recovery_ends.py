@@ -94,7 +94,7 @@ def test_a_run_that_is_resumed_about_a_failure_is_the_one_that_never_stopped(
 def test_a_run_that_is_resumed_while_a_rule_is_broken_counts_on(tokenizer, tmp_path: Path, stop: int) -> None:
     def hooked(folder: Path, *callbacks: TrainerCallback) -> SAFETrainer:
         run = made(guarded(folder), tokenizer, Happens())
-        run.model.policy_parameters()[0].register_hook(lambda g: g * math.nan if run.step in (3, 4, 5) else g)
+        run.model.policy_parameters()[0].register_hook(lambda g: g * math.nan if run.steps_done in (3, 4, 5) else g)
         for callback in callbacks:
             run.add_callback(callback)
         return run
@@ -165,7 +165,7 @@ def test_without_the_guard_a_figure_that_is_not_finite_ends_the_run_and_nothing_
 
 def test_without_the_guard_a_gradient_that_is_not_finite_ends_the_run(tokenizer, tmp_path: Path) -> None:
     run = made(settings(tmp_path, guard={"enabled": False}), tokenizer, Happens())
-    run.model.policy_parameters()[0].register_hook(lambda g: g * math.nan if run.step == 2 else g)
+    run.model.policy_parameters()[0].register_hook(lambda g: g * math.nan if run.steps_done == 2 else g)
     with pytest.raises(DivergenceError, match=r"^step 2: .* is nan"):
         run.train()
 

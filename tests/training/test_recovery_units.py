@@ -12,11 +12,10 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from stable_rlhf import SAFETrainer, errors
-from stable_rlhf.checkpoints import state as checkpoints_state
 from stable_rlhf.checkpoints import store
 from stable_rlhf.errors import GuardStop
 from stable_rlhf.runs import incidents
-from tests.guarded_runs import ADAPTER, guarded
+from tests.guarded_runs import ADAPTER, captured, guarded
 from tests.tiny_runs import settings, trainer
 
 BAD, GOOD = {"objective/kl": 9.0}, {"objective/kl": 0.01}
@@ -38,7 +37,7 @@ def begun(tokenizer: PreTrainedTokenizerFast, folder: Path, lora_r: int = 0, **g
     optim = {"learning_rate": 1e-3, "lr_scheduler_type": "linear"}
     run = trainer(guarded(folder, lora_r, optim=optim, guard=guard), tokenizer, callbacks=[Counts()])
     run.run_dir.mkdir(exist_ok=True)
-    run.recovery.begin()
+    run.recovery.begin(*captured(run))
     return run
 
 
@@ -51,10 +50,10 @@ def after(run: SAFETrainer, figures: dict[str, Any], value: float | None = None)
     if value is not None:
         with torch.no_grad():
             weight(run).fill_(value)
-    run.step += 1
-    run.recovery.judge(figures)
-    if run.recovery.snapshot_due:
-        run.recovery.snapshots.keep(*checkpoints_state.capture(run))
+    run.counters.step += 1
+    run.judge(figures)
+    if run.recovery.snapshot_due(run.steps_done):
+        run.recovery.snapshots.keep(*captured(run))
 
 
 def filled_with(run: SAFETrainer, value: float) -> bool:
@@ -75,8 +74,7 @@ def test_a_state_is_good_once_the_step_after_it_was(tokenizer, tmp_path: Path, l
 @pytest.mark.parametrize(("steps", "due"), [(0, True), (1, False), (2, True), (3, False), (4, True)])
 def test_states_are_kept_at_multiples_of_snapshot_steps(tokenizer, tmp_path: Path, steps: int, due: bool) -> None:
     run = begun(tokenizer, tmp_path)
-    run.step = steps
-    assert run.recovery.snapshot_due == due
+    assert run.recovery.snapshot_due(steps) == due
 
 
 @ADAPTER
@@ -89,7 +87,7 @@ def test_a_suspect_step_ends_the_candidate_and_is_none_itself(tokenizer, tmp_pat
     after(run, BAD, 8.0)
     assert filled_with(run, 4.0)
     assert not run.recovery.suspect
-    assert run.recovery.snapshot_due  # the state gone back to is one to keep: 8 is a multiple of 2
+    assert run.recovery.snapshot_due(run.steps_done)  # the state gone back to is one to keep: 8 is a multiple of 2
 
 
 @ADAPTER
@@ -120,21 +118,21 @@ def test_a_roll_back_leaves_steps_prompts_draws_schedule_and_callbacks_as_they_h
     counter = next(callback for callback in run.handler.callbacks if isinstance(callback, Counts))
     taken = run.stream.take(3)
     torch.rand(2)
-    run.step, run.episode, counter.count = 4, 35, 5
+    run.counters.step, run.counters.episode, counter.count = 4, 35, 5
     run.controller.load_state_dict({**run.controller.state_dict(), "next_step": 5})
     prompts, drawn = run.stream.state_dict(), torch.get_rng_state()
     assert len(taken) == 3
     after(run, BAD)
-    assert (run.step, run.episode, counter.count, run.controller.next_step) == (5, 35, 5, 5)
+    assert (run.steps_done, run.counters.episode, counter.count, run.controller.next_step) == (5, 35, 5, 5)
     assert run.stream.state_dict() == prompts
     assert torch.equal(torch.get_rng_state(), drawn)
     assert run.scheduler.last_epoch == 5
     rates = [group["lr"] for group in run.optimizer.param_groups]
     assert rates == [1e-3 * (1 - 5 / 8) * 0.25] * 2
     assert run.controller.settings.budget == 0.3 * 0.25
-    assert (run.recovery.guard.rollbacks, run.recovery.factor) == (1, 0.25)
+    assert (run.guard.state.rollbacks, run.recovery.factor) == (1, 0.25)
     after(run, BAD)  # from the beginning again, but for what the roll-backs have made of it
-    assert (run.recovery.guard.rollbacks, run.recovery.factor) == (2, 0.25**2)
+    assert (run.guard.state.rollbacks, run.recovery.factor) == (2, 0.25**2)
     assert run.controller.settings.budget == 0.3 * 0.25**2
 
 
@@ -143,7 +141,7 @@ def test_an_incident_has_the_number_of_the_step_that_it_is_of_and_its_figures(to
     for figures in (GOOD, UNSURE, BAD):
         after(run, figures)
     skip, back = incidents.read(tmp_path)
-    assert (skip["step"], skip["action"], skip["done"]) == (1, "skip", "the rest of the step was learned from")
+    assert (skip["step"], skip["action"], skip["done"]) == (1, "skip", "learned from the rest of the step")
     assert (skip["figures"], back["figures"]) == (UNSURE, BAD)
     assert (back["step"], back["action"], back["rule"]) == (2, "roll back", "max_kl")
 

@@ -167,7 +167,7 @@ def test_a_finished_run_that_is_resumed_only_finishes(tokenizer, tmp_path: Path)
     (tmp_path / "run" / "final" / "value_heads.safetensors").unlink()
     again = trainer(config, tokenizer, eval_dataset=held_out)
     result = again.train(resume_from_checkpoint=True)
-    assert again.step == 4
+    assert again.steps_done == 4
     assert (metrics(config), final_weights(config)) == (text, weights)
     assert (tmp_path / "run/evaluation.json").read_text() == evaluation
     assert result == json.loads(evaluation)

@@ -69,7 +69,7 @@ def test_the_guard_weighs_a_mean_reward_by_the_rows_that_had_one(
     run = finished(settings(tmp_path / "run"), tokenizer, rewards)
     _, state = store.load(run.run_dir / "checkpoints" / "step-000004")
     expected = [statistics.pvariance(scores) / 5 for scores in rewards.scores]
-    assert state["guard"]["rewards"]["errors"] == pytest.approx(expected, rel=1e-9)
+    assert state["parts"]["guard"]["rewards"]["errors"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_each_step_counts_its_own_prompts_and_those_of_them_that_were_cut(

@@ -94,7 +94,7 @@ def check_output(found: Findings, config: Config) -> None:
     folder = Path(config.output_dir or "runs")
     shown = f"output_dir={config.output_dir!r}" + ("" if config.output_dir else " (a new folder under runs)")
     if config.output_dir is not None and (folder / "metrics.jsonl").exists():
-        found.fail(f"{shown}: holds a run already; go on with it by `stable-rlhf resume`, or choose another folder")
+        found.fail(f"{shown}: holds a run already; resume it by `stable-rlhf resume`, or choose another folder")
         return
     if (fault := unwritable(folder)) is not None:
         found.fail(f"{shown}: {fault}; choose another folder")

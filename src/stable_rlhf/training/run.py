@@ -161,7 +161,7 @@ class Run:
         return {
             "reference": self.reference,
             "settings": SameSettings(lambda: self.settings),
-            "policy": TrainedState(self.model),
+            "model": TrainedState(self.model),
             "optimizer": OptimizerState(self.optimizer),
             "scheduler": self.scheduler,
             "controller": self.controller,

@@ -126,9 +126,7 @@ class SAFETrainer(Run):
             figures = {name: value for name, value in row.items() if not isinstance(value, str)}
             figures["rows"] = sum(step.rollout.valid)
         self.counters.step += 1
-        verdict = self.recovery.judge(figures)
-        if verdict.action is not Action.GO_ON:
-            self._act(verdict, figures)
+        self.judge(figures)
         return row
 
     @property
@@ -174,6 +172,15 @@ class SAFETrainer(Run):
         self.control.should_save = False
 
     # -- what a verdict asks for --------------------------------------------------------------------------------------
+
+    def judge(self, figures: Mapping[str, Any]) -> None:
+        """The guard's verdict on the step just done, by its ``figures`` (names of metrics.jsonl), and what it asks for.
+
+        Raises GuardStop where it gives the run up.
+        """
+        verdict = self.recovery.judge(figures)
+        if verdict.action is not Action.GO_ON:
+            self._act(verdict, figures)
 
     def _act(self, verdict: Verdict, figures: Mapping[str, Any]) -> None:
         """Does what the guard's verdict asks for, and records it as an incident. Raises GuardStop."""

@@ -215,8 +215,8 @@ def test_the_guards_rules_are_those_of_the_table_in_their_order_with_their_bound
     assert at_once == [name for name, rule in guard_rules.RULES.items() if rule.at_once]
 
 
-def test_each_rule_of_the_guard_but_two_has_a_setting_of_its_name_and_a_row_of_what_to_do() -> None:
-    assert "Each but the first and third has a setting of its name in `guard`" in section("Guard", "##")
+def test_each_rule_of_the_guard_except_two_has_a_setting_of_its_name_and_a_row_of_what_to_do() -> None:
+    assert "Each except the first and third has a setting of its name in `guard`" in section("Guard", "##")
     settings = {field.name for field in dataclasses.fields(GuardConfig)}
     rules = list(guard_rules.RULES)
     assert [name for name in rules if name not in settings] == [rules[0], rules[2]]
@@ -270,10 +270,10 @@ def test_the_table_of_exit_codes_is_that_of_the_command() -> None:
 
 
 def test_every_exit_code_that_is_said_in_passing_is_one() -> None:
-    """In brackets after what ends with it, in operations.md; in a sentence, in README.md and rewards.md."""
+    """In brackets after what ends with it, in operations.md; in a sentence, there and in rewards.md."""
     said = [int(code) for found in re.findall(r"\((\d+(?: or \d+)?)\)", OPERATIONS) for code in found.split(" or ")]
     assert {Exit.GUARD, Exit.REWARD, Exit.DISK, Exit.INTERRUPTED, Exit.TERMINATED} <= set(said) <= set(Exit)
-    doctor = text(ROOT / "README.md").split("It exits with ")[1].split(".\n")[0]
+    doctor = OPERATIONS.split("It exits with ")[1].split(".\n")[0]
     assert [int(code) for code in re.findall(r"\b\d+\b", doctor)] == [Exit.DONE, Exit.FAILED, Exit.BAD_INPUT]
     server = re.search(r"with the exit codes (\d+) and (\d+)", text(ROOT / "docs" / "rewards.md"))
     assert server is not None
@@ -316,5 +316,5 @@ def test_every_function_that_is_named_with_its_file_is_there() -> None:
             found = [node for node in body if getattr(node, "name", None) == part]
             assert found, f"{file}:{function}"
             body = found[0].body
-    files = set(re.findall(r"`((?:control/|ops/)?\w+\.py)`", ALGORITHM))
+    files = set(re.findall(r"`((?:\w+/)?\w+\.py)`", ALGORITHM))
     assert sorted(file for file in files if not (PACKAGE / file).is_file()) == []

@@ -1,4 +1,4 @@
-"""What docs/, README.md and benchmarks/README.md say of the package is so: names, defaults, files, commands."""
+"""Names, defaults, files and commands that the documents give are those of the code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from stable_rlhf.runs.names import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "stable_rlhf"
-DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "benchmarks/README.md"])
+DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks/README.md"])
 # The log tells what was typed on a day; its settings may have gone since. Its links may not.
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 OF_TODAY = [path for path in DOCUMENTS if path.name != "LOG.md"]
 ALGORITHM = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = (".safetensors", ".json", ".jsonl", ".py", ".md", ".yaml")
 
 
@@ -305,6 +307,48 @@ def test_every_path_of_the_repository_that_is_named_exists(path: Path) -> None:
     folders = "docs|tests|benchmarks|scripts|configs|src"
     named = {m for span in code(path) for m in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", span)}
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in OF_TODAY if path.name != "CONTRIBUTING.md"], ids=lambda path: path.name
+)
+def test_no_page_for_users_sends_its_reader_to_the_log(path: Path) -> None:
+    assert "LOG.md" not in text(path)
+
+
+# --- the map of the source -------------------------------------------------------------------------
+
+
+def rooms() -> dict[str, str]:
+    """Room -> the files that its row of CONTRIBUTING.md names."""
+    return {
+        re.findall(r"\w+", cells[0])[0]: cells[2]
+        for cells in rows(CONTRIBUTING.split("## The rooms\n")[1].split("\n## ")[0])
+    }
+
+
+def test_the_map_has_every_room_and_no_other() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert set(rooms()) == folders
+    singles = set(re.findall(r"`(\w+\.py)`", CONTRIBUTING.split("\nSingle files: ")[1].split("\n\n")[0]))
+    assert singles == {path.name for path in PACKAGE.glob("*.py")}
+
+
+def test_every_file_that_the_map_names_is_in_its_room() -> None:
+    for room, files in rooms().items():
+        named = re.findall(r"`([\w.]+)`", files)
+        assert named, room
+        assert [name for name in named if not (PACKAGE / room / name).is_file()] == [], room
+
+
+def test_the_layers_that_are_shown_are_those_that_are_checked() -> None:
+    contracts = tomllib.loads(text(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    rules = CONTRIBUTING.split("## Rules of the house\n")[1].split("\n## ")[0]
+    assert re.findall(r"^    (\S.*)$", rules, flags=re.MULTILINE) == layers
+
+
+# --- functions and files of the algorithm ----------------------------------------------------------
 
 
 def test_every_function_that_is_named_with_its_file_is_there() -> None:

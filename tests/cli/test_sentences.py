@@ -32,7 +32,8 @@ from stable_rlhf.errors import (
     StableRLHFError,
 )
 from stable_rlhf.hardware import LESS
-from stable_rlhf.training import trainer as trainer_module
+from stable_rlhf.training import run as run_module
+from stable_rlhf.training import step as step_module
 from tests.cli.test_main import said, tiny_run
 from tests.faults.servers import answer, misbehaving
 
@@ -116,7 +117,7 @@ def test_weights_that_are_missing_or_damaged_are_a_sentence(
 
 
 def test_an_adapter_given_as_an_object_is_named_as_that(tiny: list[str]) -> None:
-    config = load_config(tiny)
+    config = load_config([*tiny, "--model.lora_r", "2", "--model.lora_target_modules", "[q_proj]"])
     adapter = LoraConfig(target_modules=["nope"], task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=r"^peft_config: target_modules=\{'nope'\}: Target modules"):
         SAFETrainer(config.model.name, args=config, peft_config=adapter)
@@ -141,7 +142,7 @@ def test_memory_that_runs_out_while_loading_says_what_takes_less(
     def greedy(*given: Any, **named: Any) -> Any:
         raise torch.OutOfMemoryError(f"{CUDA_SAID}. GPU 0 has 1 MiB.")
 
-    monkeypatch.setattr(trainer_module, "ActorCritic", greedy)
+    monkeypatch.setattr(run_module, "ActorCritic", greedy)
     with pytest.raises(OutOfMemoryError) as caught:
         loading(tiny)
     assert str(caught.value) == f"loading: {CUDA_SAID}; {LESS}"
@@ -235,7 +236,7 @@ ENDINGS: dict[str, tuple[BaseException, type[BaseException], Exit, str]] = {
 
 def fail_in_the_second_step(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """The update of each run's second step raises such an error."""
-    update, calls = trainer_module.update, []
+    update, calls = step_module.update, []
 
     def failing(*given: Any) -> Any:
         calls.append(0)
@@ -246,7 +247,7 @@ def fail_in_the_second_step(error: BaseException, monkeypatch: pytest.MonkeyPatc
         raise made
 
     error_args, cause = error.args, error.__cause__
-    monkeypatch.setattr(trainer_module, "update", failing)
+    monkeypatch.setattr(step_module, "update", failing)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 4, 5))
 
 
@@ -291,13 +292,13 @@ def test_a_saved_state_that_does_not_fit_is_told_alike_and_a_bug_after_it_is_not
         raise ValueError("the state of the controller has no 'threshold'")
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "restore", misfit)
+        patched.setattr(run_module, "restore", misfit)
         with pytest.raises(ConfigError) as caught:
             loading(longer).train(resume_from_checkpoint=True)
         capsys.readouterr()
         assert main(["resume", str(tmp_path / "run"), "--max_steps", "3"]) == Exit.BAD_INPUT
         assert said(capsys) == str(caught.value) == "the state of the controller has no 'threshold'"
-    monkeypatch.setattr(trainer_module, "update", misfit)
+    monkeypatch.setattr(step_module, "update", misfit)
     with pytest.raises(ValueError, match="the state of the controller") as bug:
         loading(longer).train(resume_from_checkpoint=True)
     assert not isinstance(bug.value, StableRLHFError)

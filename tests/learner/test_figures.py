@@ -18,7 +18,7 @@ from stable_rlhf.learner.measure import check_finite, measure, observe
 from stable_rlhf.learner.microbatches import permutation
 from stable_rlhf.learner.update import optimizer_groups, update
 from stable_rlhf.records import Batch
-from stable_rlhf.training import step as training_step
+from stable_rlhf.training.rows import completion_rows
 from tests.oracles import reductions
 from tests.oracles import update as oracle
 from tests.tiny_updates import (
@@ -289,7 +289,7 @@ def test_a_stored_completion_of_a_chat_has_its_messages_as_text(tokenizer) -> No
     chat = [{"role": "user", "content": "a question"}]
     rollout = dataclasses.replace(rollout, prompts=[chat, *rollout.prompts[1:]])
     measured = measure(passes_of(make_model(tokenizer, config), config), rollout, 0)
-    stored = training_step.completion_rows(rollout, measured)
+    stored = completion_rows(rollout, measured)
     assert stored[0]["prompt"] == prompt_text(chat) != str(chat)
     mask = measured.tokens.mask
     for row, one in enumerate(stored):

@@ -130,10 +130,10 @@ def test_the_pass_is_as_wide_as_its_longest_row_and_within_the_bound_on_a_passs_
     assert one.rows.tolist() == found.rows[:1].tolist()
 
 
-def test_the_share_is_of_all_rows_of_the_rollout_and_one_row_is_looked_at_whatever_the_bound(tokenizer) -> None:
+def test_the_share_is_of_all_rows_of_the_rollout_and_one_row_is_looked_at_whatever_the_bound() -> None:
     third = [0 if row % 3 == 0 else 5 for row in range(96)]
-    assert probed(tokenizer, third)[0].count == 3
-    one, _ = probed(tokenizer, [5] * 64, microbatch_tokens=1)
+    assert probed(third)[0].count == 3
+    one, _ = probed([5] * 64, microbatch_tokens=1)
     assert one.count == len(one.rows) == 1
 
 

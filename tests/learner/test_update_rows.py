@@ -9,7 +9,7 @@ import torch
 
 from stable_rlhf.learner import figures, make_batch, measure, observe, optimizer_groups
 from stable_rlhf.records import Rollout
-from stable_rlhf.training import step
+from stable_rlhf.training.rows import completion_rows
 from tests.tiny_updates import (
     ONE_STEP,
     ROWS,
@@ -214,7 +214,7 @@ def test_a_stored_completion_has_its_kl_per_token_and_no_score_where_there_is_no
     config = make_config()
     rollout = make_rollout(len(tokenizer), skipped=(2,))
     measured = measure(passes_of(make_model(tokenizer, config), config), rollout, 0)
-    stored = step.completion_rows(rollout, measured)
+    stored = completion_rows(rollout, measured)
     assert (stored[2]["score"], stored[2]["kl"], stored[2]["length"]) == (None, None, 4)
     row = token_rows(measured.logp - measured.ref_logp, rollout)[0]
     assert stored[0] == {

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from stable_rlhf.errors import SaveError
 from stable_rlhf.report import html
 from stable_rlhf.report import run as report_run
 from stable_rlhf.report.crashes import RewardCrash
@@ -34,7 +35,7 @@ def test_a_report_that_finds_no_room_leaves_the_old_one_as_it_was(tmp_path: Path
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(SaveError, match="File too large"):
             html.write_report(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -155,7 +155,7 @@ def refused(folder: Path, line: bytes, fault: str) -> None:
 def test_what_a_person_must_know_is_on_the_terminal_beside_a_bar_and_without_one(quiet: bool) -> None:
     """In a pseudo-terminal, whose two ends are standard output and standard error as on a real one."""
     code = (
-        "from rich.console import Console; from stable_rlhf.telemetry import Progress, tell\n"
+        "from rich.console import Console; from stable_rlhf.console import Progress, tell\n"
         f"with Progress(3, console=Console(quiet={quiet})):\n"
         "    tell('step 1: gone back')\n"
     )

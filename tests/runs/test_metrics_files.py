@@ -16,7 +16,7 @@ from stable_rlhf.control import Decision
 from stable_rlhf.report import summary
 from stable_rlhf.runs import evaluation, names
 from stable_rlhf.runs import metrics as runs_metrics
-from stable_rlhf.training import step as training_step
+from stable_rlhf.training.rows import decision_metrics
 from tests import flushes
 from tests.runs.test_metrics import BEFORE, ROW, console, printed, write_steps
 
@@ -163,7 +163,7 @@ def test_every_figure_of_a_decision_is_recorded_as_a_metric() -> None:
         "phase": "PLATEAU", "pid_p": 0.1, "pid_i": -0.2, "pid_d": 0.3, "entropy_floor": 1.3, "reason": "why",
     }  # fmt: skip
     expected = {f"safe/{name}": value for name, value in figures.items()}
-    assert training_step.decision_metrics(Decision(**figures)) == expected
+    assert decision_metrics(Decision(**figures)) == expected
     assert set(expected) <= set(names.METRICS)
 
 

@@ -23,7 +23,6 @@ from stable_rlhf.policy import (
     causal_lm,
     layers,
     lm_head,
-    lora_config,
     model_named,
     policy_dtype,
     policy_source,
@@ -72,9 +71,8 @@ def skeleton(config: Config) -> Any:
         known = AutoConfig.from_pretrained(name, **arguments)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(known, dtype=policy_dtype(config.model)[0], **trust)
-    adapter = lora_config(config.model)
     with torch.device("meta"):
-        return model if adapter is None else with_adapter(model, adapter, config.model)
+        return with_adapter(model, config.model)
 
 
 def estimate(policy: Any, config: Config, *, device: torch.device, low: bool, prompt: int) -> Memory:

@@ -105,20 +105,25 @@ def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None 
         )
     if isinstance(model, PeftModel):
         return check_adapter(model)
-    peft_config = peft_config or lora_config(config)
-    return model if peft_config is None else check_adapter(with_adapter(model, peft_config, config))
+    adapted = with_adapter(model, config, peft_config)
+    return check_adapter(adapted) if isinstance(adapted, PeftModel) else adapted
 
 
-def with_adapter(model: Any, adapter: LoraConfig, config: ModelConfig) -> PeftModel:
-    """The model with a new adapter. Raises ConfigError where the model has none of its target modules."""
+def with_adapter(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> Any:
+    """The model with the adapter that the settings or ``peft_config`` ask for, as it is where neither does.
+
+    Raises ConfigError where the model has none of the adapter's target modules.
+    """
+    adapter = peft_config or lora_config(config)
+    if adapter is None:
+        return model
     try:
         return get_peft_model(model, adapter)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
-        named = config.lora_target_modules
-        setting = f"peft_config: target_modules={adapter.target_modules!r}"
-        setting = setting if named is None else f"model.lora_target_modules={named!r}"
+        setting = f"model.lora_target_modules={config.lora_target_modules!r}"
+        setting = setting if peft_config is None else f"peft_config: target_modules={adapter.target_modules!r}"
         raise ConfigError(f"{setting}: {error}; name linear layers of the model, or leave it out") from error
 
 

@@ -55,19 +55,20 @@ def read_run(run_dir: str | Path) -> Run:
 
     Raises NoRunError without metrics.jsonl, RunError naming file and line for what cannot be read.
     """
-    path = Path(run_dir)
-    if not (path / "metrics.jsonl").is_file():
-        begun = (path / "config.yaml").is_file()
-        remedy = "the run has done no step yet" if begun else "give the folder of a run"
-        raise NoRunError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
     try:
-        return _read(path)
+        return _read(Path(run_dir))
+    except RunError:
+        raise
     except (OSError, ValueError) as error:
         raise RunError(str(error)) from error
 
 
 def _read(path: Path) -> Run:
     notes: list[str] = []
+    if not (path / "metrics.jsonl").is_file():
+        begun = (path / "config.yaml").is_file()
+        remedy = "the run has done no step yet" if begun else "give the folder of a run"
+        raise NoRunError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
     rows, torn = read_rows(path / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{path / 'metrics.jsonl'}:1: no complete row yet: nothing to report before the first step")

@@ -97,6 +97,10 @@ class Decoder:
         self._pool = hardware_cuda_graphs.pool() if cuda_graphs else None
         self._rooms: OrderedDict[tuple[Any, ...], Room] = OrderedDict()
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     @torch.no_grad()
     def sample(self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling) -> Tensor:
         """[B, T] tokens, T <= max_new_tokens, for prompts [B, P] padded on the left; after a row's end pad tokens.

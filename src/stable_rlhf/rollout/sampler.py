@@ -15,8 +15,7 @@ from stable_rlhf.config import RolloutConfig
 from stable_rlhf.data import EncodedPrompts
 from stable_rlhf.records import Rollout, Tokens
 from stable_rlhf.rewards import Scorer
-from stable_rlhf.rollout.backend import Sampling
-from stable_rlhf.rollout.decoder import Decoder
+from stable_rlhf.rollout.backend import Generator, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class Sampler:
     scorer: Scorer
     config: RolloutConfig
     eos_token_ids: list[int]
-    decoder: Decoder
+    decoder: Generator
 
     def collect(
         self, dataset: Any, encoded: EncodedPrompts, indices: Sequence[int]
@@ -70,7 +69,7 @@ class Sampler:
             eos_token_ids=tuple(self.eos_token_ids),
             pad_token_id=self.pad_token_id,
         )
-        device = self.decoder.model.device
+        device = self.decoder.device
         return self.decoder.sample(prompt.to(device), prompt_mask.to(device), sampling).cpu()
 
     def decode(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> list[str]:

@@ -30,6 +30,6 @@ class Generator(Protocol):
         ...
 
     def sample(self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling) -> Tensor:
-        """[B, T] int64 tokens, T <= max_new_tokens, for prompts [B, P] int64, padded on the left (``prompt_mask`` is True
-        for a token); pad tokens follow a row's end. From the whole distribution at the temperature."""
+        """[B, T] int64 tokens, T <= max_new_tokens, for prompts [B, P] int64, padded on the left (``prompt_mask``
+        is True for a token); pad tokens follow a row's end. From the whole distribution at the temperature."""
         ...

@@ -18,9 +18,10 @@ from stable_rlhf.records import Batch, Measured
 def make_batch(
     model: ActorCritic, measured: Measured, scores: list[float], decision: Decision, learning: Learning
 ) -> tuple[Batch, dict[str, float | None]]:
-    """(batch to learn from, its metrics): rewards per token, GAE, whitening over the batch.
+    """Makes the batch to learn from: rewards per token, GAE, advantages whitened over the batch.
 
-    ``scores`` [B] are normalised. ``critic.bootstrap`` says whose values stand on which side of the TD error.
+    ``scores`` [B] are normalised rewards. ``critic.bootstrap`` chooses whose values, the online or the target heads',
+    enter the TD error as V(s_t) and as V(s_{t+1}). Returns (batch, its metrics).
     """
     optim, critic, kl = learning.optim, learning.critic, learning.kl
     mask = measured.tokens.mask

@@ -42,7 +42,11 @@ def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | N
 
 
 def plain(metrics: Mapping[str, Tensor | float]) -> dict[str, float | None]:
-    """Numbers; None where the figure is undefined (constant returns, no completion of two tokens, a single reward)."""
+    """The metrics as plain numbers, None where one is undefined.
+
+    Undefined are ``val/explained_variance`` of constant returns, distinct-2 where no completion has two tokens, and the
+    standard error of a single reward.
+    """
     undefined = ("val/explained_variance", "completions/distinct_2", "distinct_2", "reward_se")
     plain = {name: float(value) for name, value in metrics.items()}
     return {name: None if name in undefined and value != value else value for name, value in plain.items()}

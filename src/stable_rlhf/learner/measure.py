@@ -1,4 +1,4 @@
-"""Log-probs, reference, values and entropy of a rollout, before anything is learned from it."""
+"""Measures a rollout before the update: log-probs, reference log-probs, values and entropy."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from stable_rlhf.records import Measured, Rollout, Tokens, on
 
 @torch.no_grad()
 def measure(passes: Passes, rollout: Rollout, step: int) -> Measured:
-    """The forward of the update and the reference's over the rollout, in the microbatches of the first pass.
+    """Runs the forward of the policy and of the reference over a rollout, in the microbatches of the first pass.
 
-    The same rows go through the same computation again in the first update, so its ratio is exactly 1. The result is on
-    the CPU, copied there at once: what follows on it is small, and would wait for the device at every figure.
+    The first update repeats the same computation on the same rows, so its ratio is exactly 1. The result is copied to
+    the CPU at once: the work that follows is small, and on the device each figure would wait for it.
     """
     model, learning, device = passes.model, passes.learning, passes.model.device
     learns = learns_policy(learning.critic, step)
@@ -45,17 +45,20 @@ def measure(passes: Passes, rollout: Rollout, step: int) -> Measured:
 
 
 def lengths(tokens: Tokens) -> Lengths:
-    """Of tokens on the CPU: reading them there waits for no device."""
+    """Lengths of every row's prompt and response. ``tokens`` are on the CPU, so reading them waits for no device."""
     return Lengths(prompt=tokens.start.tolist(), response=tokens.mask.sum(1).tolist())
 
 
 def learns_policy(critic: CriticConfig, step: int) -> bool:
-    """Whether the step is past the critic's warm-up."""
+    """Whether the policy learns at this step: it does once the critic's warm-up is over."""
     return step >= critic.warmup_steps
 
 
 def observe(step: int, rollout: Rollout, measured: Measured) -> Observation:
-    """The controller's input: mean reward of the valid rows, mean k1 and mean entropy over response tokens."""
+    """The controller's input: mean reward of the valid rows, mean k1 and mean entropy over response tokens.
+
+    k1 = logp - ref and the entropy are in nats per token. Raises DivergenceError where one of them is not finite.
+    """
     scores = [score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid]
     mask = measured.tokens.mask
     kl = masked_mean((measured.logp - measured.ref_logp).double(), mask).item()
@@ -65,11 +68,14 @@ def observe(step: int, rollout: Rollout, measured: Measured) -> Observation:
 
 
 def check_finite(step: int, figures: Mapping[str, float | None]) -> None:
-    """Raises DivergenceError, with the step, the figure and the remedy, for the first that is NaN or infinite."""
+    """Raises DivergenceError for the first figure that is NaN or infinite.
+
+    The message names the step, the figure and the remedy.
+    """
     for name, figure in figures.items():
         if figure is not None and not math.isfinite(figure):
             raise DivergenceError(
                 f"step {step}: {name} is {figure}, so the policy has diverged and the step is not recorded; resume "
-                "from the last checkpoint, or start anew with a lower optim.learning_rate",
+                "from the last checkpoint, or start a new run with a lower optim.learning_rate",
                 figures,
             )

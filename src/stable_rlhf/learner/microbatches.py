@@ -1,4 +1,4 @@
-"""The rows of each optimiser step, and how a step is cut into forward and backward passes."""
+"""Divides the rows of each optimiser step into microbatches, one forward and backward pass each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from stable_rlhf.config import OptimConfig
 
 PASS_COST = {"cpu": 256, "cuda": 2048}
-"""Cost of a pass besides its tokens, in tokens: a cut that saves less padding than that saves no time.
+"""Fixed cost of a pass, counted in tokens: one more pass saves time only where it saves more padding than this.
 
-CPU: on two cores the built-in policy's step took 2.00, 1.98 and 1.76 s at 64, 128 and 256 by turns, and in another run
-1.05 and 1.19 s at 256 and 512. CUDA: on one H200 a pass of 1,792 tokens took 26 ms at 135M, whose arithmetic takes one,
-and at 3B its fixed part was worth 300 tokens; a cut must also pay for the shape that it adds (docs/LOG.md)."""
+CPU: on two cores the built-in policy's step took 2.00, 1.98 and 1.76 s at 64, 128 and 256, timed alternately, and in
+another run 1.05 and 1.19 s at 256 and 512. CUDA: on one H200 a pass of 1,792 tokens took 26 ms at 135M, whose
+arithmetic takes one, and at 3B its fixed part was worth 300 tokens; a new pass must also pay for the shape that it adds
+(docs/LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Microbatch:
     count: int
     """Rows that are learned from."""
     width: int
-    """Columns of ``Tokens.ids``: the longest row's prompt and response, except the last token: it predicts nothing."""
+    """Columns of ``Tokens.ids``: the longest prompt with its response, less the last token, which predicts nothing."""
     length: int
     """Columns of the response: the longest of these rows."""
 
@@ -49,7 +50,7 @@ EXACT = Grain()
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Of every row of a rollout, on the host, so that cutting it does not wait for the device."""
+    """Lengths of every row of a rollout, kept on the host so that `plan` does not wait for the device."""
 
     prompt: list[int]
     """Tokens of the prompt."""
@@ -58,7 +59,10 @@ class Lengths:
 
 
 def permutation(rows: int, seed: int, step: int, iteration: int) -> Tensor:
-    """[rows] int64: the order of a pass over the rollout, given only by its arguments, so that resume repeats it."""
+    """The order of the rows in one pass over the rollout, [rows] int64.
+
+    It depends only on the arguments, so a resumed run repeats it.
+    """
     # Primes keep the seeds of neighbouring steps and iterations apart.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step * 1_009 + iteration) % 2**63)
     return torch.randperm(rows, generator=generator)
@@ -73,10 +77,10 @@ def plan(
     device: torch.device,
     grain: Grain = EXACT,
 ) -> Iterator[list[Microbatch]]:
-    """The microbatches of each minibatch of a pass over the rollout; [] where none of its rows has a reward.
+    """Yields the microbatches of each minibatch in one pass over the rollout; [] where no row of it has a reward.
 
-    The configuration has checked that the rows divide by the number of minibatches. A minibatch is cut only for
-    ``optim.microbatch_tokens`` and to save padding, and the cut changes no gradient: every pass divides by the
+    The configuration has checked that the rows divide by the number of minibatches. A minibatch is divided to stay
+    within ``optim.microbatch_tokens`` and to save padding. That changes no gradient: every pass divides by the
     minibatch's number of response tokens. ``grain`` rounds the shapes up.
     """
     budget = optim.microbatch_tokens
@@ -100,15 +104,16 @@ def plan(
 
 
 def filled(rows: int, width: int, budget: int, multiple: int) -> int:
-    """Rows with those added that fill the shape: none where they would not fit into the budget."""
+    """The number of rows, rounded up to ``multiple`` where that fits into the budget of tokens."""
     more = up(rows, multiple)
     return more if more * width <= budget else rows
 
 
 def cuts(widths: Sequence[int], budget: int, cost: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """The cheapest cut of rows, sorted from the widest on, into groups [first, last): min of the sum of
-    (rows x widest + cost) over the groups, each of which has at most ``budget`` tokens or a single row. Rows count as
-    ``filled`` up to a multiple.
+    """Divides rows, sorted from the widest on, into the cheapest groups [first, last).
+
+    The cost is the sum of (rows x widest + cost) over the groups. A group has at most ``budget`` tokens, or a single
+    row. Rows count as ``filled`` up to a multiple.
 
     Dynamic programming from the end: least[i] = min over j of filled(j - i) widths[i] + cost + least[j].
     """
@@ -129,5 +134,5 @@ def cuts(widths: Sequence[int], budget: int, cost: int, multiple: int = 1) -> li
 
 
 def up(number: int, multiple: int) -> int:
-    """The least multiple that is no less than the number."""
+    """The number rounded up to a multiple."""
     return -(-number // multiple) * multiple

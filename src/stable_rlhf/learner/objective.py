@@ -16,10 +16,10 @@ from stable_rlhf.records import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Numbers that change from step to step, as 0-dimensional float32 tensors, so that a graph reads them anew."""
+    """Numbers that change from step to step: 0-dimensional float32 tensors, which a CUDA graph reads at each replay."""
 
     kl_coef: Tensor
-    """The controller's coefficient, of the KL in the loss."""
+    """The controller's coefficient of the KL in the loss, reward per nat."""
     tokens: Tensor
     """Response tokens of the whole minibatch: one denominator, so that accumulation changes nothing."""
 
@@ -27,7 +27,7 @@ class Scale:
 def objective(
     out: Output, batch: Batch, model: ActorCritic, scale: Scale, learning: Learning, learns_policy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss of a microbatch, its metrics); both are this microbatch's share: sums over its tokens / ``scale.tokens``.
+    """The loss of a microbatch and its metrics, both as its share: sums over its tokens / ``scale.tokens``.
 
     L = L_clip + vf_coef L_V + kl_coef KL(kl.in_loss) - entropy_coef H; during the critic's warm-up, only vf_coef L_V.
     """

@@ -22,14 +22,14 @@ from stable_rlhf.policy import ActorCritic, Output, compile_layers, context_leng
 from stable_rlhf.records import Batch, Tokens
 
 DIRECT_COLUMNS = 8
-"""Without graphs: oneDNN makes a kernel for every shape. On two CPU cores, by turns, a step took 1.23 s at 8 and 1.32
-at 1."""
+"""Columns are rounded up to a multiple of this without graphs, because oneDNN makes a kernel for every shape. On two
+CPU cores a step took 1.23 s at 8 and 1.32 at 1, timed alternately."""
 
 
 class Passes(Protocol):
-    """The passes over a model's microbatches, with the settings that they learn by: one object for a whole run.
+    """Forward and backward passes over a model's microbatches; one object serves a whole run.
 
-    Their results are valid until the next pass: a graph writes where it wrote before.
+    A result is valid until the next pass, because a graph writes to the same memory again.
     """
 
     model: ActorCritic
@@ -38,7 +38,7 @@ class Passes(Protocol):
     """How the numbers of rows and columns are rounded up."""
 
     def training(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, gradients are collected; on leaving, none is left."""
+        """Collects gradients inside the context, and drops them on leaving."""
         ...
 
     def zero_grad(self) -> None:
@@ -46,23 +46,23 @@ class Passes(Protocol):
         ...
 
     def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
-        """(the policy's output, the reference's log-probs [n, T]), without gradients.
+        """The policy's output and the reference's log-probs [n, T], nats, without gradients.
 
-        ``learns_policy``: as in the pass that will learn from these tokens, so that both run the same forward.
+        ``learns_policy`` must be as in the pass that will learn from these tokens, so that both run the same forward.
         """
         ...
 
     def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
-        """Adds a microbatch's gradient to the parameters'; (names of its metrics, its share of each [K])."""
+        """Adds a microbatch's gradient to the parameters; returns (names of its metrics, its share of each [K])."""
         ...
 
     def logp(self, tokens: Tokens) -> Tensor:
-        """Only the policy's log-probs [n, T], nats."""
+        """The policy's log-probs [n, T], nats, and nothing else."""
         ...
 
 
 class DirectPasses:
-    """Passes that launch every operation themselves; compiled layer by layer where ``model.torch_compile`` says so."""
+    """Passes that launch every operation one by one; ``model.torch_compile`` compiles them layer by layer."""
 
     def __init__(self, model: ActorCritic, settings: ModelConfig, learning: Learning) -> None:
         self.model, self.learning = model, learning
@@ -110,7 +110,7 @@ class DirectPasses:
         return self.model.reference_logp(tokens, temperature=self.learning.temperature)
 
     def backward(self, out: Output, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
-        """Loss and backward of a forward; returns as `learn` does."""
+        """Computes the loss of a forward and its gradients; returns the same as `learn`."""
         loss, metrics = objective(out, batch, self.model, scale, self.learning, learns_policy)
         loss.backward()
         return list(metrics), torch.stack(list(metrics.values()))

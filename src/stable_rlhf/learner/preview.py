@@ -1,15 +1,16 @@
-"""The preview: how far an optimiser step moves the policy, seen before the next one is taken, and bounded.
+"""The preview: measures how far an optimiser step moves the policy, and scales the step down to a bound.
 
-Of a proposed step theta_before -> theta_after the KL(pi_before || pi_after) is measured on a few rows of the rollout
-(a look). Above ``optim.max_preview_kl`` the step is taken in part, theta_before + s (theta_after - theta_before) with
-s = max_preview_kl / KL, and measured again, until it is within the bound; a step that is not after RETRIES scalings, or
-whose log-probs are not finite, is not taken at all. The optimiser's moments are those of the whole step, and the
-critic's part of it is taken whole. Source: SAFE (arXiv 2602.04651), predictive step scaling; its published code never
-calls it.
+A look measures the KL(pi_before || pi_after) of a step theta_before -> theta_after on a few rows of the rollout (the
+probe). If it is above ``optim.max_preview_kl``, only a part of the step is taken, theta_before + s (theta_after -
+theta_before) with s = max_preview_kl / KL. Another look follows, until the KL is within the bound. A step that is still
+too long after RETRIES scalings, or whose log-probs are not finite, is not taken. The optimiser's moments are those of
+the whole step, and the critic's part of it is taken whole. Source: SAFE (arXiv 2602.04651), predictive step scaling;
+its published code never calls it.
 
-The last step of an update is always looked at. After a look that had nothing to scale, in this update or at the end of
-the one before, the next steps are looked at together, at the last: n of them are bounded by n times the bound. So a
-policy that moves slowly pays for one look an update, and one that moves fast for two or more a step.
+The last step of an update is always looked at. After a look that scaled nothing (the preview is then quiet), in this
+update or at the end of the one before, the next steps share one look at the update's last step: n of them are bounded
+by n times the bound. So a policy that moves slowly costs one look per update, and one that moves fast two or more per
+step.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from stable_rlhf.ops.objective import step_kl
 from stable_rlhf.records import Batch, Tokens
 
 RETRIES = 4
-"""Scalings of one step. The KL is about quadratic in the step, so one by max / KL overshoots downwards: the second is
-for steps so long that they were not, and what is still too long after four has no useful direction."""
-
+"""Most scalings of one step. The KL is about quadratic in the step, so one scaling by max / KL shortens it more than
+enough. The second serves steps so long that this did not hold; a step that is too long after four has no useful
+direction."""
 
 SHARE = 32
-"""One row of the rollout in this many is looked at. With two passes of two minibatches a look at each step, where
-none is scaled, is an eighth of the rows forward, beside two forward and backward; with a sixteenth of the rows these
-four cost the built-in policy 6 % of its step's CPU time (docs/LOG.md)."""
-
+"""A look takes one row of the rollout in this many. With two passes of two minibatches, an update whose
+steps are all looked at and never scaled runs four looks, a forward over an eighth of the rows, next to two forwards and
+backwards over all of them. With a sixteenth of the rows per look the four cost the built-in policy 6 % of its step's
+CPU time (docs/LOG.md)."""
 
 FEWEST = 2
-"""Rows that are looked at at least, where there are as many: torch.compile makes a program of its own for one row."""
-
+"""Least rows of a look, where the rollout has as many: torch.compile makes a separate program for a single row."""
 
 ORDER = 1_008
-"""Which permutation of the rows the probe is taken from: no pass has this number (`microbatches.permutation`)."""
+"""Number of the permutation that the probe is taken from; no pass over the rollout has it (see
+`microbatches.permutation`)."""
 
 
 def probe(lengths: Lengths, optim: OptimConfig, seed: int, step: int, grain: Grain) -> Microbatch | None:
-    """The rows that are looked at, drawn anew at every step; None where no row has a reward."""
+    """Draws the rows of a step's looks; None where no row has a reward."""
     order = permutation(len(lengths.prompt), seed, step, ORDER).tolist()
     scored = [row for row in order if lengths.response[row] > 0]
     rows = scored[: max(FEWEST, len(order) // SHARE)]
@@ -68,7 +69,7 @@ def probe(lengths: Lengths, optim: OptimConfig, seed: int, step: int, grain: Gra
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The rows of an update's rollout that its looks are at, on the model's device."""
+    """The rows of the rollout on which an update's looks measure the KL, on the model's device."""
 
     tokens: Tokens
     sampled: Tensor
@@ -86,19 +87,19 @@ class Probe:
 
 
 class Preview:
-    """The preview of a run's optimiser steps, one object from its first update to its last.
+    """Bounds the KL of a run's optimiser steps; one object serves the whole run.
 
-    An update calls ``begin``, then ``take`` for each optimiser step, then ``metrics``. An update that has nothing to
-    look at, during the critic's warm-up or where no row has a reward, takes its steps whole and has no metrics.
+    An update calls ``begin``, then ``take`` for each optimiser step, then ``metrics``. During the critic's warm-up, and
+    where no row has a reward, there is nothing to look at: the steps are taken whole and there are no metrics.
     """
 
     def __init__(self, passes: Passes, limit: float) -> None:
         """``limit``: bound on the KL of one optimiser step, nats per token."""
         self.passes, self.limit = passes, limit
         self.quiet = False
-        """Whether the last look had nothing to scale: then the next waits for the update's last step."""
+        """Whether the last look scaled nothing; the next look then waits for the update's last step."""
         self.proposed: list[float] = []
-        """KL of what each look of this update found, as proposed, nats per token; not finite where its logits were
+        """KL of the proposed steps at each look of this update, nats per token; not finite where the log-probs were
         not."""
         self.scales: list[float] = []
         """Share of each optimiser step of this update that was taken, except those whose gradient was not finite."""
@@ -108,7 +109,7 @@ class Preview:
         self._stepped: list[Tensor] = []  # whether the optimiser took each step since
 
     def begin(self, batch: Batch, lengths: Lengths, step: int) -> None:
-        """Draws the rows that the looks of this update are at.
+        """Draws the rows for the looks of this update.
 
         ``batch`` is on the model's device; ``lengths`` are those of its rows; ``step`` is the run's.
         """
@@ -124,9 +125,10 @@ class Preview:
 
     @torch.no_grad()
     def take(self, optimizer: torch.optim.Optimizer, finite: Tensor, last: bool) -> None:
-        """``optimizer.step()``, of which the policy's part is scaled until its KL is within the bound.
+        """Runs ``optimizer.step()`` and scales the policy's part of it until its KL is within the bound.
 
-        ``finite`` (scalar, bool): False where the optimiser steps over its gradient; there is then nothing to measure.
+        ``finite`` (scalar, bool): False where the optimiser skips a gradient that is not finite; there is then nothing
+        to measure.
         ``last``: no other step of this update follows.
         """
         if self._probe is None:
@@ -142,7 +144,7 @@ class Preview:
             self._judge(self._probe)
 
     def _judge(self, probe: Probe) -> None:
-        """Looks at the steps since the last look, and takes of them what is within the bound."""
+        """Looks at the steps since the last look, and scales them to the bound."""
         after, kl = self._look(probe)
         # One wait for the device.
         size, *stepped = torch.stack([kl, *(step.double() for step in self._stepped)]).tolist()
@@ -159,8 +161,10 @@ class Preview:
     def _scaled(
         self, probe: Probe, start: list[Tensor], after: Tensor, size: float, limit: float
     ) -> tuple[float, Tensor]:
-        """Scales the step from the weights ``start`` until its KL, ``size`` at first, is within the limit; (share of it
-        that is taken, the probe's log-probs then)."""
+        """Scales the step from the weights ``start`` until its KL, ``size`` at first, is within the limit.
+
+        Returns (share of the step that is taken, the probe's log-probs after it).
+        """
         parameters: list[Any] = self.passes.model.policy_parameters()
         scale = 1.0
         for _ in range(RETRIES):
@@ -182,8 +186,11 @@ class Preview:
         return after, step_kl(self._before, after, probe.sampled, probe.tokens.mask, probe.count)
 
     def metrics(self) -> dict[str, float | None]:
-        """Over this update's optimiser steps so far, without those whose gradient was not finite: the largest KL that a
-        look found proposed (None where it was not finite), the mean share taken, and how many were not taken whole."""
+        """Metrics of this update's optimiser steps so far, without those whose gradient was not finite.
+
+        They are the largest KL of the proposed steps at a look (None where it was not finite), the mean share of a step
+        that was taken, and the number of steps that were not taken whole.
+        """
         if self._probe is None:
             return {}
         largest = max(self.proposed, key=lambda kl: kl if math.isfinite(kl) else math.inf, default=math.inf)
@@ -194,7 +201,7 @@ class Preview:
         }
 
     def state_dict(self) -> dict[str, bool]:
-        """All that the next update depends on."""
+        """Everything that the next update depends on."""
         return {"quiet": self.quiet}
 
     def load_state_dict(self, state: Mapping[str, bool]) -> None:
@@ -202,6 +209,6 @@ class Preview:
 
 
 def make_preview(passes: Passes) -> Preview | None:
-    """The preview of a run; None where ``optim.max_preview_kl`` is None: every step is then taken whole."""
+    """The preview of a run; None where ``optim.max_preview_kl`` is None, so that every step is taken whole."""
     limit = passes.learning.optim.max_preview_kl
     return None if limit is None else Preview(passes, limit)

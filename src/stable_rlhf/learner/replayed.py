@@ -1,4 +1,4 @@
-"""Passes replayed as CUDA graphs (`ReplayedPasses`), and which passes a run has (`make_passes`).
+"""Passes recorded as CUDA graphs and replayed (`ReplayedPasses`); `make_passes` chooses the passes of a run.
 
 At the sizes that RLHF trains, a GPU waits for the host: 3B parameters and 1,800 tokens keep an H100 busy for 59 ms, and
 launching those operations takes 200 ms (docs/LOG.md, 2026-11-25). A replay launches them all at once.
@@ -30,18 +30,15 @@ from stable_rlhf.records import Batch, Tokens
 COLUMNS = 32
 """With graphs, columns are a multiple of this: fewer shapes, and tiles that a GPU's matrix product takes whole."""
 
-
 ROWS = 8
-"""Rows of a graph are a multiple of this, for the same reason; what is left over is under a mask of False."""
-
+"""Rows of a graph are a multiple of this, for the same reason; what is left over is under an all-False mask."""
 
 GRAPHS = 64
-"""Shapes that are kept; the one not used for longest goes first. Each keeps its inputs; the memory that it works in is
+"""Most shapes whose graphs are kept; the least recently used goes first. Each keeps its inputs; their working memory is
 shared. 120 steps of 64 texts as long as HH-RLHF's (up to 512 + 64 tokens) had 35 shapes in 988 passes."""
 
-
 SIGHTINGS = 2
-"""A shape is captured when it comes for the second time: a capture takes two passes to warm up and one to record."""
+"""A shape is recorded when it comes for the second time: recording takes two passes to warm up and one to record."""
 
 
 class ReplayedPasses:
@@ -82,7 +79,7 @@ class ReplayedPasses:
 
     @contextlib.contextmanager
     def _collecting(self) -> Iterator[None]:
-        """Inside, the parameters' gradients are the tensors that the graphs add to."""
+        """Makes the tensors that the graphs add to the parameters' gradients, inside the context."""
         parameters = self.direct.parameters
         before = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, self._gradients, strict=True):
@@ -95,7 +92,7 @@ class ReplayedPasses:
                 parameter.grad = gradient
 
     def _captured(self, kind: Callable[..., Any], tokens: Tokens, *details: bool) -> Any:
-        """The graphs for these tokens, captured if it is time to; None where they are run directly."""
+        """The graphs for these tokens, recorded now if their shape is due; None where they run directly."""
         key = (kind, *tokens.ids.shape, tokens.response.shape[1], *details)
         self._sightings[key] = self._sightings.get(key, 0) + 1
         if key not in self._captures:

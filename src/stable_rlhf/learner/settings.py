@@ -15,6 +15,6 @@ class Learning:
     critic: CriticConfig
     kl: KLConfig
     temperature: float
-    """Of the sampling: log-probs, ratios, entropy and KL are of the distribution at this temperature."""
+    """Sampling temperature: log-probs, ratios, entropy and KL are those of the distribution at this temperature."""
     seed: int
-    """Gives the order of the rows in every pass over a rollout, and the rows that the preview measures."""
+    """Determines the order of the rows in every pass over a rollout, and the rows that the preview measures."""

@@ -35,12 +35,13 @@ def update(
     step: int,
     preview: Preview | None = None,
 ) -> StepStats:
-    """num_iterations passes x num_mini_batches optimiser steps on the batch; means over them as metrics.
+    """Takes num_iterations x num_mini_batches optimiser steps on the batch; returns the means of their metrics.
 
-    ``step`` is the run's; ``preview`` is the run's too, None where every optimiser step is taken whole.
+    ``step`` is the number of the run's step. ``preview`` is the run's; None takes every optimiser step whole.
 
-    A minibatch in which no row has a reward takes no step and is in no mean. Neither is one whose gradient is not
-    finite, which is counted. Only the preview waits for the device, and the end, where the metrics are read.
+    A minibatch in which no row has a reward takes no step and enters no mean. A step whose gradient is not finite is
+    not taken either, but is counted. The host waits for the device only in the preview, and at the end, where the
+    metrics are read.
     """
     device, learns = passes.model.device, learns_policy(passes.learning.critic, step)
     of_rows = lengths(batch.tokens)
@@ -70,12 +71,12 @@ def _minibatches(passes: Passes, of_rows: Lengths, step: int) -> list[list[Micro
         minibatch
         for iteration in range(learning.optim.num_iterations)
         for minibatch in plan(of_rows, learning.optim, learning.seed, step, iteration, device, passes.grain)
-        if minibatch  # no row has a reward: AdamW would move the weights by its momentum alone
+        if minibatch  # no row has a reward: AdamW would move the weights by momentum only
     ]
 
 
 def _rows_on(device: torch.device, work: Sequence[Sequence[Microbatch]]) -> Iterator[Tensor]:
-    """``rows`` of each microbatch in turn, moved to the device by one copy for all."""
+    """Moves ``rows`` of all microbatches to the device in one copy; yields them in order."""
     rows = [micro.rows for minibatch in work for micro in minibatch]
     return iter(torch.cat(rows).to(device).split([len(own) for own in rows]))
 
@@ -83,8 +84,11 @@ def _rows_on(device: torch.device, work: Sequence[Sequence[Microbatch]]) -> Iter
 def _gradient(
     passes: Passes, batch: Batch, minibatch: Sequence[Microbatch], rows: Iterator[Tensor], scale: Scale, learns: bool
 ) -> tuple[list[str], Tensor]:
-    """Adds the gradient of a minibatch to the parameters', microbatch by microbatch; (names of its metrics, their
-    values [K]). ``rows``: of its microbatches, on the device, and then of those that follow."""
+    """Adds the gradient of a minibatch to the parameters, microbatch by microbatch.
+
+    ``rows`` yields the rows of its microbatches, on the device, and then of those that follow. Returns (names of its
+    metrics, their values [K]).
+    """
     names: list[str] = []
     shares: list[Tensor] = []
     for micro in minibatch:
@@ -97,9 +101,10 @@ def _gradient(
 def _clipped_step(
     passes: Passes, optimizer: torch.optim.Optimizer, learns: bool, preview: Preview | None, last: bool
 ) -> Tensor:
-    """Clips each group's gradient to its own norm, steps, moves the target heads; [2] norms of policy and critic.
+    """Clips each group's gradient to its own norm, takes the step and updates the target heads.
 
-    Where a norm is not finite, weights, moments and target heads stay as they are, without the host's looking.
+    Returns [2], the norms of policy and critic before clipping. Where a norm is not finite, weights, moments and target
+    heads stay as they are; the host does not wait to find out.
     """
     model, learning = passes.model, passes.learning
     policy, critic = model.policy_parameters(), model.critic_parameters()
@@ -126,10 +131,10 @@ def _clipped_step(
 
 
 def _means(names: Sequence[str], steps: Sequence[Tensor]) -> dict[str, float | None]:
-    """Means of the figures over the optimiser steps that were taken, None where none was, and how many were not.
+    """Means of the figures over the optimiser steps that were taken, and the number of steps that were not.
 
-    ``steps``: figures [K] of each optimiser step; the last two are the gradient's norms, and a step whose norm is not
-    finite was not taken.
+    The means are None where no step was taken. ``steps``: figures [K] of each optimiser step; the last two are the
+    gradient's norms, and a step whose norm is not finite was not taken.
     """
     taken = torch.stack([figures[-2:].isfinite().all() for figures in steps])
     total = torch.stack([torch.where(ok, figures, 0.0) for ok, figures in zip(taken, steps, strict=True)]).sum(0)

@@ -392,7 +392,7 @@ def test_ctrl_c_says_how_to_go_on_and_writes_the_report(
     tiny += ["--reward.functions", '["tests.cli.test_main:pressed"]']
     assert main(["train", *tiny]) == 130
     run = tmp_path / "run"
-    assert said(capsys) == f"interrupted after 1 steps. `stable-rlhf resume {run}` goes on from step 1."
+    assert said(capsys) == f"interrupted after 1 steps. `stable-rlhf resume {run}` continues from step 1."
     assert (run / "report.html").exists()
     assert main(["resume", str(run)]) == 0
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1]

@@ -171,7 +171,7 @@ def short_of_memory_in_a_reward() -> RewardError:
     return error
 
 
-GOES_ON = "`stable-rlhf resume {run}` goes on from step 1."
+GOES_ON = "`stable-rlhf resume {run}` continues from step 1."
 LESS_THEN = (
     "lower optim.microbatch_tokens or reward.batch_size, or set model.gradient_checkpointing, in {run}/config.yaml. "
     f"{GOES_ON} A smaller rollout.batch_size or model.lora_r needs a new run."

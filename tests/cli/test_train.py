@@ -27,7 +27,7 @@ def test_resume_of_a_finished_run_says_so_and_max_steps_takes_it_further(
     finished = f"{run} is finished: 2 of 2 steps are done. To train it further: stable-rlhf resume {run} --max_steps 4"
     assert capsys.readouterr().out.strip() == finished
     assert main(["resume", str(run), "--max_steps", "1"]) == 2
-    assert said(capsys).startswith("max_steps=1: the run has done 2 steps already; give that many or more")
+    assert said(capsys).startswith("max_steps=1: the run has already done 2 steps; give that many or more")
     assert main(["resume", str(run), "--max_steps", "3"]) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
     assert yaml.safe_load((run / "config.yaml").read_text())["max_steps"] == 3

@@ -85,7 +85,7 @@ def test_a_run_that_runs_out_of_memory_says_what_takes_less_and_goes_on_with_it(
     assert (
         f"; lower optim.microbatch_tokens or reward.batch_size, or set model.gradient_checkpointing, in {run}/" in line
     )
-    assert "goes on from step 2." in line
+    assert "continues from step 2." in line
     assert (run / "report.html").is_file()
     monkeypatch.setattr(step, "update", update)
     config = run / "config.yaml"
@@ -105,8 +105,8 @@ def test_a_reward_and_a_model_for_which_memory_is_too_little_are_told_as_that(
     assert main(["train", *rewarded]) == errors.Exit.FAILED
     line = capsys.readouterr().err
     assert re.match(r"stable-rlhf: after 0 steps, in the reward: .*allocate memory", line)
-    assert "goes on from step 0." in line  # it was saved as of before the rollout in hand
-    monkeypatch.setattr("stable_rlhf.training.run.ActorCritic", greedy_loading)
+    assert "continues from step 0." in line  # it was saved as of before the rollout in hand
+    monkeypatch.setattr("stable_rlhf.training.trainer.ActorCritic", greedy_loading)
     assert main(["train", *settings, "--output_dir", str(tmp_path / "again")]) == errors.Exit.FAILED
     line = capsys.readouterr().err
     assert re.match(r"stable-rlhf: loading: .*allocate memory", line)

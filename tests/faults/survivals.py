@@ -53,7 +53,7 @@ def _with_nan(tiny: Tiny, name: str, where: str, steps: tuple[int, ...], expecte
         assert [incident["step"] for incident in seen] == there, f"the guard has seen it at {seen}"
         return "went on"
     assert code == (Exit.REWARD if where == "reward" else Exit.GUARD), said
-    assert f"resume {run}` goes on from step" in sentence(said), said
+    assert f"resume {run}` continues from step" in sentence(said), said
     if steps[0] > 0:  # or there is no row yet
         assert_finite(run)
     code, said = tiny.run(["resume", str(run)])
@@ -136,7 +136,7 @@ def _fails_for_good(tiny: Tiny, number: int, act: servers.Act, at: int) -> None:
         code, said = tiny.run(tiny.arguments(name, *_asking(server, 1)))
         assert code == Exit.REWARD, said
         assert "2 tries in" in said, said
-        assert sentence(said).endswith(f"resume {run}` goes on from step {at}."), said
+        assert sentence(said).endswith(f"resume {run}` continues from step {at}."), said
         assert newest(run / "checkpoints") == (run / "checkpoints" / f"step-{at:06d}", [])
         code, said = tiny.run(["resume", str(run)])
         assert code == Exit.REWARD, said  # it still fails at the trial: nothing is loaded, nothing is changed

@@ -45,7 +45,7 @@ def test_a_roll_back_to_a_damaged_state_ends_the_run_with_its_last_checkpoint_as
     config = guarded(run_dir, save_steps=1, guard={"max_kl": 1e-9})
     run = trainer(config, tokenizer, callbacks=[Damages(run_dir, 1)])
     with pytest.raises(
-        GuardStop, match=r"would have gone back, but the last good state cannot be read \(.*\), and"
+        GuardStop, match=r"could not go back, since the last good state cannot be read \(.*\), and"
     ) as stop:
         run.train()
     (incident,) = incidents.read(run_dir)  # with rule and figures, like every verdict
@@ -80,5 +80,5 @@ def test_a_folder_with_a_checkpoint_alone_is_left_alone(tokenizer, tmp_path: Pat
     config = guarded(tmp_path / "run", max_steps=2)
     trainer(config, tokenizer).train()
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"holds a run already; resume it by `stable-rlhf resume "):
+    with pytest.raises(ConfigError, match=r"holds a run already; resume it with `stable-rlhf resume "):
         trainer(config, tokenizer).train()

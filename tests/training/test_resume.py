@@ -182,7 +182,7 @@ def test_a_resume_may_train_longer_and_config_yaml_then_says_so(tokenizer, tmp_p
     trainer(longer, tokenizer).train(resume_from_checkpoint=True)
     assert metrics(longer) == metrics(whole)
     assert yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())["max_steps"] == 4
-    with pytest.raises(ConfigError, match=r"max_steps=2: the run has done 4 steps already; give that many or more"):
+    with pytest.raises(ConfigError, match=r"max_steps=2: the run has already done 4 steps; give that many or more"):
         trainer(short, tokenizer).train(resume_from_checkpoint=True)
     assert metrics(longer) == metrics(whole)
 
@@ -301,7 +301,7 @@ def test_an_update_that_was_interrupted_leaves_no_gradient_behind(
 def test_a_checkpoint_of_another_folder_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     trainer(settings(tmp_path / "one", max_steps=2), tokenizer).train()
     other = trainer(settings(tmp_path / "two", max_steps=4), tokenizer)
-    with pytest.raises(ConfigError, match="set output_dir to the run that it belongs to"):
+    with pytest.raises(ConfigError, match="set output_dir to the run that the checkpoint belongs to"):
         other.train(resume_from_checkpoint=tmp_path / "one" / "checkpoints" / "step-000002")
 
 

@@ -1,4 +1,4 @@
-"""Transformers' callbacks: how they are called, and their states as a part of the run."""
+"""Transformers' callbacks: calling them, and their states as a part of the run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from stable_rlhf.errors import ConfigError
 
 
 def callback_arguments(config: Config, run_dir: Path, on_cpu: bool) -> TrainingArguments:
-    """What callbacks are given as ``args``. The loop decides when to log, save and evaluate; a callback may ask for a
-    save or a stop."""
+    """The ``args`` that callbacks receive.
+
+    They switch off logging, saving and evaluation, whose times the loop decides; a callback may ask for a save or a
+    stop.
+    """
     return TrainingArguments(
         output_dir=str(run_dir),
         max_steps=config.max_steps,
@@ -38,14 +41,16 @@ def callback_handler(
     optimizer: Any,
     scheduler: Any,
 ) -> CallbackHandler:
-    """Calls trackers, then the user's callbacks, in the order given."""
+    """A handler that calls the trackers, then the user's callbacks, in the order given."""
     reporting = get_reporting_integration_callbacks(trackers)
     return CallbackHandler([DefaultFlowCallback, *reporting, *callbacks], model, tokenizer, optimizer, scheduler)
 
 
 class CallbackStates:
-    """The states of those callbacks that have one (Transformers' ExportableState), by class name; a second callback of
-    a name is "Name 2"."""
+    """The states of the callbacks that have one (Transformers' ExportableState), by class name.
+
+    A second callback of the same class is named "Name 2".
+    """
 
     def __init__(self, handler: CallbackHandler) -> None:
         self.handler = handler

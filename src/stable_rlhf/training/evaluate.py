@@ -1,4 +1,4 @@
-"""Measuring the policy on held-out prompts."""
+"""Evaluates the policy on held-out prompts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from stable_rlhf.records import Measured, Rollout
 from stable_rlhf.rollout import Sampler
 
 SEED = 12_345
-"""Seed of the sampling in every evaluation, so that before and after differ by the policy alone."""
-
+"""Seed of the sampling in every evaluation, so that before and after differ only by the policy."""
 
 SAMPLES = 16
 """Completions kept in evaluation.json, before and after training: a page of the report."""
@@ -28,7 +27,10 @@ SAMPLES = 16
 def evaluate(
     passes: Passes, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, config: Config
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
-    """(figures over all rows, the first SAMPLES completions). The run's own random draws stay as if it had not been."""
+    """Samples and scores every held-out prompt; returns (figures over all rows, the first SAMPLES completions).
+
+    The random generators are then put back, so that an evaluation does not change the training after it.
+    """
     size, parts = config.rollout.batch_size, []
     draws = RandomState()
     before = draws.state_dict()  # Python's and NumPy's too: a reward function may draw from them
@@ -53,7 +55,10 @@ def evaluate(
 
 
 def evaluation_metrics(parts: list[tuple[Rollout, Measured]]) -> dict[str, float | None]:
-    """One side of evaluation.json, over all rows of all parts; reward_se is the standard error of the mean reward."""
+    """The figures of one side of evaluation.json, before or after training, over all rows of all parts.
+
+    reward_se is the standard error of the mean reward. kl and entropy are means over response tokens, nats per token.
+    """
     scores = [s for rollout, _ in parts for s, v in zip(rollout.scores, rollout.valid, strict=True) if v]
     reward = torch.tensor(scores, dtype=torch.float64)
     tokens = sum(measured.tokens.mask.sum() for _, measured in parts)

@@ -1,4 +1,4 @@
-"""Failures of a run as errors of ours, whose messages say how to resume it."""
+"""Turns failures of a run into this package's errors, whose messages say how to resume it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from stable_rlhf.hardware import shortage
 
 @contextlib.contextmanager
 def failures_named(run: Path, steps: Callable[[], int]) -> Iterator[None]:
-    """Around the training of a run: an error that ends it says how to resume.
+    """Adds how to resume to an error that ends the training of a run.
 
-    ``run``: its folder. ``steps``: how many steps are done.
+    ``run``: its folder. ``steps``: gives the number of steps done.
 
-    A full disk raises NoRoomError, memory that runs out OutOfMemoryError, and a signal or Ctrl-C Interrupted. To the
-    messages of SaveError, RewardError and GuardStop the sentence is added. Any other exception passes as it is.
+    A full disk raises NoRoomError, a lack of memory OutOfMemoryError, and a signal or Ctrl-C Interrupted. The messages
+    of SaveError, RewardError and GuardStop get the sentence added. Any other exception passes unchanged.
     """
     try:
         yield
@@ -66,8 +66,10 @@ def failures_named(run: Path, steps: Callable[[], int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def misfits_named(resumed: bool) -> Iterator[None]:
-    """Around the opening of a run: a saved state that does not fit the settings, which somebody has changed in
-    config.yaml, raises ConfigError where the run is ``resumed``."""
+    """Raises ConfigError where the saved state of a ``resumed`` run does not fit its settings.
+
+    That happens where somebody has changed config.yaml.
+    """
     try:
         yield
     except StableRLHFError:
@@ -79,23 +81,29 @@ def misfits_named(resumed: bool) -> Iterator[None]:
 
 
 def how_to_resume(run: Path) -> str:
-    """The command that resumes a run, and from which step, or that there is no checkpoint to resume from."""
+    """A sentence with the command that resumes a run and the step it continues from.
+
+    Without a checkpoint it says that there is none and to start again.
+    """
     saved, _ = inspect(run / "checkpoints")
     if saved is None:
         where = ", with another output_dir" if (run / "metrics.jsonl").exists() else ""
         return f"There is no checkpoint to resume from yet: start again{where}."
-    return f"`stable-rlhf resume {shlex.quote(str(run))}` goes on from step {steps_of(saved)}."
+    return f"`stable-rlhf resume {shlex.quote(str(run))}` continues from step {steps_of(saved)}."
 
 
 def _until_changed(run: Path, error: GuardStop) -> str:
-    """What a resume needs besides; nothing where the guard stopped because the last good state could not be read."""
+    """A sentence that tells to change the guard's settings before a resume.
+
+    It is empty where the guard stopped because the last good state could not be read.
+    """
     if error.__cause__ is not None:
         return ""
     return f" The guard would stop it again for the same cause: change `guard` in {run / 'config.yaml'} first."
 
 
 def _with_less(run: Path) -> str:
-    """The settings that take less memory and that `resume` may be given anew."""
+    """A sentence with the settings that save memory, first those that a resumed run may change."""
     return (
         f"lower optim.microbatch_tokens or reward.batch_size, or set model.gradient_checkpointing, in "
         f"{run / 'config.yaml'}. {how_to_resume(run)} A smaller rollout.batch_size or model.lora_r needs a new run."
@@ -103,7 +111,7 @@ def _with_less(run: Path) -> str:
 
 
 def _no_room(run: Path, error: Exception) -> str | None:
-    """For an error that says that there is no room: how much is free and needed, and what to do. Else None."""
+    """A sentence on a full disk: the bytes that are free and needed, and the remedy. None for any other error."""
     if (number := error_number(error)) not in NO_ROOM:
         return None
     saved = found(run / "checkpoints")

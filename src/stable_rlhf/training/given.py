@@ -1,4 +1,4 @@
-"""Settings that name the objects `SAFETrainer` was given."""
+"""Settings that name the objects given to `SAFETrainer`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from stable_rlhf.rewards import listed, remote_reward
 
 
 def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Config:
-    """The settings with what is really trained and rewarded, so that config.yaml tells the truth.
+    """Puts the names of the model, rewards and data actually used into the settings, so that config.yaml is true.
 
-    What is no name has none that could be loaded: `stable-rlhf resume` refuses it instead of taking another. A reward
-    server is tried here, before a model loads. Raises ConfigError, or RewardError for a server that is not there.
+    An object that was not loaded by name gets a name that cannot be loaded: `stable-rlhf resume` then refuses it
+    instead of taking something else. A reward server is tried here, before a model loads. Raises ConfigError, or
+    RewardError for a server that is not there.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
@@ -43,8 +44,10 @@ def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Confi
 
 
 def check_named(config: Config, model: Any) -> None:
-    """Raises ConfigError for a device, a tracker or a model that the settings name and that is not there, before
-    anything loads."""
+    """Raises ConfigError for a device, tracker or model that the settings name and that is not there.
+
+    It is called before anything loads.
+    """
     resolve_device(config.model.device)
     available = get_available_reporting_integrations()
     if missing := [name for name in config.log.report_to if name not in available]:

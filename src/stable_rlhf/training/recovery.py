@@ -1,4 +1,4 @@
-"""The guard of a run and the states it can go back to. It says what is to be done; the trainer does it."""
+"""The guard of a run and the states it can go back to. It says what to do; the trainer does it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from stable_rlhf.checkpoints import Snapshots, Tensors
 from stable_rlhf.control import Action, Guard, Verdict
 
 STAYS = frozenset({"scheduler", "guard", "prompts", "callbacks", "counters", "random"})
-"""Parts of a run that a roll-back does not put back: steps are counted and figures kept as they happened, with the same
-prompts and draws the same might happen again, and the guard keeps its count of roll-backs (`Guard.roll_back`)."""
+"""Parts of a run that a roll-back does not restore. Steps stay counted and figures stay recorded; the same prompts and
+random draws could lead to the same failure again; the guard keeps its count of roll-backs (`Guard.roll_back`)."""
 
 
 class Recovery:
-    """The guard with its snapshots. With ``guard.enabled=false`` it judges and keeps nothing."""
+    """The guard and its snapshots. With ``guard.enabled=false`` it judges nothing and keeps nothing."""
 
     def __init__(self, guard: Guard, snapshots: Snapshots) -> None:
         self.guard, self.snapshots = guard, snapshots
         self._began = False
         self.suspect = False
-        """Whether a rule's condition holds at the step just done: not a state to come back to."""
+        """Whether a rule's condition holds at the step just done, whose state is then not one to go back to."""
 
     @property
     def factor(self) -> float:
@@ -32,7 +32,7 @@ class Recovery:
         return self.guard.settings.enabled and not self.suspect and step % self.guard.settings.snapshot_steps == 0
 
     def begin(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Keeps the state before the first step, which counts as good: there is no other to go back to."""
+        """Keeps the state before the first step as the first good one."""
         self._began = True
         if self.guard.settings.enabled:
             self.snapshots.keep(tensors, state)
@@ -47,12 +47,12 @@ class Recovery:
             self.snapshots.forget()
 
     def end(self) -> None:
-        """Drops every snapshot: a run that ends, however it does, is resumed from a checkpoint."""
+        """Drops every snapshot: a run that has ended, for whatever reason, is resumed from a checkpoint."""
         if self._began:  # or the folder may be another process's
             self.snapshots.forget()
 
     def judge(self, figures: Mapping[str, Any]) -> Verdict:
-        """The guard's verdict on the step just done, by its figures; the snapshots follow from it."""
+        """Judges the step just done by its figures; keeps or drops the candidate for the last good state."""
         verdict = self.guard.judge(figures)
         self.suspect = verdict.suspect
         if self.suspect:
@@ -63,6 +63,6 @@ class Recovery:
 
 
 def incident(step: int, verdict: Verdict, action: Action, done: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The line of incidents.jsonl for a verdict: what was seen at ``step`` (from 0), what was ``done``, the figures."""
+    """The line of incidents.jsonl for a verdict: what was seen at ``step`` (from 0), what was ``done``, and figures."""
     seen = {"step": step, "action": action.value, "rule": verdict.rule, "seen": verdict.seen}
     return seen | {"done": done, "advice": verdict.advice, "figures": dict(figures)}

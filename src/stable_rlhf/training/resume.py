@@ -1,4 +1,4 @@
-"""Which steps of a run folder a resume keeps, and the counters and settings that a checkpoint is compared with."""
+"""Resuming a run: its counters, the check of its settings, and the removal of later steps from its folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stable_rlhf.runs import MetricsWriter, incidents
 
 @dataclass
 class Counters:
-    """How far a run is."""
+    """Counts of a run's steps and completions."""
 
     step: int = 0
     """Steps done; a step is a rollout with its update."""
@@ -40,14 +40,14 @@ class SameSettings:
         return self.settings()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Raises CheckpointError with setting and both values."""
+        """Raises CheckpointError for a setting that differs; the message has both values."""
         refuse_changes(self.settings(), saved)
 
 
 def forget_after(run_dir: Path, writer: MetricsWriter, step: int) -> None:
     """Removes from the run folder the steps that a resumed run is about to repeat: checkpoints, rows, incidents.
 
-    Raises ConfigError for a line of theirs that cannot be read, before anything is removed.
+    Raises ConfigError for a line of those files that cannot be read, before anything is removed.
     """
     try:
         incidents.read(run_dir)
@@ -58,7 +58,7 @@ def forget_after(run_dir: Path, writer: MetricsWriter, step: int) -> None:
     folder = run_dir / "checkpoints"
     later = [path.name for path in store.found(folder) if store.steps_of(path) > step]
     for kept in store.forget_after(folder, step):
-        tell(f"{kept}: a damaged checkpoint of a later step has this name now; remove it if you like")
+        tell(f"{kept}: a damaged checkpoint of a later step now has this name; you may remove it")
         later = [name for name in later if not kept.name.startswith(f"damaged-{name}")]
     if later:
         tell(f"Removed everything after step {step} (including {', '.join(later)}); those steps will be repeated")

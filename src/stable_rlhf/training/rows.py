@@ -1,4 +1,4 @@
-"""What a step writes: its row of metrics.jsonl, its completions."""
+"""The rows that a step writes: one in metrics.jsonl, and those of its completions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def step_row(step: Step, counters: Counters, normaliser: RewardNormaliser, rollb
 
 
 def decision_metrics(decision: Decision) -> dict[str, Any]:
-    """A controller's decision as the metrics ``safe/...`` that it has among METRICS."""
+    """A controller's decision as metrics ``safe/...``: those of its fields that METRICS lists."""
     fields = dataclasses.asdict(decision)
     return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in METRICS}
 

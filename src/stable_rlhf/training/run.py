@@ -1,4 +1,4 @@
-"""The parts of a run: made once, begun, saved, resumed, rolled back."""
+"""The parts of a run: how they are made, begun, saved, resumed and rolled back."""
 
 from __future__ import annotations
 
@@ -152,12 +152,12 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting of the run, the controller's own included: what config.yaml and the checkpoints hold."""
+        """Every setting of the run, the controller's included, as config.yaml and the checkpoints hold it."""
         return complete_settings(self.args, self.run_dir)
 
     @property
     def parts(self) -> dict[str, Part]:
-        """Everything that the run's future depends on, by name. The first two only check that it is the same run."""
+        """Everything that the run's future depends on, by name. The first two only check that the run is the same."""
         return {
             "reference": self.reference,
             "settings": SameSettings(lambda: self.settings),
@@ -180,7 +180,7 @@ class Run:
     # -- begin and end ------------------------------------------------------------------------------------------------
 
     def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
-        """Makes the run folder and evaluates, or loads the checkpoint that the run is resumed from."""
+        """Makes the run folder, or loads the checkpoint to resume from."""
         self._lock.take()
         self.callback_states.check()
         self.writer = MetricsWriter(self.run_dir)
@@ -188,7 +188,7 @@ class Run:
             self._resume(resume_from_checkpoint)
         elif (self.run_dir / "metrics.jsonl").exists() or store.found(self.run_dir / "checkpoints"):
             raise ConfigError(
-                f"output_dir={str(self.run_dir)!r}: holds a run already; resume it by `stable-rlhf resume "
+                f"output_dir={str(self.run_dir)!r}: holds a run already; resume it with `stable-rlhf resume "
                 f"{self.run_dir}`, or choose another folder"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -208,18 +208,20 @@ class Run:
         self._began, self._progress = False, None
 
     def _resume(self, chosen: bool | str | Path) -> None:
-        """Loads a checkpoint, and removes what the run folder has of later steps."""
+        """Loads a checkpoint, and removes everything of later steps from the run folder."""
         checkpoints = self.run_dir / "checkpoints"
         path, damaged = store.newest(checkpoints) if chosen is True else (Path(str(chosen)), list[str]())
         for fault in damaged:
-            tell(f"{fault}: passed over, the run resumes from step {store.steps_of(path)}")
+            tell(f"{fault}: skipped, the run resumes from step {store.steps_of(path)}")
         with store.restoring(path):
             tensors, state = self.load_checkpoint(path)
         if path.resolve().parent != checkpoints.resolve():
-            raise ConfigError(f"resume_from_checkpoint={str(path)!r}: set output_dir to the run that it belongs to")
+            raise ConfigError(
+                f"resume_from_checkpoint={str(path)!r}: set output_dir to the run that the checkpoint belongs to"
+            )
         if self.steps_done > self.args.max_steps:
             raise ConfigError(
-                f"max_steps={self.args.max_steps}: the run has done {self.steps_done} steps already; give that many or "
+                f"max_steps={self.args.max_steps}: the run has already done {self.steps_done} steps; give that many or "
                 "more, or resume from an older checkpoint"
             )
         forget_after(self.run_dir, self.writer, self.steps_done)
@@ -231,7 +233,10 @@ class Run:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> Path:
-        """All that affects the future, the last good state included, in run_dir/checkpoints/step-<steps done>."""
+        """Saves everything the run's future depends on in run_dir/checkpoints/step-<steps done>; returns its path.
+
+        The last good state of the guard is included. Raises SaveError.
+        """
         tensors, state = capture(self.parts, self.steps_done)
         self.recovery.snapshots.into(tensors, state)
         kept = self.args.save_total_limit
@@ -241,16 +246,16 @@ class Run:
         return path
 
     def load_checkpoint(self, path: Path) -> tuple[Tensors, dict[str, Any]]:
-        """Puts the run back to a checkpoint; returns its content."""
+        """Restores the run from a checkpoint; returns the checkpoint's content. Raises CheckpointError."""
         tensors, state = store.load(path)
         restore(self.parts, tensors, state)
         self._tighten()
         return tensors, state
 
     def _roll_back(self) -> int:
-        """Puts the last good state back, every byte of it, except the parts that stay (recovery.STAYS).
+        """Restores the last good state byte for byte, except the parts in `recovery.STAYS`.
 
-        Returns the steps done in that state. Raises CheckpointError where it cannot be read; nothing has changed then.
+        Returns the steps done in that state. Raises CheckpointError where it cannot be read; nothing is changed then.
         """
         tensors, state = self.recovery.snapshots.load()
         restore({name: part for name, part in self.parts.items() if name not in STAYS}, tensors, state)
@@ -267,14 +272,20 @@ class Run:
         self.set_learning_rates()
 
     def set_learning_rates(self) -> None:
-        """base x schedule x the roll-backs' factor; the schedule is that of the present max_steps."""
+        """Sets each learning rate to base x schedule x the roll-backs' factor.
+
+        The schedule is that of the present max_steps.
+        """
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) * self.recovery.factor
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """A plain Transformers or PEFT folder with its tokenizer; value_heads.safetensors lies beside the weights."""
+        """Saves a plain Transformers or PEFT folder with its tokenizer; returns its path (default run_dir/final).
+
+        The value heads are in value_heads.safetensors next to the weights.
+        """
         folder = Path(output_dir or self.run_dir / "final")
         policy: Any = self.model.policy
         policy.save_pretrained(folder)
@@ -288,7 +299,7 @@ class Run:
         return folder
 
     def save_final(self) -> None:
-        """``save_model`` into run_dir/final, whole or not at all: a kill leaves what was there before, or nothing."""
+        """Saves the model in run_dir/final, whole or not at all: a kill leaves the folder as it was, or removed."""
         aside = self.save_model(self.run_dir / ".final")
         shutil.rmtree(self.run_dir / "final", ignore_errors=True)
         aside.rename(self.run_dir / "final")

@@ -1,4 +1,4 @@
-"""One step of training, as a page: rollout, measurement, decision, batch, update."""
+"""One step of training on one page: rollout, measurement, decision, batch, update."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Loop:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a step did."""
+    """The results of a step."""
 
     rollout: Rollout
     measured: Measured
@@ -49,10 +49,10 @@ class Step:
 
 
 def take_step(loop: Loop, watch: Stopwatch) -> Step:
-    """Samples completions, has them scored, decides, and learns from them.
+    """Samples completions, scores them, takes the controller's decision, and learns from them.
 
-    The decision comes before the update, from figures of the policy that sampled. Raises RewardError where no reward
-    can be had, before anything is learned; DivergenceError for a figure that is not finite.
+    The decision comes before the update and rests on figures of the policy that sampled. Raises RewardError where no
+    reward can be had, before anything is learned; DivergenceError for a figure that is not finite.
     """
     config, step = loop.config, loop.counters.step
     indices = loop.stream.take(config.rollout.batch_size)

@@ -1,4 +1,4 @@
-"""Signals that wait for the end of the step in hand."""
+"""SIGINT and SIGTERM, which end a run after the step in progress."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class GracefulStop:
-    """Inside, SIGINT and SIGTERM raise Interrupted; inside ``waiting`` they wait for the end of the step in hand, and
-    only a second one that is SIGINT raises KeyboardInterrupt at once.
+    """Turns SIGINT and SIGTERM into Interrupted inside the context.
 
-    A thread other than the main one cannot have signals' handlers: there it does nothing.
+    Inside ``waiting`` a signal waits for the end of the step in progress; a second one raises KeyboardInterrupt at once
+    if it is SIGINT. Only the main thread can have signal handlers: in any other thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class GracefulStop:
         self._before: dict[signal.Signals, Any] = {}
 
     def asked(self) -> bool:
-        """Whether a signal waits for the end of the step in hand: what cannot be had now is then not waited for."""
+        """Whether a signal waits for the end of the step in progress, so that nothing else should be waited for."""
         return bool(self._before) and self.signum is not None
 
     def __enter__(self) -> GracefulStop:
@@ -44,8 +44,11 @@ class GracefulStop:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Where a step must not be cut in two: inside, look at ``signum`` after each. On leaving, Interrupted is raised
-        for a signal that nobody has looked at, also where a step ended early for want of a reward server."""
+        """Makes signals wait, so that no step is cut in two: look at ``signum`` after each step.
+
+        On leaving, Interrupted is raised for a signal that nobody has looked at, also where a step ended early because
+        a reward server gave no scores.
+        """
         self._waits = True
         try:
             yield

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 
 class Stopwatch:
-    """Starts when it is made. ``lap`` gives the seconds since the last lap, or since what was added, a name."""
+    """Times the parts of a step from the moment it is made. ``lap`` names the seconds since the last lap or ``add``."""
 
     def __init__(self) -> None:
         self.started = self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Parts that were timed elsewhere, up to now."""
+        """Adds parts that were timed elsewhere, up to now."""
         self.seconds |= seconds
         self._last = time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""The loop: SAFETrainer."""
+"""`SAFETrainer`: the training loop."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from stable_rlhf.checkpoints import (
-    capture,
-    restore,
-)
+from stable_rlhf.checkpoints import capture, restore
 from stable_rlhf.console import Progress, said_if_lost
 from stable_rlhf.control import Action, Verdict
 from stable_rlhf.errors import CheckpointError, ConfigError, DivergenceError, GuardStop, Interrupted, RewardError
@@ -51,16 +48,16 @@ class SAFETrainer(Run):
         ``resume_from_checkpoint``: a checkpoint's folder, or True for the newest whole one of the run; the run then
         continues as if it had never stopped.
 
-        SIGINT and SIGTERM end the run after the step in hand, with a checkpoint, and at once where no step is in hand:
-        Interrupted is raised. Raises GuardStop where the guard gives the run up, RewardError where no reward can be
-        had, both with a checkpoint once the first step has begun; SaveError for a file that could not be written,
-        OutOfMemoryError where memory ran out. The messages say how to resume.
+        SIGINT and SIGTERM raise Interrupted: after the step in progress, with a checkpoint, or at once where no step is
+        in progress. Raises GuardStop where the guard ends the run and RewardError where no reward can be had, both with
+        a checkpoint once the first step has begun; SaveError for a file that could not be written; OutOfMemoryError
+        where memory ran out. The messages say how to resume.
         """
         with failures_named(self.run_dir, lambda: self.steps_done):
             return self._train(resume_from_checkpoint)
 
     def _train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
-        """``train``, whose errors do not say how to resume."""
+        """``train`` without the sentences on how to resume."""
         try:
             with self._stop as stop:
                 with misfits_named(bool(resume_from_checkpoint)):
@@ -82,8 +79,7 @@ class SAFETrainer(Run):
             self.end()
 
     def step(self) -> dict[str, Any] | None:
-        """One whole step: rollout, update, the guard's verdict and what follows from it, callbacks, snapshot and
-        checkpoint where they are due.
+        """Takes one whole step: rollout, update, the guard's verdict, callbacks; snapshot and checkpoint where due.
 
         Returns the step's row of metrics.jsonl, None where a figure was not finite (then there is no row). The run is
         begun first if it has not begun; ``end`` ends it. Raises as ``train`` does.
@@ -97,13 +93,13 @@ class SAFETrainer(Run):
         return row
 
     def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
-        """Makes the run folder and evaluates the policy as given, or loads the checkpoint to resume from."""
+        """Makes the run folder and evaluates the policy, or loads the checkpoint to resume from."""
         super().begin(resume_from_checkpoint)
         if not resume_from_checkpoint:
             self._evaluate_into("before")
 
     def _learn(self) -> dict[str, Any] | None:
-        """One rollout, what is learned from it and what the guard makes of it; the step's row, already written."""
+        """Learns from one rollout and acts on the guard's verdict; returns the step's row, which is already written."""
         before = self._parts_named("prompts", "callbacks", "random")
         boundary = capture(before, self.steps_done)
         self.control = self.handler.on_step_begin(self._arguments, self.state, self.control)
@@ -156,7 +152,7 @@ class SAFETrainer(Run):
         return row
 
     def _after_step(self, row: dict[str, Any] | None) -> None:
-        """Callbacks, then snapshot, then checkpoint: always at a rollout's end, so that there is no buffer to save."""
+        """Runs callbacks, snapshot, checkpoint in this order, at a rollout's end, where no buffer has to be saved."""
         self.state.global_step = self.steps_done
         self.state.epoch = self.counters.episode / len(self.train_dataset)
         self.control = self.handler.on_step_end(self._arguments, self.state, self.control)
@@ -183,7 +179,10 @@ class SAFETrainer(Run):
             self._act(verdict, figures)
 
     def _act(self, verdict: Verdict, figures: Mapping[str, Any]) -> None:
-        """Does what the guard's verdict asks for, and records it as an incident. Raises GuardStop."""
+        """Does what the guard's verdict asks for, and records it as an incident.
+
+        Raises GuardStop where the verdict, or a last good state that cannot be read, ends the run.
+        """
         action, fault = verdict.action, None
         if action is Action.SKIP:
             done = "learned from the rest of the step"
@@ -192,7 +191,7 @@ class SAFETrainer(Run):
                 done = f"went back to the state after {self._roll_back()} steps"
             except CheckpointError as error:
                 action, fault = Action.STOP, error
-                done = f"would have gone back, but the last good state cannot be read ({error}), and stopped"
+                done = f"could not go back, since the last good state cannot be read ({error}), and stopped"
             if fault is None:
                 done += f" {self._what_next(action)}"
         entry = incident(self.steps_done - 1, verdict, action, done, figures)
@@ -216,7 +215,10 @@ class SAFETrainer(Run):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float | None]:
-        """Reward with its standard error, KL, entropy, distinct-2 and length on the held-out prompts."""
+        """Evaluates on the held-out prompts: reward with its standard error, KL, entropy, distinct-2 and length.
+
+        Raises ConfigError where there are no held-out prompts.
+        """
         return self._evaluate()[0]
 
     def _evaluate(self) -> tuple[dict[str, float | None], list[dict[str, Any]]]:

@@ -80,7 +80,7 @@ def test_chosen_columns_are_sent_in_their_batches() -> None:
         assert [request["labels"] for request in server.requests] == [[1, "two"], [None]]
         assert all("secret" not in request for request in server.requests)
         with pytest.raises(
-            RewardError, match=r"reward\.columns=\['answer'\]: the data set has no 'answer', but labels"
+            RewardError, match=r"reward\.columns=\['answer'\]: the data set has no column 'answer'; it has labels"
         ):
             asked(server.url, data={"labels": [1, 2]}, columns=["answer"])
         for value in (datetime.date(2026, 1, 1), float("nan")):
@@ -98,7 +98,11 @@ def test_the_token_comes_from_the_environment_and_is_shown_nowhere(monkeypatch: 
         with pytest.raises(RewardUnavailable, match="HTTP 401") as caught:
             asyncio.run(reward(["a"], ["x"]))
     assert "s3cret" not in str(caught.value) + repr(config)
-    for value, message in (("", "no such environment variable is set"), ("a b", "spaces"), ("a\nb: c", "other signs")):
+    for value, message in (
+        ("", "no such environment variable is set"),
+        ("a b", "spaces"),
+        ("a\nb: c", "other characters"),
+    ):
         monkeypatch.setenv("REWARD_TOKEN", value)
         with pytest.raises(RewardError, match=rf"reward\.token_env='REWARD_TOKEN': .*{message}"):
             remote_reward(server.url, config)
@@ -174,7 +178,7 @@ def test_redirects_are_not_followed(status: int) -> None:
     with (
         misbehaving(score) as other,
         misbehaving(answer(b"", status, Location=other.url)) as server,
-        pytest.raises(RewardUnavailable, match=f"HTTP {status}: it sends elsewhere, to '{other.url}'"),
+        pytest.raises(RewardUnavailable, match=f"HTTP {status}: it redirects to '{other.url}'"),
     ):
         asked(server.url)
     assert (len(server.requests), len(other.requests)) == (1, 0)
@@ -211,7 +215,7 @@ def test_a_server_that_stays_down_is_named_with_tries_time_cause_and_remedy() ->
     said = str(caught.value)
     assert said.startswith(f"the reward server {server.url} gave no scores, 3 tries in 0.")
     bounds = "(reward.timeout=10, reward.retries=2, reward.max_wait=30)"
-    assert f'{bounds}: HTTP 500: \'{{"error": "no memory"}}\'. Start or mend the server' in said
+    assert f'{bounds}: HTTP 500: \'{{"error": "no memory"}}\'. Start or repair the server' in said
     assert said.endswith("or correct its URL.")
     assert "s3cret" not in said
 
@@ -271,7 +275,7 @@ def test_a_server_that_asks_for_time_gets_it_within_the_bound() -> None:
     for wait in ("3600", later, "9" * 400):
         with misbehaving(answer(b"", 503, Retry_After=wait)) as server:
             started = time.monotonic()
-            with pytest.raises(RewardUnavailable, match=r"1 try in .*it asked to be left alone for .* s\)"):
+            with pytest.raises(RewardUnavailable, match=r"1 try in .*it asked to wait .* s\)"):
                 asked(server.url, max_wait=30)
             assert time.monotonic() - started < SOON
     with misbehaving(answer(b"", 503, Retry_After="soon"), score) as server:

@@ -210,7 +210,7 @@ def test_a_long_silence_is_told_once_before_the_pause_that_makes_it_long(
     acts = [answer(b"", 503), *[answer(b"", 503, Retry_After="1")] * 2, score]
     with misbehaving(*acts) as server:
         assert asked(server.url, first_pause=0.002) == [2.0, 3.0]
-    bound = "reward.max_wait=600 s at most"
+    bound = "at most reward.max_wait=600 s"
     assert capsys.readouterr().err == (
         f"the reward server {server.url} gives no scores (HTTP 503: ''); waiting, {bound}\n"
     )

@@ -224,7 +224,7 @@ def test_equal_names_get_a_number():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": [1.0, 2.0]}, r"reward\.weights must be 1 finite numbers, one a reward; got \[1\.0, 2\.0\]"),
+        ({"weights": [1.0, 2.0]}, r"reward\.weights must be 1 finite numbers, one for each reward; got \[1\.0, 2\.0\]"),
         ({"weights": [math.nan]}, r"reward\.weights"),
         ({"missing_eos_penalty": -1.0}, r"reward\.missing_eos_penalty must be finite and at least 0, got -1\.0"),
         ({"missing_eos_penalty": math.inf}, r"reward\.missing_eos_penalty"),

@@ -130,7 +130,7 @@ def test_a_failing_function_is_said_in_a_sentence_and_the_next_batch_is_scored()
     with served(broken) as (url, log):
         refused = post(url, {"query": ["abad"], "prompts": ["a"]})
         assert refused.status_code == 500
-        assert refused.json() == {"error": "it failed (KeyError); the server's log says how"}
+        assert refused.json() == {"error": "it failed (KeyError); the server's log says why"}
         assert "lexicon" in log[0]
         assert post(url, {"query": ["ax"], "prompts": ["a"]}).json() == {"rewards": [1.0]}
     with served(lambda prompts, completions: [float("nan")]) as (url, _):
@@ -162,7 +162,7 @@ REFUSED = [
     ({"query": ["ab"], "prompts": ["a", "b"]}, 422, "there are 2 'prompts' for 1 texts"),
     ({"query": ["ab"], "prompts": ["b"]}, 422, "'query', row 1, does not begin with its prompt, 'b'"),
     ({"query": ["ab"], "prompts": ["a"], "labels": "x"}, 422, "'labels' must be a list of 1 values"),
-    ({"query": ["ab"], "prompts": ["a"], "completions": ["x"]}, 422, "'completions' is no field"),
+    ({"query": ["ab"], "prompts": ["a"], "completions": ["x"]}, 422, "'completions' is not a field"),
     ({"query": ["ab"], "prompts": ["a"], "messages": [CHAT, CHAT]}, 422, "'messages' must be a list of 1 chats"),
     ({"query": ["ab"], "prompts": ["a"], "messages": [CHAT[1:]]}, 422, "'messages', row 1, must be a list of at least"),
     ({"query": ["ab"], "prompts": ["a"], "messages": [CHAT[::-1]]}, 422, "must end with the assistant's answer"),

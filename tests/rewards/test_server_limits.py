@@ -113,7 +113,7 @@ def test_a_column_needs_one_value_a_sample(values: Any) -> None:
         refused = post(url, {"query": ["ab", "ab"], "prompts": ["a", "a"], "marks": values})
         assert (refused.status_code, refused.json()["error"]) == (
             422,
-            "'marks' must be a list of 2 values, one a text in 'query'",
+            "'marks' must be a list of 2 values, one for each text in 'query'",
         )
 
 

@@ -1,4 +1,4 @@
-"""The scorer that a run's settings and objects ask for."""
+"""Builds a run's scorer from its settings and the objects it was given."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stable_rlhf.rewards.scorer import Scorer
 
 
 def listed(reward_funcs: Any) -> list[Any]:
+    """A list of what may be one object or a sequence of them."""
     one = isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence)
     return [reward_funcs] if one else list(reward_funcs)
 
@@ -26,7 +27,11 @@ def make_scorer(
     device: torch.device,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Scorer:
-    """``stopping``: whether the run is asked to stop; reward servers that do not answer are then not waited for."""
+    """The scorer of ``reward_funcs``, or of ``config.reward`` where these are None.
+
+    ``tokenizers``: one for each reward, None elsewhere. ``stopping``: whether the run is asked to stop; a reward server
+    that does not answer is then no longer waited for. Raises ConfigError or RewardInputError.
+    """
     specs = listed(config.reward.functions if reward_funcs is None else reward_funcs)
     tokenizers = [None] * len(specs) if tokenizers is None else listed(tokenizers)
     if len(tokenizers) != len(specs):

@@ -12,12 +12,12 @@ from stable_rlhf.errors import RewardError, RewardInputError
 from stable_rlhf.text import quoted
 
 LARGEST = 1e30
-"""Size of a score: the squares of larger ones, of which deviations are made, come near the end of float64."""
+"""Largest size of a score: deviations are sums of squares, which must stay far below the largest float64."""
 
 
 @contextmanager
 def failures_named(name: str, prompts: Sequence[Text]) -> Iterator[None]:
-    """What a reward function raises comes out as a RewardError that names it; its own RewardErrors as they are."""
+    """Turns an exception of a reward function into a RewardError that names it; RewardErrors pass unchanged."""
     try:
         yield
     except RewardInputError as error:  # met while scoring, so training has begun
@@ -28,12 +28,15 @@ def failures_named(name: str, prompts: Sequence[Text]) -> Iterator[None]:
         raise RewardError(
             f"reward function {name!r} raised {type(error).__name__}: {str(error)!r} on {len(prompts)} samples, the "
             f"first prompt being {shown(prompts[0])}. It must accept prompts, completions and every other column of "
-            "the data set (**columns), and answer None where it cannot score."
+            "the data set (**columns), and return None where it cannot score."
         ) from error
 
 
 def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | None]:
-    """The answers of one function as floats and None, or a RewardError that names the first wrong one."""
+    """Validates the scores of one function and returns them as floats and None.
+
+    Raises RewardError, which names the first wrong one.
+    """
     values = output.tolist() if hasattr(output, "tolist") else output  # tensors and arrays
     if not isinstance(values, list | tuple) or len(values) != len(prompts):
         got = f"{len(values)} scores" if isinstance(values, list | tuple) else f"a {type(output).__name__}"
@@ -50,7 +53,7 @@ def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | Non
 
 
 def shown(value: Any) -> str:
-    """repr() of a value, or of a chat's last message: control characters escaped, the middle of a long one left out."""
+    """repr() of a value, or of a chat's last message; control characters are escaped and a long middle is left out."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
     return quoted(value)

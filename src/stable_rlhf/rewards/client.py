@@ -1,6 +1,6 @@
-"""Reward servers: a reward function that asks for its scores over HTTP, as OpenRLHF's trainer does (docs/rewards.md).
+"""Reward servers: a reward function that requests its scores over HTTP, as OpenRLHF's trainer does (docs/rewards.md).
 
-A batch is whole or an error: no score is made up, and none is used before all of them are there.
+A batch gets all its scores or raises an error: no score is made up, and none is used before all have arrived.
 """
 
 from __future__ import annotations
@@ -30,50 +30,42 @@ from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.run_async import waited_for
 
 CONNECT_SECONDS = 10.0
-"""What opening a connection may take: a few round trips, however busy the server is."""
-
+"""Seconds to open a connection: it takes a few round trips, however busy the server is."""
 
 FIRST_PAUSE = 0.5
-"""Seconds before a request is made again: a process that was killed by a deployment takes about that to be replaced."""
-
+"""Seconds before the first retry: a process that a deployment killed takes about that long to be replaced."""
 
 LONGEST_PAUSE = 60.0
-"""Seconds to which the pauses double: somebody who starts a server waits no longer than that for the run to see it."""
-
+"""Longest pause in seconds: once somebody starts a server, the run finds it within that time."""
 
 MAX_ANSWER_BYTES = 8 * 2**20
-"""A score takes 25 bytes, three times where `scores` and `extra_logs` repeat it: a thousand times the usual batch."""
-
+"""Longest answer: a score takes 25 bytes, or three times that where `scores` and `extra_logs` repeat it, so this
+holds a thousand times the usual batch."""
 
 MAX_ERROR_BYTES = 4096
-"""Bytes of a refusal that are read: more than are shown."""
-
+"""Bytes of a refusal that are read, more than are shown."""
 
 AGAIN = frozenset({408, 425, 429})
 """Statuses below 500 that say "not now": time-out, too early, too many requests."""
 
-
 NOT_THE_PLACE = frozenset({401, 403, 404, 405})
-"""Statuses that a request without the data set's columns gets for its address or token, not for lacking them."""
-
+"""Statuses that mean a wrong address or token. Any other error in the trial, which has no values for the data set's
+columns, may come from their absence."""
 
 SILENT = 5.0
-"""Seconds without scores before the console is told: a server that is replaced is back in less."""
-
+"""Seconds without scores before the console is told; a server that is being replaced is back sooner."""
 
 GLANCE = 0.2
-"""Seconds between two looks, in a pause, at whether the run is asked to stop."""
-
+"""Seconds between two checks, during a pause, whether the run is asked to stop."""
 
 PROBE_RETRIES = 2
-"""Retries of the trial at the start, within a second or two: a server that is not there is reported in seconds."""
-
+"""Retries of the trial at the start. They take a second or two, so a server that is not there is reported soon."""
 
 PROBE_PROMPT, PROBE_COMPLETION = "The soup was", " good."
 
 
 class _Failure(Exception):
-    """A request that gave no scores. again: whether another may. after: seconds that the server asked to wait."""
+    """A request that gave no scores. again: whether a retry may help. after: seconds that the server asked to wait."""
 
     def __init__(self, what: str, *, again: bool, after: float = 0.0, status: int | None = None) -> None:
         super().__init__(what)
@@ -83,14 +75,15 @@ class _Failure(Exception):
 class RemoteReward:
     """An async reward function whose scores come from a server.
 
-    url: where a batch is POSTed, without a password in it. batch_size: samples a request, one request after another.
-    timeout: seconds a request. retries: further tries of a request that failed for a cause that may pass: connection,
-    time-out, statuses 408, 425, 429 (Retry-After is waited for) and 5xx, an answer that is no JSON object with one
-    reward a sample. max_wait: seconds for one call, all requests and pauses together. token_env: see RewardConfig.
-    columns: of the data set, sent as fields of their names. first_pause: seconds before the first retry.
-    stopping: whether the run is asked to stop; then no failed request is made again.
+    url: where batches are POSTed, without a password in it. batch_size: samples per request; one request follows
+    another. timeout: seconds per request. retries: further tries of a request whose failure may pass: connection,
+    time-out, statuses 408, 425, 429 (Retry-After is waited for) and 5xx, an answer that is not a JSON object with one
+    reward per sample. max_wait: seconds for one call, all requests and pauses together. token_env: see RewardConfig.
+    columns: those of the data set that are sent, as fields of their names. first_pause: seconds before the first retry.
+    stopping: whether the run is asked to stop; a failed request is then not retried.
 
-    Calling it raises RewardUnavailable where it gets no scores, with the URL, tries, seconds, cause and remedy.
+    Calling it raises RewardUnavailable where it gets no scores; the message has the URL, tries, seconds, cause and
+    remedy.
     """
 
     def __init__(
@@ -121,10 +114,12 @@ class RemoteReward:
     async def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
-        """A score a sample, in order; None where the server has none for it."""
+        """One score per sample, in order; None where the server has none for it."""
         if missing := [name for name in self.columns if name not in columns]:
-            has = ", ".join(columns) or "no other column than prompt"
-            raise RewardError(f"reward.columns={list(self.columns)!r}: the data set has no {missing[0]!r}, but {has}.")
+            has = ", ".join(columns) or "no column except prompt"
+            raise RewardError(
+                f"reward.columns={list(self.columns)!r}: the data set has no column {missing[0]!r}; it has {has}."
+            )
         scores: list[float | None] = []
         started, tries, say = time.monotonic(), 0, self._said()
         settings: dict[str, Any] = {"headers": self._headers, "verify": self._tls, "trust_env": False}
@@ -153,9 +148,9 @@ class RemoteReward:
         return scores
 
     def probe(self) -> None:
-        """Raises RewardUnavailable in seconds where the server is not there, by having it score one short text.
+        """Has the server score one short text; raises RewardUnavailable within seconds where it is not there.
 
-        With `columns`, which are not known yet, they are null, and the server need not be able to score that.
+        The values of `columns` are not known yet and are sent as null; the server need not be able to score that.
         """
         trial = RemoteReward(
             self.url,
@@ -176,20 +171,20 @@ class RemoteReward:
                 raise
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
-        """Seconds before the next try: doubling, between half and all of it, so that runs do not come back as one."""
+        """Seconds before the next try: doubled each time, times 0.5 to 1 at random, lest all runs retry together."""
         failure = state.outcome.exception() if state.outcome else None
         asked = failure.after if isinstance(failure, _Failure) else 0.0
         return max(self._doubling(state) * self._random.uniform(0.5, 1.0), asked)
 
     def _said(self) -> Callable[[tenacity.RetryCallState], None]:
-        """What says, once, that there have been no scores for so long that the run looks as if it hung."""
+        """A callback that tells the console, once, why there have been no scores for SILENT seconds."""
         done: list[bool] = []
 
         def say(state: tenacity.RetryCallState) -> None:
             if not done and (state.seconds_since_start or 0.0) + state.upcoming_sleep > SILENT:
                 done.append(True)
                 failure = state.outcome.exception() if state.outcome else None
-                bound = f"reward.max_wait={self._max_wait:g} s at most"
+                bound = f"at most reward.max_wait={self._max_wait:g} s"
                 tell(f"the reward server {url_without_secrets(self.url)} gives no scores ({failure}); waiting, {bound}")
 
         return say
@@ -203,8 +198,10 @@ class RemoteReward:
         started: float,
         known: dict[str, Any],
     ) -> list[float | None]:
-        """One request, from its first byte to its last within what it may take; after one that failed (``known``: the
-        statistics of the tries), also until the run is asked to stop."""
+        """Sends one request and reads its whole answer within the time allowed.
+
+        A retry (``known``: the statistics of the tries) also ends once the run is asked to stop.
+        """
         allowed = max(0.0, min(self._timeout, self._max_wait - (time.monotonic() - started)))
         try:
             async with asyncio.timeout(allowed) as bound:
@@ -224,18 +221,18 @@ class RemoteReward:
 
     def _unavailable(self, failure: _Failure, tries: int, seconds: float) -> RewardUnavailable:
         how = f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
-        asked = f" (it asked to be left alone for {failure.after:g} s)" if failure.after > 0 else ""
+        asked = f" (it asked to wait {failure.after:g} s)" if failure.after > 0 else ""
         return RewardUnavailable(
             f"the reward server {url_without_secrets(self.url)} gave no scores, {how} ({self._bounds}): "
-            f"{failure}{asked}. Start or mend the server, or correct its URL."
+            f"{failure}{asked}. Start or repair the server, or correct its URL."
         )
 
     async def _sleep(self, seconds: float) -> None:
-        """A pause before a further try. Raises _Failure where the run is asked to stop, before it or in it."""
+        """Pauses before a further try. Raises _Failure where the run is asked to stop before or during the pause."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             if self._stopping():
-                raise _Failure("the run is asked to stop, and does not ask again", again=False)
+                raise _Failure("the run is asked to stop and does not retry", again=False)
             await asyncio.sleep(min(left, GLANCE))
 
     async def _cut(self, request: asyncio.Timeout) -> None:
@@ -246,7 +243,10 @@ class RemoteReward:
 
 
 def remote_reward(url: str, config: RewardConfig, stopping: Callable[[], bool] = lambda: False) -> RewardFunction:
-    """The server at a URL as a reward function, by its host and port as name. Raises RewardInputError for its token."""
+    """The server at a URL as a reward function named by its host and port.
+
+    Raises RewardInputError where the environment variable of its token is not set, or is not a token.
+    """
     function = RemoteReward(
         url,
         batch_size=config.batch_size,
@@ -265,7 +265,9 @@ def _token(variable: str) -> str:
     if not token:
         raise RewardInputError(f"reward.token_env={variable!r}: no such environment variable is set; export it.")
     if not (token.isascii() and token.isprintable()) or " " in token:  # what a header cannot hold
-        raise RewardInputError(f"reward.token_env={variable!r}: its value has spaces or other signs that no token has.")
+        raise RewardInputError(
+            f"reward.token_env={variable!r}: its value has spaces or other characters that no token has."
+        )
     return token
 
 
@@ -300,7 +302,7 @@ def _messages(prompt: Text, completion: Text) -> list[Message] | None:
 
 
 async def _content(response: httpx2.Response) -> bytes:
-    """The answer's bytes. Raises _Failure for a status that is no success, and for more bytes than a score can need."""
+    """The answer's bytes. Raises _Failure for a status that is not a success, and for an answer that is too long."""
     status, limit = response.status_code, MAX_ANSWER_BYTES if response.is_success else MAX_ERROR_BYTES
     if encoding := response.headers.get("Content-Encoding", "").replace("identity", ""):
         raise _Failure(f"it answered in the encoding {shown(encoding)}, though none was asked for", again=False)
@@ -315,7 +317,7 @@ async def _content(response: httpx2.Response) -> bytes:
         return bytes(content)
     if response.is_redirect:
         where = shown(response.headers.get("Location", ""))
-        raise _Failure(f"HTTP {status}: it sends elsewhere, to {where}; give that URL", again=False, status=status)
+        raise _Failure(f"HTTP {status}: it redirects to {where}; give that URL", again=False, status=status)
     what = f"HTTP {status}: {shown(content[:limit].decode('utf-8', 'replace').strip())}"
     after = _seconds_to_wait(response.headers.get("Retry-After"))
     raise _Failure(what, again=status in AGAIN or status >= 500, after=after, status=status)
@@ -336,12 +338,12 @@ def _seconds_to_wait(header: str | None) -> float:
 
 
 def _rewards(content: bytes, first: int, count: int) -> list[float | None]:
-    """The answer's `rewards`. What is no answer of a reward server may be a proxy's, and is asked for again."""
+    """The answer's `rewards`. An answer without them may be that of a proxy, and the request is retried."""
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError) as error:
         begins = shown(content[:200].decode("utf-8", "replace"))
-        raise _Failure(f"its answer is no JSON, and begins with {begins}", again=True, status=200) from error
+        raise _Failure(f"its answer is not JSON and begins with {begins}", again=True, status=200) from error
     rewards = answer.get("rewards") if isinstance(answer, dict) else None
     if not isinstance(rewards, list):
         raise _Failure(f"its answer has no list 'rewards', but is {shown(answer)}", again=True, status=200)

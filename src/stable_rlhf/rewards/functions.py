@@ -1,4 +1,4 @@
-"""Reward functions: a name resolved to something that scores."""
+"""Reward functions: finds the function or model that a setting or argument names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFunction:
-    """A reward function with the name under which errors and metrics (rewards/<name>/mean) speak of it."""
+    """A reward function with the name that errors and metrics (rewards/<name>/mean) give it."""
 
     name: str
     function: Callable[..., Any]
@@ -39,7 +39,7 @@ def resolve_reward(
     max_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> RewardFunction:
-    """Turn what a user names as a reward into a reward function.
+    """Finds or loads the reward function that a user names.
 
     spec: a callable; "package.module:function" (the current directory can be imported from); "builtin", this package's
         reward model; a folder or hub name of a sequence-classification model in safetensors with one output; or such a
@@ -48,13 +48,13 @@ def resolve_reward(
         put, and its weights (its head stays float32). batch_size, max_length (tokens): see RewardModel.
     trust_remote_code: run code that comes with this one model. Off: such a model is refused.
 
-    Raises RewardInputError if it cannot be had exactly so. A head that is not in the checkpoint is an error.
+    Raises RewardInputError if it cannot be loaded exactly as named. A head that is not in the checkpoint is an error.
     """
     settings = {"batch_size": batch_size, "max_length": max_length}
     if isinstance(spec, torch.nn.Module):
         if tokenizer is None:
             kind = type(spec).__name__
-            raise RewardInputError(f"the reward model {kind} needs its tokenizer: reward_processing_classes.")
+            raise RewardInputError(f"the reward model {kind} needs its tokenizer: set reward_processing_classes.")
         name = name or Path(getattr(spec.config, "_name_or_path", "")).name or type(spec).__name__
         return RewardFunction(name=name, function=RewardModel(spec, tokenizer, name=name, **settings))
     if callable(spec):
@@ -72,7 +72,7 @@ def resolve_reward(
 
 def _import(path: str) -> Callable[..., Any]:
     module_name, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:  # at the end, so that no file beside the user's shadows an installed package
+    if os.getcwd() not in sys.path:  # at the end, so that no file next to the user's shadows an installed package
         sys.path.append(os.getcwd())
     importlib.invalidate_caches()
     try:

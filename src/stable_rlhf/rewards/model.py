@@ -16,7 +16,6 @@ from stable_rlhf.hardware import exact_products, kernel
 
 BUILTIN_MODEL = ASSETS / "reward_model"
 
-
 # Tokenizers without a limit say 10^30; no model here reads a million tokens.
 _NO_LENGTH_LIMIT = 1_000_000
 
@@ -24,7 +23,7 @@ _NO_LENGTH_LIMIT = 1_000_000
 class RewardModel:
     """A sequence-classification model with one output as a reward function.
 
-    The score of a sample is the model's own output for its text alone: batching and padding change nothing. The text is
+    The score of a sample depends only on its text: batching and padding change nothing. The text is
     - for a text prompt: prompt + completion, with the special tokens that the tokenizer itself adds;
     - for a chat prompt: the messages and the answer through the tokenizer's chat template, no special token added;
     - for a chat prompt and a tokenizer without template: "\\n\\nHuman: ...\\n\\nAssistant: ..." as in HH-RLHF.
@@ -32,7 +31,7 @@ class RewardModel:
 
     Decoder classifiers read the last token that is not `config.pad_token_id`, so batches are padded on the right with
     that id, whatever the tokenizer's is. Where there is none, the tokenizer's pad or end token is written into the
-    configuration. If pad is also the end token, end tokens at the end of a text are passed over, alone as in a batch.
+    configuration. If pad is also the end token, end tokens at the end of a text are skipped, in a batch or not.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class RewardModel:
         self._pad = _pad_token_id(model.config, tokenizer, name)
 
     def encode(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[list[int]]:
-        """Token ids of each sample as the model reads it; training on anything else would train another function."""
+        """Token ids of each sample exactly as the model reads it; a reward model must be trained on these."""
         encoded = []
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
             text, specials = _sample_text(self.tokenizer, prompt, completion)
@@ -70,7 +69,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
-        """Score every sample; other columns do not matter to a model. Results are in the order of the samples."""
+        """Scores every sample, in order; a model ignores the other columns."""
         encoded, device = self.encode(prompts, completions), next(self.model.parameters()).device
         order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))  # like lengths share a batch
         scores = [0.0] * len(encoded)
@@ -90,6 +89,10 @@ class RewardModel:
 def load_reward_model(
     path: str, spec: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[Any, Any]:
+    """(model, its tokenizer) from safetensors.
+
+    Raises RewardInputError where it cannot be loaded, has more than one output, or lacks a weight.
+    """
     trust = {"trust_remote_code": trust_remote_code}
     # safetensors only: the older format can run code when it is read
     settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True} | trust

@@ -1,4 +1,4 @@
-"""Async work from code that is not async."""
+"""Runs async code from code that is not async."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def waited_for(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """The result of the coroutine that `start` makes, run in a thread and an event loop of its own: asyncio.run refuses
-    a thread with a running loop, and a notebook has one.
+    """Runs the coroutine that `start` makes, in a thread and event loop of its own, and returns its result.
 
-    What interrupts the wait (Ctrl-C) cancels the coroutine, so that no request is waited for behind it.
+    asyncio.run refuses a thread with a running loop, and a notebook has one. An interrupt (Ctrl-C) cancels the
+    coroutine, so that none of its requests is waited for.
     """
     running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
 

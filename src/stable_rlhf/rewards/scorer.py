@@ -22,8 +22,8 @@ class Scores:
     """The scores of a batch, in its order and in the reward functions' own units.
 
     total: sum_i weight_i * score_i, minus missing_eos_penalty where the completion did not end; 0.0 where not valid.
-    valid: False where at least one reward function answered None: the sample has no score and must not be learnt from.
-    per_function: the answers of each reward function by its name, unweighted, None where it gave none.
+    valid: False where at least one reward function returned None: the sample has no score and must not be learned from.
+    per_function: the scores of each reward function by its name, unweighted, None where it gave none.
     """
 
     total: list[float]
@@ -32,9 +32,9 @@ class Scores:
 
 
 class Scorer:
-    """Calls every reward function on a batch and adds the answers up.
+    """Calls every reward function on a batch and adds up their scores.
 
-    weights: one finite factor a function, all 1.0 by default.
+    weights: one finite factor per function, all 1.0 by default.
     missing_eos_penalty: subtracted from the total of every completion without its end token, in reward units, >= 0;
         None for none. It keeps a policy from learning never to stop.
     """
@@ -46,11 +46,11 @@ class Scorer:
         missing_eos_penalty: float | None = None,
     ) -> None:
         if not functions:
-            raise RewardInputError("there is no reward function. Name at least one.")
+            raise RewardInputError("there is no reward function: name at least one.")
         weights = [1.0] * len(functions) if weights is None else list(weights)
         if len(weights) != len(functions) or not all(math.isfinite(weight) for weight in weights):
             raise RewardInputError(
-                f"reward.weights must be {len(functions)} finite numbers, one a reward; got {weights}."
+                f"reward.weights must be {len(functions)} finite numbers, one for each reward; got {weights}."
             )
         if missing_eos_penalty is not None and not 0 <= missing_eos_penalty < math.inf:
             raise RewardInputError(
@@ -70,10 +70,10 @@ class Scorer:
     ) -> Scores:
         """Score `completions[i]` as the answer to `prompts[i]`.
 
-        columns: the data set's other columns, one value a sample. ended[i]: True where completion i has its end token.
+        columns: the data set's other columns, one value per sample. ended[i]: True where completion i ends with EOS.
 
-        Raises RewardError if a function raises, answers with the wrong count or with something that is neither None nor
-        a finite number, or if no sample at all is left with a score; ValueError if the arguments differ in length.
+        Raises RewardError if a function raises, returns the wrong number of scores or a score that is neither None nor
+        a finite number, or if no sample is left with a score; ValueError if the arguments differ in length.
         """
         lengths = {"completions": len(completions), "ended": len(ended)} | {k: len(v) for k, v in columns.items()}
         wrong = {name: length for name, length in lengths.items() if length != len(prompts)}
@@ -93,7 +93,7 @@ class Scorer:
     def answers(
         self, prompts: Sequence[Text], completions: Sequence[str], columns: dict[str, list[Any]]
     ) -> dict[str, list[float | None]]:
-        """What each reward function answers, by its name, checked; see `score`, which adds them up."""
+        """The validated scores of each reward function by its name; `score` adds them up."""
         texts = [
             completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
             for prompt, completion in zip(prompts, completions, strict=True)

@@ -32,32 +32,27 @@ from stable_rlhf.rewards.model import RewardModel
 from stable_rlhf.rewards.scorer import Scorer
 
 QUEUE = 8
-"""Batches that wait for the one being scored. More would wait longer than a client does, whose retry comes anyway."""
-
+"""Most batches that wait for the one being scored. More would wait longer than their clients do, who retry anyway."""
 
 RETRY_SECONDS = 1
-"""Retry-After of a batch that found no place: about what a batch takes."""
-
+"""Retry-After for a batch that is refused because too many wait: about the time that a batch takes."""
 
 BODY_SECONDS = 30.0
-"""What the body of a request may take to arrive: 16 MiB on a slow line. A client that drips holds no place longer."""
-
+"""Seconds in which the body of a request must arrive: enough for 16 MiB on a slow line, and a bound on slow clients."""
 
 STOP_SECONDS = 10
-"""What batches in progress may take to end once the server is told to stop."""
-
+"""Seconds that batches in progress have to end once the server is told to stop."""
 
 SHOWN = 1000
-"""Characters of a line of the log, which may repeat what a client sent."""
-
+"""Most characters of a line of the log, which may repeat what a client sent."""
 
 CONNECTIONS = 128
-"""Connections and requests at once, each with a body of up to max_body_bytes in memory."""
+"""Most connections and requests at once, each with a body of up to max_body_bytes in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may be, and who may send one."""
+    """Limits on a request, and the token that it must have."""
 
     max_body_bytes: int
     max_batch: int
@@ -76,7 +71,7 @@ class RewardServer:
         self._busy = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self._waiting = 0
         self.scoring = False
-        """Whether a batch is being scored, which nothing but the process's end can end."""
+        """Whether a batch is being scored; only the end of the process can stop that."""
         routes = [
             Route("/", self._score, methods=["POST"]),
             Route("/get_reward", self._score, methods=["POST"]),  # where OpenRLHF's server has it
@@ -104,7 +99,7 @@ class RewardServer:
         batch = _batch(await self._body(request), self._limits.max_batch, self._reward)
         if self._waiting > QUEUE:
             headers = {"Retry-After": str(RETRY_SECONDS)}
-            raise _Refusal(503, f"{self._waiting} batches are waiting already; try again later", headers)
+            raise _Refusal(503, f"{self._waiting} batches are already waiting; try again later", headers)
         self._waiting += 1
         try:
             rewards = await asyncio.get_running_loop().run_in_executor(self._busy, self._rewards, batch)
@@ -152,7 +147,7 @@ class RewardServer:
             if isinstance(self._reward.function, RewardModel):
                 _require_readable(self._reward.function, batch)
             cause = type(error.__cause__ or error).__name__
-            raise _Refusal(500, f"{self._reward.name} failed ({cause}); the server's log says how") from error
+            raise _Refusal(500, f"{self._reward.name} failed ({cause}); the server's log says why") from error
         finally:
             self.scoring = False
 
@@ -166,7 +161,7 @@ _OF_ROUTING = {
     404: "there is nothing at this path; batches go to / or /get_reward",
     405: "batches are POSTed to / or /get_reward; /health answers to GET",
 }
-"""What Starlette refuses by itself, in a sentence."""
+"""Sentences for the requests that Starlette refuses by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +172,11 @@ class _Batch:
 
 
 def _batch(body: bytes, max_batch: int, reward: RewardFunction) -> _Batch:
-    """The samples of a request, or the _Refusal that says which of its fields is wrong."""
+    """The samples of a request. Raises a _Refusal that says which of its fields is wrong."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise _Refusal(400, "the body is no JSON, or nested too deeply") from error
+        raise _Refusal(400, "the body is not JSON, or is nested too deeply") from error
     if not isinstance(fields, dict):
         raise _Refusal(422, "the body must be a JSON object with a list 'query'")
     queries = _texts(fields, "query")
@@ -207,8 +202,10 @@ def _batch(body: bytes, max_batch: int, reward: RewardFunction) -> _Batch:
 
 
 def _require_readable(model: RewardModel, batch: _Batch) -> None:
-    """Raises the _Refusal of a sample that the model cannot be given, now or later: its chat template refuses a role,
-    or leaves nothing of it. Templates raise errors of any kind, so each sample is tried again by itself."""
+    """Raises a _Refusal for a sample that the model can never read: its chat template refuses a role or leaves no text.
+
+    Templates raise errors of any kind, so each sample is tried again by itself.
+    """
     for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True), start=1):
         try:
             model.encode([prompt], [completion])
@@ -233,7 +230,7 @@ def _require_text(value: Any, where: str) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise _Refusal(422, f"{where} holds half of a surrogate pair, which is no text") from None
+            raise _Refusal(422, f"{where} holds half of a surrogate pair, which is not text") from None
 
 
 def _prompts(fields: dict[str, Any], count: int) -> list[str]:
@@ -255,7 +252,7 @@ def _chats(fields: dict[str, Any], count: int) -> list[tuple[Text, str] | None]:
     if chats is None:
         return [None] * count
     if not isinstance(chats, list) or len(chats) != count:
-        raise _Refusal(422, f"'messages' must be a list of {count} chats, one a text in 'query', or null")
+        raise _Refusal(422, f"'messages' must be a list of {count} chats, one for each text in 'query', or null")
     return [None if chat is None else _chat(chat, f"'messages', row {row}") for row, chat in enumerate(chats, start=1)]
 
 
@@ -273,13 +270,13 @@ def _chat(chat: Any, where: str) -> tuple[Text, str]:
 
 
 def _columns(fields: dict[str, Any], count: int) -> dict[str, list[Any]]:
-    """What a reward function is given besides prompts and completions: every other field, one value a sample."""
+    """The columns for a reward function: every field except prompts and completions, one value per sample."""
     columns = {name: values for name, values in fields.items() if name not in ("query", "prompts", "messages")}
     for name, values in columns.items():
         if not isinstance(values, list) or len(values) != count:
-            raise _Refusal(422, f"{shown(name)} must be a list of {count} values, one a text in 'query'")
+            raise _Refusal(422, f"{shown(name)} must be a list of {count} values, one for each text in 'query'")
     if "completions" in columns:
-        raise _Refusal(422, "'completions' is no field: a completion is what follows the prompt in 'query'")
+        raise _Refusal(422, "'completions' is not a field: a completion is what follows the prompt in 'query'")
     return columns
 
 
@@ -302,6 +299,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether the host is localhost or a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,9 +1,9 @@
-"""Sampling tokens from the policy: weights to decode with, a cache of fixed size, the loop over tokens.
+"""Samples tokens from the policy: a cache of fixed size and the loop over tokens.
 
-The loop is the policy's own forward, a token at a time (models with a shorter window, or that keep other states than
-keys, are left to Transformers' loop). On CUDA a step of it is one graph, replayed without waiting for
-the device; elsewhere rows that have ended leave the batch. Random numbers are drawn before the first token, one for
-each token, so that a row's completion does not depend on when other rows end.
+The loop runs the policy's own forward, one token at a time. (Models with a shorter window, or that keep other states
+than keys, use Transformers' loop.) On CUDA one step of it is one graph, replayed without waiting for the device;
+elsewhere rows that have ended leave the batch. Random numbers are drawn before the first token, one for each token, so
+that a row's completion does not depend on when other rows end.
 """
 
 from __future__ import annotations
@@ -26,18 +26,15 @@ from stable_rlhf.rollout.backend import Sampling
 from stable_rlhf.rollout.merged_weights import decoding_model, merge
 
 CHECK_EVERY = 16
-"""Steps between two looks at whether every row has ended, where looking means waiting for the device. At 3.6 ms a step
+"""Steps between two checks whether every row has ended, where a check waits for the device. At 3.6 ms a step
 (3B on one H200) a rollout runs on for 58 ms at most after the last row's end, half of it on average."""
 
-
 ROOMS = 8
-"""Numbers of rows and widths whose keys, values and graphs are kept; the one not used for longest goes first."""
-
+"""Most shapes (rows and prompt width) whose keys, values and graphs are kept; the least recently used goes first."""
 
 LEAVE_AT = 0.75
-"""Share of rows still running at which those that have ended leave the batch, where shapes are free: a copy of what is
-kept then saves a quarter of every step to come."""
-
+"""Share of rows still running at which those that have ended leave the batch, where shapes are free: copying the rest
+then saves a quarter of every later step."""
 
 SHORTEST = 64
 """Least room for a prompt in a graph's cache; longer ones have the next power of two, so that prompts of any length up
@@ -68,7 +65,7 @@ class Slots(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]
-        if count > 1:  # the prompt, which sees itself alone
+        if count > 1:  # the prompt, which sees only itself
             self.keys[:, :, :count].copy_(key_states)
             self.values[:, :, :count].copy_(value_states)
             return key_states, value_states
@@ -81,8 +78,11 @@ class Slots(StaticLayer):
 
 
 class Decoder:
-    """Samples from a policy. Where it has an adapter or computes in bfloat16, from a copy of the weights that are
-    adapted or narrowed, made anew for every rollout: W + scale B A in the dtype that the forward computes in."""
+    """Samples completions from a policy.
+
+    A policy with an adapter, or that computes in bfloat16, is sampled from a copy of its adapted or narrowed weights.
+    The copy is updated for every rollout: W + scale B A in the dtype that the forward computes in.
+    """
 
     def __init__(self, model: ActorCritic, *, cuda_graphs: bool = False, torch_compile: bool = False) -> None:
         self.model = model
@@ -103,9 +103,10 @@ class Decoder:
 
     @torch.no_grad()
     def sample(self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling) -> Tensor:
-        """[B, T] tokens, T <= max_new_tokens, for prompts [B, P] padded on the left; after a row's end pad tokens.
+        """Samples completions of prompts [B, P] padded on the left: tokens [B, T], T <= max_new_tokens.
 
-        From the whole distribution at the temperature. Draws max_new_tokens x B numbers from torch's global generator
+        ``prompt_mask`` [B, P] is True for tokens. Pad tokens follow a row's end. Tokens come from the whole
+        distribution at the temperature. Draws max_new_tokens x B numbers from torch's global generator
         of the model's device.
         """
         rows, width = prompt.shape
@@ -128,7 +129,7 @@ class Decoder:
                 return self._rooms[key].replay(prompt, prompt_mask, uniform, self._pool)
 
     def _generate(self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling) -> Tensor:
-        """By Transformers' own loop, for layers that keep something else than every key: slower, launched op by op."""
+        """Samples by Transformers' own loop, for layers that do not keep every key; it is slower."""
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=True,
@@ -145,7 +146,7 @@ class Decoder:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Brings the copied weights up to the policy's."""
+        """Updates the copied weights from the policy's."""
         for target, source in self._refreshed:
             if isinstance(source, LoraLinear):
                 merge(target, source)
@@ -179,7 +180,7 @@ class Room:
         self._graphs: list[cuda_graphs.Graph[None]] = []
 
     def run(self, prompt: Tensor, prompt_mask: Tensor, uniform: Tensor) -> Tensor:
-        """The loop with free shapes: a step reads the columns that are filled, and rows that have ended leave."""
+        """Runs the loop with free shapes: a step reads only filled columns, and rows that have ended leave."""
         self.begin(prompt, prompt_mask, uniform)
         whole, rows = self.out.clone(), torch.arange(len(prompt), device=prompt.device)
         for turn in range(1, self.sampling.max_new_tokens):
@@ -199,7 +200,7 @@ class Room:
         return self._ended(whole)
 
     def replay(self, prompt: Tensor, prompt_mask: Tensor, uniform: Tensor, pool: Any = None) -> Tensor:
-        """The loop with fixed shapes: the prompts are one CUDA graph, and every step after them is another."""
+        """Runs the loop with fixed shapes: reading the prompts is one CUDA graph, every step after that another."""
         self._given = [part.clone() for part in (prompt, prompt_mask, uniform)] if not self._given else self._given
         for own, given in zip(self._given, (prompt, prompt_mask, uniform), strict=True):
             own.copy_(given)
@@ -241,7 +242,7 @@ class Room:
             slots.filled = slots.max_cache_len
 
     def one_step(self) -> None:
-        """``step`` as a graph records it: its tensors say how far the rows are."""
+        """``step`` as a graph records it, where tensors hold the position of the rows."""
         self.step(self.seen & (self.columns <= self.position))
 
     def step(self, seen: Tensor) -> None:
@@ -267,7 +268,7 @@ class Room:
         self.turn.add_(1)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows go on."""
+        """Keeps only these rows in the loop."""
         for slots in self.slots:
             slots.keep(rows)
         self.uniform = self.uniform[:, rows]
@@ -278,7 +279,7 @@ class Room:
         self.begin(*self._given)
 
     def _ended(self, out: Tensor) -> Tensor:
-        """Without the columns after the last row's end."""
+        """The tokens without the columns after the last row's end."""
         ends = (out[..., None] == self.eos).any(-1)
         running = ends.cumsum(1) - ends.long() == 0
         return out[:, : int(running.any(0).sum())]
@@ -287,8 +288,11 @@ class Room:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one new token: query heads that share a key head are read as positions of one head, so that keys
-    are not copied for each of them. A prompt, and what this does not compute, goes to Transformers' own function."""
+    """Attention of one new token, without copying keys for each query head.
+
+    Query heads that share a key head are read as positions of one head. Prompts, and arguments that this does not
+    support, go to Transformers' own function.
+    """
     known = {"scaling", "dropout", "sliding_window", "is_causal", "position_ids", "use_cache"}
     odd = [name for name, argument in kwargs.items() if name not in known and argument is not None]
     batch, heads, length, _ = query.shape
@@ -305,12 +309,11 @@ def attend(
 
 ATTENTION = "stable_rlhf_decoding"
 
-
 AttentionInterface.register(ATTENTION, attend)
 
 
 class _Block(nn.Module):
-    """A layer with a cache of its own, as if it were the model's first: all of them are then one program to compile."""
+    """A layer with a cache of its own, as if it were the model's first, so that all layers compile to one program."""
 
     def __init__(self, layer: nn.Module, index: int) -> None:
         super().__init__()

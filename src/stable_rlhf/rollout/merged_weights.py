@@ -1,4 +1,4 @@
-"""Weights merged for decoding: adapters folded in, sibling projections joined."""
+"""Merges weights for decoding: folds adapters in and joins sibling projections."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from stable_rlhf.policy import ActorCritic, causal_lm, lm_head
 
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names, under one parent, of layers that Transformers' Llama-like models call on the same tensor."""
+
 
 def decoding_model(model: ActorCritic) -> tuple[Any, list[tuple[Tensor, Any]]]:
-    """(a plain causal language model that shares the policy's weights, what of it must be refreshed).
+    """Makes a plain causal language model that shares the policy's weights, for decoding.
 
-    Each entry of the second is (its own weight, the policy's weight or LoRA layer that it is made from). A LoRA layer
-    that is no plain one (DoRA, an adapter on an embedding) stays a layer of its own: right, if slower. Under autocast
-    the weights that it narrows are held narrowed, those of linear layers; norms, embedding and head stay float32.
+    Returns (model, weights to refresh). Each of these is (the model's own weight, the policy's weight or LoRA layer
+    that it is made from). A LoRA layer that is not plain (DoRA, an adapter on an embedding) stays a separate layer,
+    which is correct but slower. Under autocast the weights of linear layers are kept in bfloat16; norms, embedding and
+    head stay float32.
     """
     base = causal_lm(model.policy)
     narrow = torch.bfloat16 if model.autocast else None
@@ -56,8 +60,8 @@ def _mergeable(module: nn.Module) -> bool:
 def merge(target: Tensor, layer: Any) -> None:
     """target <- W + sum over adapters of scale B A, in target's dtype, A and B narrowed as the forward narrows them.
 
-    In bfloat16 the sum is rounded to the nearest: of an update far smaller than the weights' last digit a part is lost,
-    about as much as the forward loses, which adds the adapter's output to one that is rounded already (docs/LOG.md,
+    In bfloat16 the sum is rounded to the nearest, which loses a part of an update far smaller than the weights' last
+    digit. The forward loses about as much: it adds the adapter's output to one that is already rounded (docs/LOG.md,
     2026-11-25).
     """
     weight = layer.get_base_layer().weight.to(target.dtype)
@@ -70,12 +74,8 @@ def merge(target: Tensor, layer: Any) -> None:
         target.copy_(weight)
 
 
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names, under one parent, of layers that Transformers' Llama-like models call on the same tensor."""
-
-
 class Joined:
-    """The product of siblings, from the first of them that is called until the last has its part."""
+    """The joined product of siblings: made when the first is called, kept until the last has taken its part."""
 
     def __init__(self, parts: list[nn.Linear]) -> None:
         self.sizes = [part.out_features for part in parts]

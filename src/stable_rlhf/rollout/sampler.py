@@ -1,4 +1,4 @@
-"""Sampling: the only module that does. Prompts in, a scored ``Rollout`` out."""
+"""Samples completions and has them scored: prompts in, a ``Rollout`` out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stable_rlhf.rollout.backend import Generator, Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Everything that stays the same from rollout to rollout."""
+    """Collects rollouts. Its parts stay the same for the whole run."""
 
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
@@ -31,7 +31,7 @@ class Sampler:
     def collect(
         self, dataset: Any, encoded: EncodedPrompts, indices: Sequence[int]
     ) -> tuple[Rollout, dict[str, float]]:
-        """(rollout, seconds by part): samples a completion for each of the rows, and scores it.
+        """Samples and scores a completion for each of the rows; returns (rollout, seconds by part).
 
         Draws from torch's global generator of the model's device. The rollout's tensors are on the CPU.
         """
@@ -62,7 +62,10 @@ class Sampler:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
     def generate(self, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
-        """[B, T] sampled tokens, on the CPU: T <= max_completion_length, the whole distribution at the temperature."""
+        """Samples tokens [B, T], T <= max_completion_length, from the whole distribution at the temperature.
+
+        ``prompt`` [B, P] is padded on the left; ``prompt_mask`` is True for tokens. The result is on the CPU.
+        """
         sampling = Sampling(
             max_new_tokens=self.config.max_completion_length,
             temperature=self.config.temperature,
@@ -73,9 +76,10 @@ class Sampler:
         return self.decoder.sample(prompt.to(device), prompt_mask.to(device), sampling).cpu()
 
     def decode(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> list[str]:
-        """Completions as text, without special tokens: what they add to the prompt's text.
+        """Decodes completions without special tokens, each as the text it adds to its prompt.
 
-        Decoded alone, a completion would lose the space it begins with under tokenizers of the SentencePiece kind.
+        Decoded by itself, a completion would lose the space it begins with under SentencePiece tokenizers. Both masks
+        are True for tokens.
         """
         before = [row[keep].tolist() for row, keep in zip(prompt, prompt_mask, strict=True)]
         after = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]
@@ -84,7 +88,7 @@ class Sampler:
             [p + r for p, r in zip(before, after, strict=True)], skip_special_tokens=True
         )
         alone = self.tokenizer.batch_decode(after, skip_special_tokens=True)
-        # A prompt that was cut inside a character has no text of its own to take away: there the completion alone.
+        # A prompt that was cut inside a character has no text to take away: there the completion is decoded by itself.
         return [
             text[len(head) :] if text.startswith(head) else own
             for text, head, own in zip(whole, heads, alone, strict=True)
@@ -92,7 +96,7 @@ class Sampler:
 
 
 def pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """([B, P] int64, [B, P] bool True for tokens), padded on the left to the longest row."""
+    """Pads rows on the left to the longest: ([B, P] int64, [B, P] bool, True for tokens)."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
@@ -100,9 +104,9 @@ def pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def response_mask(response: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """([B, T] bool, True up to and including the first EOS; [B] bool, True where there is one).
+    """([B, T] bool, True for response tokens, the first EOS included; [B] bool, True where there is an EOS).
 
-    Built from the first EOS alone: the pad id may be the EOS id, or a token that the model says in earnest.
+    It depends only on the first EOS, since the pad id may be the EOS id or a token that the model samples as text.
     """
     is_eos = torch.isin(response, torch.tensor(eos_token_ids, device=response.device))
     before = is_eos.long().cumsum(1) - is_eos.long()

@@ -339,7 +339,7 @@ def test_a_frozen_adapter_is_refused(llama: LlamaForCausalLM) -> None:
 
 def test_another_kind_of_adapter_is_refused_by_name(llama: LlamaForCausalLM) -> None:
     prompt_tuning = get_peft_model(llama, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
-    with pytest.raises(ConfigError, match="PROMPT_TUNING: the forward runs the layers, where only LoRA acts"):
+    with pytest.raises(ConfigError, match="PROMPT_TUNING: the forward applies only LoRA; give a LoRA adapter"):
         wrap_policy(prompt_tuning, ModelConfig())
 
 

@@ -39,7 +39,7 @@ class ValueHead(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What one forward gives, [B, T] float32 unless said otherwise. Entries outside the mask mean nothing."""
+    """The results of one forward, [B, T] float32 unless said otherwise. Entries outside the mask mean nothing."""
 
     logp: Tensor
     """log pi(a_t | s_t) at the sampling temperature, nats."""
@@ -48,13 +48,13 @@ class Output:
     values: Tensor
     """[H, B, T] each head's V(s_t)."""
     state: Tensor
-    """[B, T, h] what the heads read: the last hidden state, without a gradient unless critic.backbone_gradient."""
+    """[B, T, h] the input of the heads: the last hidden state, without a gradient unless critic.backbone_gradient."""
     exact_kl: Tensor | None
     """KL(pi || pi_ref) at s_t over the whole vocabulary, where asked for."""
 
 
 class ActorCritic(nn.Module):
-    """Policy, value heads and Polyak target heads. Dropout is off always, so that a ratio is of one policy.
+    """Policy, value heads and Polyak target heads. Dropout is always off, so that a ratio is of one policy.
 
     ``policy`` is a causal language model or a PEFT model around one. With PEFT the reference is the policy with its
     adapter off; otherwise it is a frozen copy of the policy as given.
@@ -89,7 +89,7 @@ class ActorCritic(nn.Module):
     def forward(self, tokens: Tokens, *, temperature: float, exact_kl: bool = False) -> Output:
         """Log-probs, entropy and values of the response tokens in one pass; see ``Output``.
 
-        ``exact_kl`` adds the KL over the vocabulary, at the price of a pass of the reference.
+        ``exact_kl`` adds the KL over the vocabulary, at the cost of a forward of the reference.
         """
         hidden = self._hidden(self.policy, tokens)
         against: tuple[Any, Any] = (None, None)
@@ -146,8 +146,11 @@ class ActorCritic(nn.Module):
 
     @contextlib.contextmanager
     def checkpointing(self, enabled: bool) -> Iterator[None]:
-        """Recompute layers in the backward pass inside the context. Only the layers themselves are told that they
-        train: their dropouts stay off, and outside (when sampling) the KV cache works."""
+        """Recomputes layers in the backward pass, inside the context.
+
+        Only the layers themselves are set to train: their dropouts stay off, and outside the context, when sampling,
+        the KV cache works. Raises ConfigError where the model does not support it.
+        """
         blocks = layers(self.policy) if enabled else []
         if enabled and not blocks:
             raise ConfigError(
@@ -177,8 +180,10 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def update_targets(self, stepped: Tensor) -> None:
-        """target <- (1 - tau) target + tau online, tau = critic.target_tau (Polyak average); nothing where ``stepped``
-        (scalar, bool, on the device) is False."""
+        """target <- (1 - tau) target + tau online, tau = critic.target_tau (Polyak average).
+
+        Nothing changes where ``stepped`` (scalar, bool, on the device) is False.
+        """
         share = self.critic.target_tau * stepped.float()
         for target, online in zip(self.target_heads.parameters(), self.heads.parameters(), strict=True):
             target.lerp_(online, share)
@@ -193,13 +198,13 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def norm(self) -> float:
-        """Of all of ``trained_state``; NaN or infinite where any number is. It waits for the device."""
+        """The norm of all of ``trained_state``: NaN or infinite where any number is. The host waits for the device."""
         norms = torch._foreach_norm(list(self.trained_state().values()))  # pyright: ignore[reportPrivateImportUsage]
         return float(torch.stack([norm.to(self.device, torch.float32) for norm in norms]).square().sum().sqrt())
 
     @torch.no_grad()
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Copies ``trained_state`` back. Raises ValueError when names or shapes are another model's."""
+        """Copies a saved ``trained_state`` back. Raises ValueError where names or shapes differ from the model's."""
         own = self.trained_state()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())[:3]
@@ -210,7 +215,7 @@ class ActorCritic(nn.Module):
             tensor.copy_(state[name])
 
     def reference_fingerprint(self) -> str:
-        """SHA-256 over a sample of every reference weight: tells whether a resumed run has the same reference."""
+        """SHA-256 over a sample of every reference weight, to check that a resumed run has the same reference."""
         digest = hashlib.sha256()
         with self.reference() as model:
             for name, parameter in sorted(causal_lm(model).named_parameters()):
@@ -224,7 +229,8 @@ class ActorCritic(nn.Module):
 def compile_layers(model: ActorCritic) -> None:
     """Has torch.compile fuse the operations of each layer of the policy and of its reference.
 
-    Layer by layer: all are one program, compiled once, for any number of rows and columns.
+    All layers share one program, compiled once, for any number of rows and columns. Raises ConfigError where
+    Transformers does not mark the model's layers.
     """
     with model.reference() as reference:
         blocks = {id(block): block for block in [*layers(model.policy), *layers(reference)]}
@@ -244,7 +250,7 @@ def compile_layers(model: ActorCritic) -> None:
 
 
 def detached(out: Output) -> Output:
-    """Without the autograd graph, which would keep every activation."""
+    """The output without its autograd graph, which would keep every activation."""
     parts: dict[str, Any] = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
     for name, part in parts.items():
         parts[name] = part if part is None else part.detach()
@@ -277,5 +283,5 @@ class Reference:
         """Raises CheckpointError where the reference is another model."""
         if saved["fingerprint"] != self.fingerprint:
             raise CheckpointError(
-                "the checkpoint is of another run: its reference model is another one; give the model it began with"
+                "the checkpoint is of another run: its reference model differs; give the model that it began with"
             )

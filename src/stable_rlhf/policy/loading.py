@@ -1,4 +1,4 @@
-"""Loading policy and tokenizer, and refusing what cannot be trained."""
+"""Loads policy and tokenizer, and refuses models that cannot be trained."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stable_rlhf.hardware import resolve_device
 from stable_rlhf.policy.transformer import causal_lm
 
 HEAD_TOLERANCE = 1e-3
-"""Largest difference, in nats, between the model's own log-probs and ours that the check at loading lets pass: float32
-rounding stays below 1e-4, a head with a bias, a scale or a soft cap is far above."""
+"""Largest difference, in nats, between the model's own log-probs and ours that the check at loading accepts: rounding
+in float32 stays below 1e-4, and a head with a bias, a scale or a soft cap is far above."""
 
 
 def check_model(config: ModelConfig) -> None:
@@ -39,8 +39,11 @@ def check_model(config: ModelConfig) -> None:
 
 @contextlib.contextmanager
 def model_named(config: ModelConfig) -> Iterator[None]:
-    """Inside, the error of Transformers for settings, a tokenizer, weights or a GGUF file that are missing, damaged or
-    not a language model's is a ConfigError that names the model."""
+    """Turns Transformers' errors about a model into a ConfigError that names the model.
+
+    These are errors about settings, a tokenizer, weights or a GGUF file that are missing, damaged or not those of a
+    language model.
+    """
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: of the package gguf
@@ -62,9 +65,14 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Padding on the left, pad = EOS where there is none (masks are built from the first EOS, not from the pad id)."""
+    """Sets padding to the left, and the pad token to EOS where there is none.
+
+    Masks are built from the first EOS, not from the pad id. Raises ConfigError without an EOS token.
+    """
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token: no completion could end")
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token, so no completion could end: set eos_token"
+        )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -72,9 +80,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def load_policy(config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
-    """(model on its device, whether to run it under bfloat16 autocast). Weights come from safetensors or GGUF only.
+    """Loads the policy: (model on its device, whether to run it under bfloat16 autocast).
 
-    Raises ConfigError for a device, a model, weights or an adapter's target modules that are not there.
+    Weights come only from safetensors or GGUF. Raises ConfigError for a device, a model, weights or an adapter's target
+    modules that are not there.
     """
     name, arguments = policy_source(config)
     device = resolve_device(config.device)
@@ -96,7 +105,10 @@ def policy_dtype(config: ModelConfig, adapter: bool = False) -> tuple[torch.dtyp
 
 
 def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> Any:
-    """The model with the adapter that the settings or ``peft_config`` ask for; checked to be one we can train."""
+    """The model with the adapter that the settings or ``peft_config`` ask for.
+
+    Raises ConfigError for a model or an adapter that cannot be trained.
+    """
     check_lm_head(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
@@ -128,7 +140,7 @@ def with_adapter(model: Any, config: ModelConfig, peft_config: LoraConfig | None
 
 
 def lora_config(config: ModelConfig) -> LoraConfig | None:
-    """The adapter that the settings ask for."""
+    """The adapter that the settings ask for; None for ``model.lora_r=0``."""
     if config.lora_r == 0:
         return None
     return LoraConfig(
@@ -141,7 +153,7 @@ def lora_config(config: ModelConfig) -> LoraConfig | None:
 
 
 def given_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
-    """As ``load_policy``, of a model that came as an object; ``model.dtype=auto`` is the object's own."""
+    """The same as ``load_policy`` for a model given as an object; ``model.dtype=auto`` is the object's own."""
     if config.device != "auto" or torch.cuda.is_available():
         model = model.to(resolve_device(config.device))
     own = next(model.parameters()).dtype
@@ -158,11 +170,13 @@ def check_adapter(model: PeftModel) -> PeftModel:
     for name, adapter in model.peft_config.items():
         kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
         if kind != "LORA":
-            raise ConfigError(f"the adapter {name!r} is {kind}: the forward runs the layers, where only LoRA acts")
+            raise ConfigError(f"the adapter {name!r} is {kind}: the forward applies only LoRA; give a LoRA adapter")
         if (bias := getattr(adapter, "bias", "none")) != "none":
-            raise ConfigError(f"the adapter {name!r} trains biases (bias={bias!r}), which stay on in the reference")
+            raise ConfigError(
+                f"the adapter {name!r} trains biases (bias={bias!r}), which stay on in the reference; set none"
+            )
     if isinstance(causal_lm(model).get_output_embeddings(), LoraLayer):
-        raise ConfigError("the adapter is on the LM head, whose weight the chunked head reads without it: leave it out")
+        raise ConfigError("the adapter is on the LM head, whose weight is read without it: leave the LM head out")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("no weight of the policy is trainable: load the adapter with is_trainable=True")
     return model

@@ -1,4 +1,4 @@
-"""Where things are in a Transformers model."""
+"""Finds the parts of a Transformers model: LM head, layers, end tokens, context length."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def causal_lm(policy: Any) -> Any:
+    """The causal language model itself, without a PEFT wrapper."""
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
 

@@ -1,4 +1,4 @@
-"""What this machine does best: device, attention kernels, exact CPU products, CUDA graphs, memory."""
+"""The machine a run is on: device, attention kernels, exact CPU products, CUDA graphs, memory."""
 
 from stable_rlhf.hardware import attention, cpu_matmul, cuda_graphs, memory
 from stable_rlhf.hardware.attention import SHORT, UNBOUNDED, UNMASKED, attending, attention_span, kernel

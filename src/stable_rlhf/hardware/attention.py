@@ -1,4 +1,4 @@
-"""Attention: how far a model's reaches, which function computes it, and which kernel is the fastest."""
+"""Attention: how far back a model's reaches, which function computes it, and which kernel is the fastest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 UNBOUNDED = 2**30
 """More tokens than any text has."""
 
-
 SHORT = 256
 """Positions up to which attention by plain products is faster than the CPU's fused kernel. On one core (AMD EPYC), 4
 heads of 64, forward and backward: 1.3 against 14 ms for 32 rows of 25 positions, 44 against 127 ms for 64 rows of 128,
 and 108 against 68 ms for 8 rows of 512."""
-
 
 FEW = 64
 """Keys up to which the fused kernel is the faster one for a single new token: 0.10 against 0.18 ms for 20, 7.3 against
@@ -37,7 +35,7 @@ def attend(
 
 
 def kernel(device: torch.device, dtype: torch.dtype, positions: int, keys: int) -> AbstractContextManager[Any]:
-    """Inside, scaled dot-product attention in float32 on a CPU is made of plain products where those are faster."""
+    """Makes scaled dot-product attention in float32 on a CPU use plain products where those are faster."""
     narrow = device.type != "cpu" or dtype != torch.float32
     plain = not narrow and positions <= SHORT and (positions > 1 or keys > FEW)
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
@@ -47,14 +45,15 @@ UNMASKED = "stable_rlhf_unmasked"
 """Transformers' scaled dot-product attention by a name for which it makes no mask. By its own name it would look at the
 tokens to see whether one is needed, and wait for the device, or make one wherever it cannot look: in a CUDA graph."""
 
-
 AttentionInterface.register(UNMASKED, attend)
 
 
 def attention_span(lm: Any) -> int:
-    """Tokens up to which every layer attends to all that came before: the shortest sliding window, UNBOUNDED without
-    one, 0 where a layer is of another kind (chunks, a recurrent state) or attention is not what `attend` computes
-    (sinks, soft caps, ALiBi, a class of the model's own)."""
+    """Tokens up to which every layer attends to all earlier ones: the shortest sliding window, UNBOUNDED without.
+
+    0 where a layer is of another kind (chunks, a recurrent state), or where `attend` does not compute the attention
+    (sinks, soft caps, ALiBi, a class of the model's own).
+    """
     if not (lm._supports_sdpa and lm._supports_attention_backend):
         return 0
     return min(
@@ -65,7 +64,7 @@ def attention_span(lm: Any) -> int:
 
 @contextmanager
 def attending(lm: Any, implementation: str) -> Iterator[None]:
-    """Inside, the model's attention is the function registered under that name."""
+    """Makes the function registered under a name the model's attention, inside the context."""
     own = lm.config._attn_implementation
     lm.config._attn_implementation = implementation
     try:

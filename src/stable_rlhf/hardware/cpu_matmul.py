@@ -1,4 +1,4 @@
-"""Float32 matrix products on the CPU: the library that computes them in less time, where it is as exact."""
+"""Float32 matrix products on the CPU, by the faster library where it is as exact as the other."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ above 1e-3."""
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Inside, float32 matrix products on the CPU are oneDNN's if those are as exact as MKL's, which on an AMD processor
-    uses half of its vector width: 240 against 110 GFLOP/s on one core of an EPYC."""
+    """Uses oneDNN instead of MKL for float32 matrix products on the CPU, inside the context, where it is as exact.
+
+    On AMD processors MKL uses half of the vector width: on one core of an EPYC oneDNN has 240 GFLOP/s and MKL 110.
+    """
     if device.type != "cpu" or not onednn_is_exact():
         yield
         return
@@ -27,10 +29,10 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 @functools.cache
 def onednn_is_exact() -> bool:
-    """Whether oneDNN, allowed to multiply float32 matrices in bfloat16, does not: it has no units for that here.
+    """Whether oneDNN keeps float32 products exact although it is permitted to use bfloat16.
 
-    PyTorch hands it float32 products only with that leave. Tried on the shapes of a forward, of its gradients and of
-    one token; a processor with bfloat16 matrix units (AMX) takes the leave, and keeps MKL.
+    PyTorch gives it float32 products only with that permission. It is tried on the shapes of a forward, of its
+    gradients and of one token. A processor with bfloat16 matrix units (AMX) uses the permission; MKL is then kept.
     """
     if not torch.backends.mkldnn.is_available():
         return False

@@ -1,4 +1,4 @@
-"""CUDA graphs: work recorded once and launched again as a whole, reading and writing the same tensors."""
+"""CUDA graphs: work recorded once and replayed as a whole, reading and writing the same tensors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from stable_rlhf.errors import ConfigError
 
 Result = TypeVar("Result")
 
-
 WARM_UPS = 2
 """Runs before a capture: the first compiles, chooses kernels and allocates, the second finds nothing left to do."""
 
 
 @dataclass(frozen=True)
 class Graph(Generic[Result]):
-    """Recorded work. ``replay`` runs it on what its inputs hold now, and leaves the outcome in ``result``."""
+    """Recorded work. ``replay`` runs it on the present content of its inputs, and puts the outcome in ``result``."""
 
     result: Result
     replay: Callable[[], None]
@@ -41,9 +40,9 @@ def capture(work: Callable[[], Result], device: torch.device, pool: Any = None) 
 
 
 def warm_up(work: Callable[[], Any], device: torch.device) -> None:
-    """Runs ``work`` as it must have run before it is captured, on the stream that it will be captured on.
+    """Runs ``work`` WARM_UPS times on the stream that it will be captured on, as a capture requires.
 
-    What is cached and free is given back first: it may lie on another stream, which this one cannot take it from.
+    Cached memory that is free is given back first: it may belong to another stream, and this one could not use it.
     """
     with torch.cuda.device(device):
         torch.cuda.empty_cache()
@@ -57,16 +56,17 @@ def warm_up(work: Callable[[], Any], device: torch.device) -> None:
 
 @cache
 def _beside(device: int) -> torch.cuda.Stream:
-    """The stream beside the current one for all that is recorded on a device.
+    """The one stream on which everything is recorded on a device, next to the current stream.
 
-    One, because a stream keeps to itself what was allocated on it, and 34 MB of workspace for each thread that
-    multiplies matrices: where every shape had its own, each kept 34 to 337 MB on an H100 (docs/LOG.md, 2026-11-26).
+    There is only one because a stream keeps the memory that was allocated on it, and 34 MB of workspace for each thread
+    that multiplies matrices: with a stream for every shape, each kept 34 to 337 MB on an H100 (docs/LOG.md,
+    2026-11-26).
     """
     return torch.cuda.Stream(device)
 
 
 def pool() -> Any:
-    """Memory for graphs to share; see `capture`. Raises ConfigError where there can be no graphs."""
+    """Memory for graphs to share; see `capture`. Raises ConfigError without a CUDA device."""
     if not torch.cuda.is_available():
         raise ConfigError("model.cuda_graphs=true: needs a CUDA device, and there is none; leave it out")
     return torch.cuda.graph_pool_handle()

@@ -1,4 +1,4 @@
-"""The device a run is on."""
+"""The device of a run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from stable_rlhf.errors import ConfigError
 
 
 def refuse_many_processes() -> None:
-    """Raises ConfigError under a launcher: the processes would train a policy each, in one run folder."""
+    """Raises ConfigError under a launcher, whose processes would each train a policy in the same run folder."""
     if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(f"WORLD_SIZE={size}: this release trains in one process; start it without a launcher")
 
 
 def resolve_device(name: str, setting: str = "model.device") -> torch.device:
-    """The device that ``setting`` names; ``auto`` is CUDA where there is one. Raises ConfigError for one that is not
-    here."""
+    """The device that ``setting`` names; ``auto`` is CUDA where there is one.
+
+    Raises ConfigError for a device that this machine does not have.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -31,5 +33,5 @@ def resolve_device(name: str, setting: str = "model.device") -> torch.device:
 
 
 def replays_graphs(cuda_graphs: bool | None, device: torch.device) -> bool:
-    """Whether passes and sampling are CUDA graphs: as ``cuda_graphs`` says, or else wherever they can be."""
+    """Whether passes and sampling use CUDA graphs: as ``cuda_graphs`` says; None means on every CUDA device."""
     return device.type == "cuda" if cuda_graphs is None else cuda_graphs

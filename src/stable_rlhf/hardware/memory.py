@@ -1,4 +1,4 @@
-"""Memory that is free, memory that was taken, and errors that mean there was too little."""
+"""Free memory, memory that was taken, and errors that mean there was too little."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import torch
 from stable_rlhf.errors import OutOfMemoryError, StableRLHFError
 
 LESS = "set model.lora_r, lower optim.microbatch_tokens or rollout.batch_size, or set model.gradient_checkpointing"
-"""What to do where it is too much."""
-
+"""The remedy where a run needs too much memory."""
 
 SHORT_OF = ("out of memory", "allocate memory", "_STATUS_ALLOC_FAILED")
-"""Words of CUDA, of the CPU's allocator, and of cuBLAS and its kin; the last two come as plain RuntimeErrors."""
-
+"""Words in the errors of CUDA, the CPU's allocator, and cuBLAS and its kin; the last two raise plain RuntimeErrors."""
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Where a container sees its own bound (version 2)."""
+"""Where a container reads its own memory limit (cgroup version 2)."""
 
 
 def shortage(error: BaseException) -> str | None:
-    """Two sentences of what an error says where it is that memory ran out, else None."""
+    """The first two sentences of an error that means memory ran out; None for any other error."""
     lines = str(error).splitlines()
     found = [line for line in lines if any(words in line for words in SHORT_OF)]  # torch.compile's begin with others
     if not found and isinstance(error, torch.OutOfMemoryError):
@@ -34,7 +32,7 @@ def shortage(error: BaseException) -> str | None:
 
 @contextmanager
 def shortage_named(doing: str, remedy: str = LESS) -> Iterator[None]:
-    """Inside, memory that runs out raises OutOfMemoryError, which says what was being done and what takes less."""
+    """Turns a lack of memory into OutOfMemoryError, whose message says what was being done and what takes less."""
     try:
         yield
     except StableRLHFError:
@@ -46,7 +44,7 @@ def shortage_named(doing: str, remedy: str = LESS) -> Iterator[None]:
 
 
 def free(device: torch.device, cgroup: Path = CGROUP) -> int:
-    """Bytes that are free on the device: of the CPU, the memory that this process may still take.
+    """Bytes that are free on the device; on the CPU, the memory that this process may still take.
 
     A container's files that nobody reads (`inactive_file`) count as free: they are in its `memory.current`, but the
     kernel drops them where memory is needed.
@@ -57,21 +55,24 @@ def free(device: torch.device, cgroup: Path = CGROUP) -> int:
     left = psutil.virtual_memory().available
     if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":  # a container's own bound
         told = dict(line.split() for line in parts.read_text().splitlines()) if parts.is_file() else {}
-        dropped = int(told.get("inactive_file", 0))  # where nothing tells, all that is used is taken
+        dropped = int(told.get("inactive_file", 0))  # where nothing tells, all used memory counts as taken
         left = min(left, int(limit.read_text()) - int(used.read_text()) + dropped)
     return left
 
 
 class Peak:
-    """The most memory that was taken inside `measured`, beside what was taken before; None where it is not known."""
+    """The most memory, in bytes, that was taken inside `measured` on top of that before; None where not known."""
 
     taken: int | None = None
 
 
 @contextmanager
 def measured(device: torch.device) -> Iterator[Peak]:
-    """Measures a block: on CUDA what PyTorch reserves, CUDA graphs included; on a CPU the process's memory, which Linux
-    alone tells."""
+    """Measures the memory that a block takes.
+
+    On CUDA it is the memory that PyTorch reserves, CUDA graphs included; on a CPU the process's memory, which only
+    Linux reports.
+    """
     peak, process = Peak(), Path("/proc/self")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

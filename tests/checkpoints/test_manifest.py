@@ -46,7 +46,7 @@ def test_a_file_that_is_shorter_or_longer_is_named_with_both_lengths(
     """Both ways, and the length comes before the digest: a file of a terabyte need not be read to be refused."""
     saved(tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").write_bytes(content)
-    assert fault(tmp_path / "a", hashed) == f"model.safetensors has {length} bytes, 10 were saved"
+    assert fault(tmp_path / "a", hashed) == f"model.safetensors has {length} bytes, but 10 were saved"
 
 
 def test_digests_are_compared_where_they_are_asked_for_and_only_there(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_an_older_and_a_newer_format_are_named(tmp_path: Path, version: int) -> 
     made = saved(tmp_path / "a")
     content = json.loads(made.encoded()) | {"version": version}
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(content, indent=1))
-    assert fault(tmp_path / "a", hashed=True) == f"it has format {version}, this release reads 3"
+    assert fault(tmp_path / "a", hashed=True) == f"it has format {version}, but this release reads format 3"
 
 
 @pytest.mark.parametrize(("spare", "longer"), [(0, False), (-1, True)])

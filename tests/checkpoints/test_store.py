@@ -49,7 +49,7 @@ def test_a_state_with_a_number_that_is_not_finite_is_named_and_not_saved(tmp_pat
     state = {"episode": 1, "callbacks": {"Best": {"attributes": {"best": float("-inf")}}}}
     with pytest.raises(
         SaveError,
-        match=r"step 4 could not be written: its 'callbacks' has what JSON cannot hold, such as a number that",
+        match=r"step 4 could not be written: its 'callbacks' has a value that JSON cannot hold, such as a number that",
     ):
         store.save(tmp_path, 4, {}, state, 2)
     assert list(tmp_path.iterdir()) == []
@@ -78,7 +78,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_cut_off_file_and_a_folder_that_is_not_there_are_refused(tmp_path: Path) -> None:
     saved = save(tmp_path)
     (saved / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"model.safetensors has \d+ bytes, \d+ were saved"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors has \d+ bytes, but \d+ were saved"):
         store.load(saved)
     with pytest.raises(CheckpointError, match="step-000077 is not a whole checkpoint"):
         store.load(tmp_path / "step-000077")
@@ -87,13 +87,15 @@ def test_a_cut_off_file_and_a_folder_that_is_not_there_are_refused(tmp_path: Pat
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = save(tmp_path)
     monkeypatch.setattr(manifest, "VERSION", 99)
-    with pytest.raises(CheckpointError, match=r"step-000004 is not .*it has format 3, this release reads 99"):
+    with pytest.raises(
+        CheckpointError, match=r"step-000004 is not .*it has format 2, but this release reads format 99"
+    ):
         store.load(saved)
     monkeypatch.undo()
     assert store.load(saved)[1]["step"] == 4
     digests = {name: manifest.sha256(saved / name) for name in FILES[1:]}
     (saved / "manifest.json").write_text(json.dumps(digests, indent=1))  # as format 1 had it
-    with pytest.raises(CheckpointError, match=r"it has format 1, this release reads 3.*or start a new run"):
+    with pytest.raises(CheckpointError, match=r"it has format 1, but this release reads format 3.*or start a new run"):
         store.load(saved)
 
 
@@ -110,7 +112,7 @@ def test_rotation_keeps_the_newest_by_number_and_counts_nothing_else(tmp_path: P
 
 def test_a_save_that_fails_leaves_the_older_checkpoint_and_nothing_that_passes_for_one(tmp_path: Path) -> None:
     save(tmp_path, 2)
-    with pytest.raises(SaveError, match=r"its 'odd' has what JSON cannot hold.*not JSON serializable"):
+    with pytest.raises(SaveError, match=r"its 'odd' has a value that JSON cannot hold.*not JSON serializable"):
         save(tmp_path, 4, odd=object())
     assert [path.name for path in store.found(tmp_path)] == ["step-000002"]
     assert store.load(tmp_path / "step-000002")[1]["step"] == 2
@@ -188,7 +190,7 @@ def test_a_run_with_another_reference_model_is_refused(
     made(0).train()
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match="its reference model is another one; give the model it began with"):
+    with pytest.raises(CheckpointError, match="its reference model differs; give the model that it began with"):
         made(1).train(resume_from_checkpoint=checkpoints[0])
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == checkpoints

@@ -109,9 +109,7 @@ def test_a_disk_that_keeps_other_bytes_than_it_was_given_is_noticed_before_the_r
             path.write_bytes(path.read_bytes()[:-1] + b"?")
 
     monkeypatch.setattr(os, "fsync", bad)
-    sentence = (
-        r"read back is not what was written \(optimizer.safetensors has changed since it was saved\): the disk or"
-    )
+    sentence = r"read back, differs from what was written \(optimizer.safetensors has changed since it was saved\)"
     with pytest.raises(SaveError, match=sentence):
         save(tmp_path, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
@@ -127,7 +125,7 @@ def test_a_disk_that_keeps_other_bytes_than_it_was_given_is_noticed_before_the_r
         ),
         (errno.EDQUOT, r"Disk quota exceeded; it needs {need} bytes in .* free, so it is a quota.*; free some of your"),
         (errno.EFBIG, r"File too large; it needs {need} bytes in .*raise the limit on .* \(ulimit -f\)$"),
-        (errno.EIO, r"Input/output error; what was saved before is as it was; mend that$"),
+        (errno.EIO, r"Input/output error; earlier checkpoints are unchanged; correct that$"),
     ],
 )
 def test_an_error_of_the_disk_while_flushing_costs_a_sentence_and_nothing_else(
@@ -153,7 +151,7 @@ def test_an_error_of_the_disk_while_flushing_costs_a_sentence_and_nothing_else(
 
 def test_a_folder_that_cannot_be_made_costs_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SaveError, match=r"step-000004 could not be written: Not a directory; mend that$"):
+    with pytest.raises(SaveError, match=r"step-000004 could not be written: Not a directory; correct that$"):
         save(tmp_path / "file" / "checkpoints", 4)
 
 

@@ -80,7 +80,7 @@ def test_a_folder_that_is_not_as_it_was_saved_is_refused_with_its_fault(tmp_path
         return found.removeprefix(f"{saved} is not a whole checkpoint (").partition("): choose")[0]
 
     (saved / "extra\x1b.bin").write_bytes(b"")
-    assert fault() == r"'extra\x1b.bin' was not saved with it; take it out of the folder"
+    assert fault() == r"'extra\x1b.bin' was not saved with it; move it out of the folder"
     (saved / "extra\x1b.bin").unlink()
     (saved / "folder").mkdir()
     assert fault() == "'folder' is not a plain file"
@@ -93,7 +93,7 @@ def test_a_folder_that_is_not_as_it_was_saved_is_refused_with_its_fault(tmp_path
     (tmp_path / "elsewhere").rename(saved / "model.safetensors")
     assert read(saved) == (4, 0)
     saved = saved.rename(tmp_path / "a" / "step-000009")  # a lie about the step
-    assert fault() == "it was saved as that of step 4; give it its name again"
+    assert fault() == "it was saved as step 4; rename it back"
     saved = saved.rename(tmp_path / "a" / "best")  # a name that says nothing of it
     assert read(saved) == (4, 0)
 
@@ -239,7 +239,9 @@ def header(tensors: Any, data: bytes = b"", length: int | None = None) -> bytes:
 )
 def test_a_hostile_state_ends_in_a_sentence(tmp_path: Path, content: bytes) -> None:
     forged = forge(save(tmp_path, 4), "state.json", content)
-    with pytest.raises(CheckpointError, match=r"step-000004 holds no state of a run \(.*choose an older checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"step-000004 does not hold the state of a run \(.*choose an older checkpoint"
+    ):
         store.load(forged)
 
 
@@ -263,7 +265,9 @@ def test_a_hostile_state_ends_in_a_sentence(tmp_path: Path, content: bytes) -> N
 )
 def test_a_hostile_safetensors_file_ends_in_a_sentence(tmp_path: Path, content: bytes) -> None:
     forged = forge(save(tmp_path, 4), "model.safetensors", content)
-    with pytest.raises(CheckpointError, match=r"step-000004 holds no state of a run \(.*choose an older checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"step-000004 does not hold the state of a run \(.*choose an older checkpoint"
+    ):
         store.load(forged)
 
 
@@ -328,9 +332,9 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_bi
     said = capsys.readouterr().err.splitlines()
     assert said[0] == (
         f"{folder}/step-000004 is not a whole checkpoint (optimizer.safetensors has changed since it was saved): "
-        "passed over, the run resumes from step 2"
+        "skipped, the run resumes from step 2"
     )
-    assert said[1].startswith(f"{folder}/damaged-step-000004: a damaged checkpoint of a later step has this name now")
+    assert said[1].startswith(f"{folder}/damaged-step-000004: a damaged checkpoint of a later step now has this name")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == text
     assert names(folder) == ["damaged-step-000004", "step-000002", "step-000004"]
 
@@ -343,10 +347,11 @@ def test_a_whole_checkpoint_whose_state_is_of_another_kind_is_refused(
     trainer(config, tokenizer).train()
     saved = tmp_path / "run" / "checkpoints" / "step-000004"
     state = json.loads((saved / "state.json").read_text())
-    parts = state["parts"]
-    for other in ({name: own for name, own in parts.items() if name != part}, {**parts, part: 5}):
-        forge(saved, "state.json", json.dumps({**state, "parts": other}).encode())
-        with pytest.raises(CheckpointError, match=r"step-000004 holds no state of a run \((Key|Type|Attribute)Error: "):
+    for other in ({key: value for key, value in state.items() if key != part}, {**state, part: 5}):
+        forge(saved, "state.json", json.dumps(other).encode())
+        with pytest.raises(
+            CheckpointError, match=r"step-000004 does not hold the state of a run \((Key|Type|Attribute)Error: "
+        ):
             trainer(config, tokenizer).train(resume_from_checkpoint=True)
 
 
@@ -386,7 +391,7 @@ def test_a_run_without_room_stops_with_a_code_of_its_own_and_goes_on_when_there_
     assert main(["train", *arguments]) == 5
     sentence = capsys.readouterr().err.splitlines()[-1]
     assert sentence.startswith(f"stable-rlhf: {run}/checkpoints/step-000002 could not be written: File too large; it ")
-    go_on = f"`stable-rlhf resume {run}` goes on from step 1."
+    go_on = f"`stable-rlhf resume {run}` continues from step 1."
     assert sentence.endswith(f"; raise the limit on the length of a file (ulimit -f). {go_on}")
     assert names(run / "checkpoints") == ["step-000001"]
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -61,7 +61,7 @@ def test_it_may_be_a_quota_only_where_more_is_free_than_is_needed(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2 * free, free, free))
     with pytest.raises(NoRoomError) as raised:
         save(tmp_path / "checkpoints", 4)
-    odd = ", so it is a quota, the number of files or the length of one that is at its limit" if quota else ""
+    odd = ", so a quota, the number of files or the length of a file is at its limit" if quota else ""
     assert str(raised.value) == (
         f"{tmp_path}/checkpoints/step-000004 could not be written: No space left on device; it needs 10,462 bytes in "
         f"{tmp_path}/checkpoints, where {free:,} are free{odd}; make room there"

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run's future depends on, saved whole, verified, and put back."""
+"""Checkpoints: everything a run's future depends on, saved whole, verified, and restored."""
 
 from stable_rlhf.checkpoints import store
 from stable_rlhf.checkpoints.snapshots import Snapshots, Tensors

@@ -1,7 +1,7 @@
-"""What a folder holds, by name, length and SHA-256: so that a file that is torn, changed, missing or new is noticed.
+"""The manifest of a checkpoint: every file's name, length and SHA-256, so that damage is noticed.
 
-``manifest.json`` lists every other file and ends with a digest of itself. There is one way to write it, byte for byte,
-so that no change to it passes for another spelling. The digests find damage; they are no signature.
+``manifest.json`` lists every other file and ends with a digest of itself. It has exactly one spelling, byte for byte,
+so that any change to it is noticed. The digests find damage; they are not a signature.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from pathlib import Path
 from stable_rlhf.files import parsed
 
 VERSION = 3
-"""Of the format of checkpoints; older ones are refused. 1 had no digest of the manifest, and no length; 2, of release
-0.1.0, did not keep the state in named parts."""
-
+"""Version of the format of checkpoints; older ones are refused. 1 had no digest of the manifest and no lengths; 2, of
+release 0.1.0, did not keep the state in named parts."""
 
 NAME = "manifest.json"
 
-
 LONGEST = 1 << 20
-"""Bytes. Ours have about a thousand; a manifest is read before anything is known of it, so not at any length."""
+"""Most bytes of a manifest. Ours have about a thousand; it is read before anything is known about it, so its length is
+bounded."""
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """The files of a checkpoint, and the steps done when it was written."""
+
     step: int
     """Steps done when the folder was written."""
     files: dict[str, tuple[int, str]]
@@ -35,11 +36,11 @@ class Manifest:
 
     @classmethod
     def of(cls, folder: Path, step: int) -> Manifest:
-        """From the files as they are."""
+        """The manifest of a folder's files as they are."""
         return cls(step, {file.name: (file.stat().st_size, sha256(file)) for file in sorted(folder.iterdir())})
 
     def encoded(self) -> bytes:
-        """Content of its file."""
+        """The content of manifest.json."""
         files = {name: {"bytes": length, "sha256": digest} for name, (length, digest) in sorted(self.files.items())}
         content = {"version": VERSION, "step": self.step, "files": files}
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -52,9 +53,10 @@ class Manifest:
 
 
 def check(folder: Path, hashed: bool = True) -> Manifest:
-    """The manifest of a folder that is as it was saved; ValueError says what is not, OSError what cannot be read.
+    """Checks that a folder is as it was saved, and returns its manifest.
 
-    Without ``hashed`` the files' names and lengths are compared alone, and the manifest with its own digest.
+    Without ``hashed`` only the files' names and lengths are compared, and the manifest with its own digest. Raises
+    ValueError for a file that has changed, OSError for one that cannot be read.
     """
     with os.scandir(folder) as entries:
         there = {entry.name: entry for entry in entries}
@@ -67,10 +69,10 @@ def check(folder: Path, hashed: bool = True) -> Manifest:
     if missing := sorted(manifest.files.keys() - there.keys()):
         raise ValueError(f"{missing[0]} is missing")
     if added := sorted(there.keys() - manifest.files.keys() - {NAME}):
-        raise ValueError(f"{added[0]!r} was not saved with it; take it out of the folder")
+        raise ValueError(f"{added[0]!r} was not saved with it; move it out of the folder")
     for name, (length, _) in manifest.files.items():
         if (found := there[name].stat(follow_symlinks=False).st_size) != length:
-            raise ValueError(f"{name} has {found:,} bytes, {length:,} were saved")
+            raise ValueError(f"{name} has {found:,} bytes, but {length:,} were saved")
     for name, (_, digest) in manifest.files.items() if hashed else ():
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} has changed since it was saved")
@@ -96,7 +98,7 @@ def _read(file: Path) -> Manifest:
         raise ValueError(changed)
     version = given.get("version", 1 if all(isinstance(value, str) for value in given.values()) else None)
     if isinstance(version, int) and version != VERSION:
-        raise ValueError(f"it has format {version}, this release reads {VERSION}")
+        raise ValueError(f"it has format {version}, but this release reads format {VERSION}")
     try:
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in given["files"].items()}
         manifest = Manifest(given["step"], files)

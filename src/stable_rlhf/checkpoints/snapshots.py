@@ -1,4 +1,8 @@
-"""The last good state of a run and the candidate to replace it, kept for a roll-back."""
+"""Snapshots for a roll-back: the last good state of a run and the candidate to replace it.
+
+They are kept in memory where the policy has an adapter, whose state is small, otherwise in the run's folder. Every
+checkpoint holds them too, so that a resumed run rolls back to where the uninterrupted one would.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,13 @@ from stable_rlhf.errors import CheckpointError
 
 Tensors = dict[str, dict[str, Tensor]]
 
-
 PREFIX = "snapshot-"
-"""Begins the names of a snapshot's groups of tensors inside a checkpoint."""
+"""Prefix of the names of a snapshot's groups of tensors inside a checkpoint."""
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A state that is kept; on disk only its ``step``, the number of steps done in it, is here."""
+    """A state that is kept. Of one on disk, only ``step``, the number of steps done in it, is held here."""
 
     step: int
     tensors: Tensors
@@ -31,11 +34,12 @@ class _Kept:
 
 
 class Snapshots:
-    """The last good state of a run, and the candidate to be the next. ``folder``: where they are kept on disk; None
-    keeps them in memory.
+    """The last good state of a run, and the candidate to be the next.
 
-    What a step's figures call good is the policy that sampled it, which is the one before that step's update. So the
-    state after an update is a candidate until the next step's figures are known.
+    ``folder``: where they are kept on disk; None keeps them in memory.
+
+    A step's figures judge the policy that sampled, which is the one before that step's update. So the state after an
+    update is a candidate until the next step's figures are known.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -43,10 +47,10 @@ class Snapshots:
         self.good: _Kept | None = None
         self.candidate: _Kept | None = None
         self._spare: Tensors = {}
-        """Memory of a state that is kept no more, for the next one: a GPU writes to it directly."""
+        """Memory of a state that is no longer kept, for the next one: a GPU writes to it directly."""
 
     def keep(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Keeps this state as the candidate. Raises SaveError where it goes to a disk that does not take it."""
+        """Keeps this state as the candidate. Raises SaveError where it cannot be written to disk."""
         self.drop()
         if self.good is not None and self.good.step == state["step"]:
             return  # it is the good one, in whose place on disk it would go
@@ -59,18 +63,18 @@ class Snapshots:
             self.candidate = _Kept(state["step"], {}, {})
 
     def confirm(self) -> None:
-        """The candidate, if there is one, is the last good state from now on."""
+        """Makes the candidate, if there is one, the last good state."""
         if self.candidate is not None:
             self._release(self.good)
             self.good, self.candidate = self.candidate, None
 
     def drop(self) -> None:
-        """There is no candidate any more."""
+        """Drops the candidate."""
         self._release(self.candidate)
         self.candidate = None
 
     def load(self) -> tuple[Tensors, dict[str, Any]]:
-        """The last good state. Raises CheckpointError where it can no longer be read, or there is none."""
+        """Returns the last good state. Raises CheckpointError where it can no longer be read, or there is none."""
         if self.good is None:
             raise CheckpointError("there is no snapshot to go back to")
         if self.folder is None:
@@ -78,12 +82,14 @@ class Snapshots:
         return store.load(self._path(self.good))
 
     def into(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Adds the last good state to a checkpoint's content, and whether that is the candidate, unless it is the last
-        good state itself."""
+        """Adds the last good state to a checkpoint's content, and whether the checkpoint's state is the candidate.
+
+        Nothing is added where the checkpoint's state is the last good state.
+        """
         if self.good is not None and self.good.step != state["step"]:
             try:
                 own, state["snapshot"] = self.load()
-            except CheckpointError as error:  # the state that is to be saved is not to be lost with it
+            except CheckpointError as error:  # the state to be saved must not be lost with it
                 tell(f"the last good state cannot be read and is not saved: {error}")
                 self._release(self.good)
                 self.good = None
@@ -92,8 +98,10 @@ class Snapshots:
             tensors |= {PREFIX + group: named for group, named in own.items()}
 
     def out_of(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Keeps what a checkpoint brought: the last good state and the candidate; where it has neither, its own state
-        is the good one."""
+        """Keeps the last good state and the candidate that a checkpoint holds.
+
+        Where it holds neither, its own state is the good one.
+        """
         own = {group: named for group, named in tensors.items() if not group.startswith(PREFIX)}
         good = {group.removeprefix(PREFIX): named for group, named in tensors.items() if group.startswith(PREFIX)}
         self.forget()
@@ -106,6 +114,7 @@ class Snapshots:
             self.confirm()
 
     def forget(self) -> None:
+        """Drops every state, on disk too."""
         self.good, self.candidate, self._spare = None, None, {}
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)  # what is left there is never read again
@@ -123,7 +132,7 @@ class Snapshots:
 
 
 def _copied(tensors: Tensors, spare: Tensors) -> Tensors:
-    """On the host, in the memory of ``spare`` where that has the same form."""
+    """Copies tensors to the host, into the memory of ``spare`` where that has the same form."""
     copies: Tensors = {}
     for group, named in tensors.items():
         copies[group] = {}

@@ -1,8 +1,7 @@
 """The state of a run as named parts, each with ``state_dict`` and ``load_state_dict``.
 
-Capturing, keeping, saving and resuming a run are loops over ``{name: part}``: nothing here knows a trainer. A snapshot
-is such a state kept for a roll-back: in memory where the policy has an adapter, whose state is small, otherwise in the
-run's folder. Every checkpoint holds it too, so that a resumed run rolls back to where the uninterrupted one would.
+Capturing, keeping, saving and resuming a run are loops over ``{name: part}``: nothing here knows a trainer. The states
+that are kept for a roll-back are in `snapshots`, checkpoints on disk in `store`.
 """
 
 from __future__ import annotations
@@ -27,9 +26,10 @@ class Part(Protocol):
 
 
 def capture(parts: Mapping[str, Part], step: int) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors by part and name, ``{"step": steps done, "parts": {part: the rest of its state, as JSON}}``).
+    """Takes the state of every part.
 
-    The tensors are the run's own: whoever keeps them copies them.
+    Returns (tensors by part and name, ``{"step": steps done, "parts": {part: the rest of its state, as JSON}}``). The
+    tensors are the run's own: copy them to keep them.
     """
     tensors: Tensors = {}
     state: dict[str, Any] = {"step": step, "parts": {}}
@@ -42,7 +42,7 @@ def capture(parts: Mapping[str, Part], step: int) -> tuple[Tensors, dict[str, An
 
 
 def restore(parts: Mapping[str, Part], tensors: Tensors, state: Mapping[str, Any]) -> None:
-    """Puts back what ``capture`` took, every byte, in the order of ``parts``.
+    """Restores what ``capture`` took, byte for byte, in the order of ``parts``.
 
     Parts that only check (reference, settings) come first, so that a state of another run changes nothing. Raises what
     the parts raise, KeyError where the state lacks one.
@@ -63,9 +63,10 @@ class OptimizerState:
         return {"groups": state["param_groups"], **moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises CheckpointError where the optimiser was made with other settings: the saved ones would win in silence.
+        """Restores the moments and drops gradients that an interrupted update left.
 
-        Gradients that an interrupted update left are dropped.
+        Raises CheckpointError where the optimiser was made with other settings: the saved ones would silently replace
+        them.
         """
         groups = state["groups"]
         for group, saved in zip(self.optimizer.param_groups, groups, strict=True):

@@ -1,13 +1,15 @@
-"""Checkpoints: everything that affects the future, saved at rollout boundaries. safetensors and JSON only.
+"""Checkpoints on disk: everything that affects a run's future, saved between rollouts as safetensors and JSON.
 
 A checkpoint is a folder ``step-000040`` (40 steps done) with ``model.safetensors``, ``optimizer.safetensors``,
-``random.safetensors``, ``state.json`` and ``manifest.json``, which knows them by their SHA-256.
+``random.safetensors``, ``state.json`` and ``manifest.json``, which lists them with their SHA-256.
 
 1. It is written aside (``.writing-step-000040``), flushed, read back from the disk, and renamed only if it is whole.
-2. The same step again: the old one is ``.replaced-step-000040`` until the new one has its name and that is flushed.
-3. What goes is first renamed to ``.removed-step-000040``: a kill on the way leaves nothing that looks damaged.
+2. Where the same step is saved again, the old one is ``.replaced-step-000040`` until the new one has its name and is
+   flushed.
+3. A checkpoint to be removed is first renamed to ``.removed-step-000040``: a kill in between leaves nothing that looks
+   damaged.
 4. Leftovers of a kill are cleared by the next save or resume. Looking for the newest changes nothing.
-5. A damaged one is never used and never counted as kept. A resume that goes on from before it renames it to
+5. A damaged one is never used and never counted as kept. A resume from an earlier one renames it to
    ``damaged-step-000040``, for a person to look at.
 """
 
@@ -32,16 +34,13 @@ from stable_rlhf.errors import CheckpointError, NoRoomError, SaveError
 from stable_rlhf.files import NO_ROOM, error_number, parsed
 
 HASHED_BY_ROTATION = 1 << 30
-"""Bytes. An older checkpoint up to this length is hashed before a save counts it as kept: 0.6 s for a GiB on one core.
-Of a longer one manifest, names and lengths are compared, as hashing it would take as long as saving does; the one just
-written has been read back, so a whole one stays whatever became of the others."""
-
+"""Bytes up to which an older checkpoint is hashed before a save counts it as kept: 0.6 s for a GiB on one core. Of a
+longer one only manifest, names and lengths are compared, since hashing would take as long as saving. The one just
+written has been read back, so there is a whole one whatever became of the others."""
 
 _NAME = re.compile(r"(?:\.replaced-)?step-([0-9]{6,})")
 
-
 _LEFTOVER = re.compile(r"\.(writing|replaced|removed)-(step-[0-9]{6,})")
-
 
 _REMEDY = "choose an older checkpoint of the run with --checkpoint, or start a new run"
 
@@ -49,10 +48,10 @@ _REMEDY = "choose an older checkpoint of the run with --checkpoint, or start a n
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
 ) -> Path:
-    """Writes ``folder/step-<step>``, then removes what is older than the newest ``keep`` whole ones. Returns its path.
+    """Writes ``folder/step-<step>`` and removes all but the newest ``keep`` whole ones. Returns the new one's path.
 
-    Raises SaveError where it cannot be written, NoRoomError for want of room; then nothing of it is left, and the older
-    ones are as they were.
+    Raises SaveError where it cannot be written, NoRoomError where the disk has too little room; nothing of it is left
+    then, and the older ones are unchanged.
     """
     final = folder / f"step-{step:06d}"
     aside = folder / f".writing-{final.name}"
@@ -76,7 +75,7 @@ def save(
 def found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, whole or not, oldest first.
 
-    ``.replaced-step-...``, which only a kill leaves, comes before the one of its step: it may be all there is of it.
+    ``.replaced-step-...``, which only a kill leaves, comes before the other one of its step, which may be missing.
     """
     if not folder.is_dir():
         return []
@@ -90,9 +89,9 @@ def steps_of(path: Path) -> int:
 
 
 def inspect(folder: Path) -> tuple[Path | None, list[str]]:
-    """(the newest whole checkpoint or None, what is wrong with each newer one, a clause each). Changes nothing.
+    """Finds the newest whole checkpoint, or None; also returns a clause on what is wrong with each newer one.
 
-    It hashes what it looks at: a second for every 2 GB.
+    Changes nothing. It hashes what it looks at: a second for every 2 GB.
     """
     damaged: list[str] = []
     for path in reversed(found(folder)):
@@ -106,7 +105,7 @@ def inspect(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def newest(folder: Path) -> tuple[Path, list[str]]:
-    """As ``inspect``. Raises CheckpointError where no checkpoint is whole, or none is there."""
+    """The same as ``inspect``, except that it raises CheckpointError where no checkpoint is whole or none exists."""
     path, damaged = inspect(folder)
     if path is not None:
         return path, damaged
@@ -116,10 +115,10 @@ def newest(folder: Path) -> tuple[Path, list[str]]:
 
 
 def forget_after(folder: Path, step: int) -> list[Path]:
-    """Removes the checkpoints of more than ``step`` steps: a run that goes on from there takes another course.
+    """Removes the checkpoints of more than ``step`` steps, since a run that resumes there takes another course.
 
-    Left there, the next resume would take one of them for the newest, and the rotation would keep it for a new one.
-    Damaged ones are renamed to ``damaged-step-...`` instead, as they may be all that is left of those steps; returns
+    If they stayed, the next resume would take one of them for the newest, and a save would count it as one to keep.
+    Damaged ones are renamed to ``damaged-step-...`` instead, as they may be all that is left of those steps. Returns
     these.
     """
     _clear(folder)
@@ -134,10 +133,10 @@ def forget_after(folder: Path, step: int) -> list[Path]:
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors by group, state) of a checkpoint. Raises CheckpointError where a file is missing or has changed.
+    """Loads a checkpoint: (tensors by group, state). Raises CheckpointError where a file is missing or has changed.
 
-    Everything is verified before anything is parsed. The tensors have memory of their own: where safetensors maps the
-    file, which it does unless told not to, a later change to the file changes them too.
+    Everything is verified before anything is parsed. The file is read, not mapped as safetensors does by default: a
+    later change to a mapped file would change the tensors too.
     """
     try:
         manifest = _check(path)
@@ -151,18 +150,18 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         tensors = {file.stem: load_file(file, backend="pread") for file in files}
     except (OSError, ValueError, SafetensorError, RuntimeError, TypeError) as error:  # the last two: torch, of a shape
         fault = str(error).partition("\n")[0]  # torch adds a stack
-        raise CheckpointError(f"{path} holds no state of a run ({fault}): {_REMEDY}") from error
+        raise CheckpointError(f"{path} does not hold the state of a run ({fault}): {_REMEDY}") from error
     return tensors, state
 
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Where a loaded state goes to its owners: CheckpointError if a part is missing or of another kind."""
+    """Raises CheckpointError, while a loaded state is restored, if a part of it is missing or of another kind."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         fault = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} holds no state of a run ({fault}): {_REMEDY}") from error
+        raise CheckpointError(f"{path} does not hold the state of a run ({fault}): {_REMEDY}") from error
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -189,13 +188,13 @@ def _write(aside: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], 
 
 def _unlike(aside: Path, fault: str) -> SaveError:
     return SaveError(
-        f"{aside} read back is not what was written ({fault}): the disk or the memory of this machine fails; what was "
-        "saved before is as it was; go on with another one"
+        f"{aside}, read back, differs from what was written ({fault}): the disk or the memory of this machine is "
+        "failing; earlier checkpoints are unchanged; use another disk or machine"
     )
 
 
 def _put(aside: Path, final: Path) -> None:
-    """Gives it its name. Wherever this is cut off, one of the two is there under a name that ``found`` knows."""
+    """Gives a new checkpoint its name. A kill at any point leaves the old or the new one where ``found`` finds it."""
     replaced = final.with_name(f".replaced-{final.name}")
     if final.exists():
         final.rename(replaced)
@@ -214,7 +213,10 @@ def _make(folder: Path) -> None:
 
 
 def _flush(path: Path, forget: bool = False) -> None:
-    """To the disk: a file's content, a folder's names. ``forget``: the next read is from the disk, where Linux can."""
+    """Flushes a file's content, or a folder's names, to the disk.
+
+    ``forget`` makes the next read come from the disk, on systems that can.
+    """
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -230,20 +232,20 @@ def _encoded(state: dict[str, Any]) -> bytes:
             json.dumps(part, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise SaveError(
-                f"the checkpoint of step {state['step']} could not be written: its {name!r} has what JSON cannot hold, "
-                f"such as a number that is not finite ({error}); mend what it comes from"
+                f"the checkpoint of step {state['step']} could not be written: its {name!r} has a value that JSON "
+                f"cannot hold, such as a number that is not finite ({error}); correct where it comes from"
             ) from error
     return json.dumps(state, indent=1).encode()
 
 
 def _not_written(final: Path, length: int, number: int, error: BaseException) -> SaveError:
     what = f"{final} could not be written: {os.strerror(number) if number else error}"
-    kept = "what was saved before is as it was; " if found(final.parent) else ""
+    kept = "earlier checkpoints are unchanged; " if found(final.parent) else ""
     if number not in NO_ROOM:
-        return SaveError(f"{what}; {kept}mend that")
+        return SaveError(f"{what}; {kept}correct that")
     near = next(path for path in final.parents if path.is_dir())
     free = shutil.disk_usage(near).free
-    odd = ", so it is a quota, the number of files or the length of one that is at its limit" if free > length else ""
+    odd = ", so a quota, the number of files or the length of a file is at its limit" if free > length else ""
     return NoRoomError(
         f"{what}; it needs {length:,} bytes in {final.parent}, where {free:,} are free{odd}; {kept}{NO_ROOM[number]}"
     )
@@ -253,11 +255,11 @@ def _not_written(final: Path, length: int, number: int, error: BaseException) ->
 
 
 def _check(path: Path, hashed: bool = True) -> Manifest:
-    """As ``manifest.check``, and the folder's name is its step. Raises CheckpointError with what is wrong."""
+    """Checks a checkpoint by `manifest.check`, and that its name is its step. Raises CheckpointError."""
     try:
         manifest = check(path, hashed)
         if _NAME.fullmatch(path.name) and steps_of(path) != manifest.step:
-            raise ValueError(f"it was saved as that of step {manifest.step}; give it its name again")
+            raise ValueError(f"it was saved as step {manifest.step}; rename it back")
     except OSError as error:
         fault = f"{Path(error.filename or path).name}: {error.strerror or error}"
         raise CheckpointError(f"{path} is not a whole checkpoint ({fault})") from error
@@ -276,9 +278,9 @@ def _is_whole(path: Path, longest_hashed: float = math.inf) -> bool:
 
 
 def _rotate(final: Path, keep: int) -> None:
-    """Removes what is older than the newest ``keep`` whole ones; ``final``, read back a moment ago, is one of them.
+    """Removes all but the newest ``keep`` whole ones, and the one that ``final`` has replaced.
 
-    And what ``final`` has replaced.
+    ``final`` was read back a moment ago and counts as whole.
     """
     whole = 0
     for path in reversed(found(final.parent)):
@@ -295,7 +297,7 @@ def _rotate(final: Path, keep: int) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """What a kill has left. A replaced one takes its name back, unless a whole one has it."""
+    """Removes what a kill has left. A replaced checkpoint takes its name back, unless a whole one has it."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (match := _LEFTOVER.fullmatch(path.name)) is None:
             continue

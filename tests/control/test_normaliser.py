@@ -96,7 +96,9 @@ def test_a_loaded_normaliser_continues_bit_for_bit(kind: str) -> None:
 
 
 def test_what_cannot_be_normalised_is_refused_with_its_remedy() -> None:
-    with pytest.raises(ValueError, match=r"kind='zscore' is no reward normaliser: choose one of none, paper, running"):
+    with pytest.raises(
+        ValueError, match=r"kind='zscore' is not a reward normaliser: choose one of none, paper, running"
+    ):
         RewardNormaliser("zscore")
     with pytest.raises(ValueError, match=r"reward 1 is nan.*return None for a completion"):
         RewardNormaliser("running").update([0.0, math.nan])

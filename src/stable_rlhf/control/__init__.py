@@ -1,8 +1,8 @@
 """Controllers and the guard: figures of one rollout in, one decision or verdict out. Standard library only.
 
 `make_controller(name, **settings)` makes one of `none`, `fixed`, `adaptive`, `asymmetric`, `safe`, `paper`;
-`.observe(observation)` takes its decision for the update that follows. `Guard(GuardConfig(...)).judge(figures)` says
-what follows from a step.
+`.observe(observation)` returns its decision for the update that follows. `Guard(GuardConfig(...)).judge(figures)`
+returns the verdict on a step.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ CONTROLLERS = tuple(_RULES)
 
 
 def settings_class(name: str) -> type[ControllerSettings]:
-    """The settings class of the controller of a name. Raises ValueError for an unknown name."""
+    """The settings class of a controller, by the controller's name. Raises ValueError for an unknown name."""
     if name not in _RULES:
         raise ValueError(f"controller {name!r} is unknown: choose one of {', '.join(CONTROLLERS)}.")
     return _RULES[name].settings
@@ -111,7 +111,7 @@ def make_controller(name: str, **settings: Any) -> Controller[Any, Any]:
 
 
 def controller_of(settings: ControllerSettings) -> Controller[Any, Any]:
-    """A new controller at step 0: the one that the settings are of."""
+    """A new controller at step 0, of the kind that the settings belong to."""
     name, rule = next((name, rule) for name, rule in _RULES.items() if rule.settings is type(settings))
     return Controller(name, settings, rule.start(settings), rule.advance, rule.tighter)
 

@@ -1,4 +1,4 @@
-"""What every controller shares: the two records, the checks on settings, and the shell that holds the state.
+"""The base of every controller: observation and decision, the checks on settings, and the shell that holds the state.
 
 A controller is a pure function `advance(settings, state, observation) -> (state, decision)` over frozen dataclasses.
 The shell below is the only place where something changes, and it only replaces one frozen state by the next.
@@ -24,7 +24,7 @@ STATE_VERSION = 1  # of the layout of state_dict(): raise it whenever a field of
 
 @dataclass(frozen=True)
 class Observation:
-    """What one rollout showed, reduced over all ranks, before the update that uses it.
+    """The figures of one rollout, reduced over all ranks, before the update that uses it.
 
     Raises ValueError if a figure is not finite or the step is not a whole number >= 0.
     """
@@ -85,7 +85,7 @@ class Decision:
 
 
 class Settings(Protocol):
-    """Any frozen dataclass whose fields were made by `setting` or hold plain values."""
+    """Any frozen dataclass whose fields are made by `setting` or hold plain values."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -96,7 +96,7 @@ def setting(default: Any, low: float | None = None, high: float | None = None, *
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise ValueError for the first field whose type is not its default's, that is not finite, or out of its range."""
+    """Raises ValueError for the first field that is not finite, out of range, or of another type than its default."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         wanted = type(field.default)
@@ -123,7 +123,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def from_dict(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
-    """The frozen dataclass that `dataclasses.asdict` made `values` from, after a trip through JSON.
+    """Restores a frozen dataclass from the values that `dataclasses.asdict` gave, after a trip through JSON.
 
     Raises ValueError for an unknown key, a missing key, or a value of another type; `where` begins the message.
     """
@@ -190,22 +190,22 @@ class Controller(Generic[SettingsT, StateT]):
         self._advance = advance
 
     def observe(self, observation: Observation) -> Decision:
-        """Take the next step's figures, give the decision for its update. Raises ValueError if it is another step."""
+        """Takes the next step's figures, gives the decision for its update. Raises ValueError for another step."""
         if observation.step != self.next_step:
             raise ValueError(
-                f"Observation.step is {observation.step}, expected step {self.next_step}: observe every rollout "
-                "once and in "
-                "order; after a resume or a roll-back, load the controller's state that was saved with the weights."
+                f"Observation.step is {observation.step}, expected step {self.next_step}: observe every rollout once "
+                "and in order; after a resume or a roll-back, load the controller's state that was saved with the "
+                "weights."
             )
         self.state, decision = self._advance(self.settings, self.state, observation)
         self.next_step += 1
         return decision
 
     def tighten(self, factor: float) -> None:
-        """Hold the policy nearer to the reference from now on: the settings that do so times factor, or divided by it.
+        """Holds the policy nearer to the reference: multiplies or divides the settings that do so by a factor.
 
-        ``factor`` in (0, 1] is of the settings given, not of those in force; 1 takes it back. What the settings are is
-        not in `state_dict`: whoever tightened must do it again after loading one.
+        ``factor`` in (0, 1] applies to the settings as given, not to those in force; 1 takes it back. Settings are not
+        in `state_dict`: tighten again after loading one.
         """
         if not 0 < factor <= 1:
             raise ValueError(f"factor is {factor!r}: give a number in (0, 1].")
@@ -223,21 +223,19 @@ class Controller(Generic[SettingsT, StateT]):
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`. Raises ValueError, and changes nothing, if it does not fit."""
+        """Continues from a `state_dict()`. Raises ValueError, and changes nothing, if it does not fit."""
         expected = {"version", "controller", "next_step", "state"}
         if set(saved) != expected:
             raise ValueError(f"controller state has the keys {sorted(saved)}: expected {sorted(expected)}.")
         if saved["version"] != STATE_VERSION:
             raise ValueError(
-                f"controller state has version {saved['version']!r}, this code reads {STATE_VERSION}: resume "
-                "with the release "
-                "that wrote it."
+                f"controller state has version {saved['version']!r}, this code reads {STATE_VERSION}: resume with the "
+                "release that wrote it."
             )
         if saved["controller"] != self.name:
             raise ValueError(
-                f"controller state is of {saved['controller']!r}, this run's controller is {self.name!r}: "
-                "resume with the "
-                "configuration that the run was started with."
+                f"controller state is of {saved['controller']!r}, this run's controller is {self.name!r}: resume with "
+                "the configuration that the run was started with."
             )
         step = saved["next_step"]
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:

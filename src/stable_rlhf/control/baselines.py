@@ -1,6 +1,6 @@
-"""The rules that SAFE is compared with: none, fixed, adaptive, asymmetric with momentum.
+"""The controllers that SAFE is compared with: none, fixed, adaptive, asymmetric with momentum.
 
-Each yields a coefficient per rollout; where it acts (in the reward or in the loss) is not their business.
+Each gives a coefficient per rollout; the caller decides whether it acts in the reward or in the loss.
 
 1. none        beta = 0.
 2. fixed       beta is a constant.
@@ -23,7 +23,7 @@ KL_LONG_KEEP = 0.99  # [P] share of the long KL average that one step keeps
 
 @dataclass(frozen=True, kw_only=True)
 class KlAverages:
-    """The published pair of exponential averages of the KL, from 0, nats per token (`safe` has filters of its own)."""
+    """The two exponential averages of the KL as published, from 0, nats per token (`safe` has its own filters)."""
 
     short: float = 0.0
     long: float = 0.0
@@ -161,7 +161,7 @@ def momentum(settings: AsymmetricSettings, kls: tuple[float, ...]) -> float:
 
 
 def asymmetric_penalty(settings: AsymmetricSettings, kls: tuple[float, ...]) -> tuple[float, float]:
-    """The published penalty's two terms, a number without a gradient: for checking against the published code only."""
+    """The two terms of the published penalty, without a gradient: only for checking against the published code."""
     above = max(0.0, kls[-1] - settings.threshold)
     growth = max(0.0, momentum(settings, kls))
     return settings.penalty_scale * above**2, settings.momentum_scale * growth**2

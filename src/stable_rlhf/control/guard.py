@@ -1,10 +1,10 @@
-"""The guard at work (algorithm.md, Guard): what follows from a step whose figures break a rule.
+"""The guard's verdict on each step (algorithm.md, Guard): how it responds when figures break a rule.
 
 Once per rollout, after its update:
 1. every rule looks at the step's figures (names of metrics.jsonl) and says what it sees, or nothing;
 2. a rule with patience must see it for ``patience`` steps in a row, the others act at once;
-3. an optimiser step that was not finite has not been taken already: an incident (SKIP), and, for ``patience`` steps in
-   a row, a reason to roll back;
+3. an optimiser step whose gradient was not finite has already been left out: it is an incident (SKIP), and after
+   ``patience`` steps in a row a reason to roll back;
 4. ROLL_BACK while fewer than ``max_rollbacks`` have been made, else STOP.
 
 `judge` is a pure function over frozen records; `Guard` holds the state.
@@ -23,12 +23,12 @@ from stable_rlhf.control.guard_config import GuardConfig
 from stable_rlhf.control.guard_rules import ERRORS, RULES, WINDOW, Figures, GuardState, Rewards
 
 EARLY = 0.2
-"""Share of max_drawdown from which a reward that has begun to fall makes a state suspect. The average lags: half of
-what was gained is lost ten steps after a collapse, and by then a state of after it would often have been kept."""
+"""Share of max_drawdown from which a falling reward makes a state suspect. The average lags: half of what was gained is
+lost ten steps after a collapse, and by then a state from after the collapse would often have been kept."""
 
 
 class Action(StrEnum):
-    """What a verdict asks for; its value is what incidents.jsonl says."""
+    """The action that a verdict asks for; incidents.jsonl shows its value."""
 
     GO_ON = "go on"
     SKIP = "skip"
@@ -38,22 +38,22 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What follows from a step."""
+    """The guard's verdict on a step."""
 
     action: Action
     rule: str = ""
     """Name of the rule that was broken: the setting of GuardConfig that turns it."""
     seen: str = ""
-    """What was seen, with its figures, as a clause for a person."""
+    """The observation that broke the rule, with its figures, as a clause for a person."""
     advice: str = ""
-    """What a person could try, were it to go on happening."""
+    """Something to try if it keeps happening."""
     suspect: bool = False
-    """Some rule's condition holds, if not for long enough yet, or the reward has begun to fall: this is no state to
-    come back to."""
+    """Whether a rule's condition holds, for long enough or not, or the reward has begun to fall; the state is then not
+    one to go back to."""
 
 
 def judge(config: GuardConfig, state: GuardState, figures: Figures) -> tuple[GuardState, Verdict]:
-    """(next state, what follows from this step). ``figures``: the step's row of metrics.jsonl, numbers only.
+    """Judges a step: (next state, verdict). ``figures``: the step's row of metrics.jsonl, numbers only.
 
     After a roll-back the caller continues with the state of the snapshot, except for ``rollbacks`` and ``factor``,
     which are those of the state returned.
@@ -87,7 +87,7 @@ class Guard:
         self.state = GuardState()
 
     def judge(self, figures: Figures) -> Verdict:
-        """What follows from a step, by its row of metrics.jsonl, numbers only."""
+        """Judges a step by its row of metrics.jsonl, numbers only."""
         if not self.settings.enabled:
             return Verdict(action=Action.GO_ON)
         self.state, verdict = judge(self.settings, self.state, figures)
@@ -98,14 +98,16 @@ class Guard:
         return dataclasses.asdict(self.state)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`. Raises ValueError, and changes nothing, if it does not fit."""
+        """Continues from a `state_dict()`. Raises ValueError, and changes nothing, if it does not fit."""
         state: GuardState = from_dict(GuardState, saved, "guard state")
         check_keys(state.streaks, RULES, "guard state.streaks")
         self.state = state
 
     def roll_back(self, saved: Mapping[str, Any]) -> None:
-        """Continue from the `state_dict()` of a snapshot, except that ``rollbacks`` and ``factor`` stay what they are:
-        a roll-back does not undo itself. Raises as `load_state_dict` does."""
+        """Continues from the `state_dict()` of a snapshot, except that ``rollbacks`` and ``factor`` stay.
+
+        A roll-back must not undo itself. Raises as `load_state_dict` does.
+        """
         kept = {"rollbacks": self.state.rollbacks, "factor": self.state.factor}
         self.load_state_dict({**saved, **kept})
 
@@ -113,7 +115,7 @@ class Guard:
 def _falls(config: GuardConfig, rewards: Rewards) -> bool:
     """Whether the reward has clearly lost EARLY x max_drawdown of what it had gained within two windows of its best.
 
-    Later it is where it is: a run that has settled a little lower must keep states again.
+    After that a lower reward is accepted: a run that has settled a little lower must keep states again.
     """
     fall, gained, error = rewards.fall
     if config.max_drawdown is None or rewards.since > 2 * WINDOW:

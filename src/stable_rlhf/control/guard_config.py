@@ -1,4 +1,4 @@
-"""The guard's settings: which figures are those of a run that goes wrong, and how often it may go back."""
+"""The guard's settings: which figures mean that a run goes wrong, and how often it may roll back."""
 
 from __future__ import annotations
 
@@ -90,4 +90,4 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     float: (_finite, "give a finite number"),
     float | None: (lambda value: value is None or _finite(value), "give a finite number, or null"),
 }
-"""Annotation of a field -> (whether a value fits it, the remedy); an int is a number, True is not."""
+"""Type of a field -> (check of a value, remedy); an int is a number, True is not."""

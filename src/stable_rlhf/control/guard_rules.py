@@ -1,8 +1,8 @@
-"""The guard's rules (algorithm.md, Guard), and the state that they are judged by.
+"""The guard's rules (algorithm.md, Guard), and the state they need.
 
-A level is measured against the run's own start (the mean of its first START steps), since what is normal differs from
-model to model. Figures that are None, and those of before START, break no rule except that of finiteness. All state is
-frozen and JSON; it is bounded by the moving average's window.
+A figure is compared with its mean over the run's first START steps, since normal values differ from model to model.
+A figure that is None breaks no rule, and a rule that compares with the start is not broken before the start is known.
+All state is frozen and JSON; it is bounded by the moving average's window.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from dataclasses import dataclass, field, replace
 
 from stable_rlhf.control.guard_config import GuardConfig
 
-WINDOW = 20  # rewards in the moving average R, here and in the definition of a reward crash (crashes.py)
+WINDOW = 20  # rewards in the moving average R, here and in the definition of a reward crash (report/crashes.py)
 FEWEST = 3
-"""Figures from which the error of their mean is known. Two rewards of 0 or 1 are mostly alike and would have no error:
-where 0.9 are 1, two of 20 runs of 1,000 steps were rolled back at two a step, none at 3, 4 and 8 (docs/LOG.md)."""
+"""Least number of figures from which the error of their mean is known. Two rewards of 0 or 1 are mostly alike and would
+have no error: where 0.9 are 1, two of 20 runs of 1,000 steps were rolled back at two a step, none at 3, 4 and 8
+(docs/LOG.md)."""
 START = 5  # rollouts whose mean is the start: one is noisy, and by ten the policy has begun to move
 ERRORS = 6.0
-"""Standard errors of the fall that it must exceed. It is from the best of many windows to the worst of many: 200
-runs of 5,000 steps of noise alone exceeded 5 of them for five steps in a row in 9 cases, and 6 in none."""
+"""Standard errors that the fall must exceed. It is from the best of many windows to the worst of many: of 200 runs of
+5,000 steps of pure noise, 9 exceeded 5 of them for five steps in a row, and none exceeded 6."""
 RATIOS = {
     "entropy": "objective/entropy",
     "distinct": "completions/distinct_2",
@@ -88,7 +89,7 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardState:
-    """What one step hands to the next."""
+    """The guard's state between two steps."""
 
     entropy: Level = field(default_factory=Level)
     """Start of the entropy, nats per token."""
@@ -105,7 +106,7 @@ class GuardState:
     """Product of their rollback_factors."""
 
     def after(self, figures: Figures) -> GuardState:
-        """With the step's reward, and its levels while their starts are being measured."""
+        """The state with the step's reward added, and its levels while their starts are being measured."""
         reward, deviation, rows = (figures.get(name) for name in ("objective/scores", "objective/scores_std", "rows"))
         error, rewards = standard_error(deviation, rows), self.rewards
         if reward is not None and error is not None and math.isfinite(reward) and math.isfinite(error):
@@ -115,8 +116,10 @@ class GuardState:
 
 
 def standard_error(deviation: float | None, count: float | None) -> float | None:
-    """Standard error of the mean of ``count`` figures, from their ``deviation`` (denominator ``count``):
-    deviation / sqrt(count - 1). None for fewer than FEWEST, which do not say how far off they may be."""
+    """Standard error of the mean of ``count`` figures: deviation / sqrt(count - 1).
+
+    ``deviation`` has the denominator ``count``. None for fewer than FEWEST figures, which do not show their error.
+    """
     return None if deviation is None or count is None or count < FEWEST else deviation / math.sqrt(count - 1)
 
 
@@ -132,7 +135,7 @@ def non_finite(config: GuardConfig, state: GuardState, figures: Figures) -> str 
 
 
 def skipped_steps(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """Optimiser steps whose gradient was not finite: they have not been taken."""
+    """policy/skipped_steps > 0: optimiser steps whose gradient was not finite and that were not taken."""
     count = figures.get("policy/skipped_steps") or 0
     return f"{count:.0f} optimiser steps had a gradient that is not finite and were not taken" if count else None
 
@@ -167,14 +170,14 @@ def min_distinct(config: GuardConfig, state: GuardState, figures: Figures) -> st
 
 
 def min_length(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """completions/mean_length < min_length x its start: answers that say nothing any more."""
+    """completions/mean_length < min_length x its start: answers that no longer say anything."""
     return _low(config.min_length, state, figures, "length", "the mean length", " tokens")
 
 
 def max_drawdown(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
     """D > max_drawdown x the reward gained since the start, and D > ERRORS standard errors of D.
 
-    A step that scored fewer than FEWEST completions is left out of R: its error is not known.
+    A step that scored fewer than FEWEST completions is left out of R, since its error is not known.
     """
     fall, gained, error = state.rewards.fall
     if config.max_drawdown is None or fall <= config.max_drawdown * gained or fall <= ERRORS * error or fall <= 0.0:
@@ -209,9 +212,9 @@ class Rule:
     seen: Callable[[GuardConfig, GuardState, Figures], str | None]
     """(settings, state after this step's start and rewards, figures) -> a clause for a person, None if not broken."""
     advice: str
-    """What a person could try."""
+    """Something to try."""
     at_once: bool = False
-    """It acts at the first step at which it is broken, whatever ``patience`` is."""
+    """Whether it acts at the first step at which it is broken, whatever ``patience`` is."""
 
     def patience(self, config: GuardConfig) -> int:
         """Steps in a row that it must be broken before it acts."""
@@ -227,7 +230,7 @@ RULES = {
     ),
     "max_kl": Rule(
         seen=max_kl,
-        advice=f"{_SLOWER}, set or lower optim.max_preview_kl, or raise guard.max_kl if so much is meant",
+        advice=f"{_SLOWER}, set or lower optim.max_preview_kl, or raise guard.max_kl if that much is intended",
         at_once=True,
     ),
     "skipped_steps": Rule(
@@ -259,4 +262,4 @@ RULES = {
         advice="lower critic.learning_rate, or set critic.warmup_steps",
     ),
 }
-"""Every rule by its name, in the order in which they are heard."""
+"""Every rule by its name; the first that is broken decides."""

@@ -1,4 +1,4 @@
-"""Running normalisation of rewards, three ways, over frozen state and a pure update.
+"""Running normalisation of rewards, in three ways, with frozen state and a pure update.
 
 `none`     the rewards as they are.
 `paper`    the published code's rule [C], to the letter: (x - mean) / (deviation + 1e-8), from a prior of mean 0,
@@ -36,7 +36,7 @@ class Moments:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation; exactly 0 where it is no more than the rounding of equal values."""
+        """Standard deviation; exactly 0 where it is only the rounding of equal values."""
         deviation = math.sqrt(max(0.0, self.variance))
         return deviation if deviation > ROUNDING * abs(self.mean) else 0.0
 
@@ -57,16 +57,16 @@ def merge(moments: Moments, mean: float, variance: float, count: int) -> Moments
 
 
 class RewardNormaliser:
-    """Holds the moments for one run. `update` with a rollout's rewards first, then `normalise` them."""
+    """Normalises a run's rewards. `update` it with a rollout's rewards first, then `normalise` them."""
 
     def __init__(self, kind: str = "running") -> None:
         if kind not in KINDS:
-            raise ValueError(f"kind={kind!r} is no reward normaliser: choose one of {', '.join(KINDS)}.")
+            raise ValueError(f"kind={kind!r} is not a reward normaliser: choose one of {', '.join(KINDS)}.")
         self.kind = kind
         self.moments = Moments(variance=1.0, count=PAPER_COUNT) if kind == "paper" else Moments()
 
     def update(self, rewards: Sequence[float]) -> None:
-        """Add one rollout's rewards (all ranks together). None at all change nothing.
+        """Adds one rollout's rewards (all ranks together); an empty list changes nothing.
 
         Raises ValueError for a reward that is not finite, and for a single reward under `paper`, whose rule divides
         by n - 1.
@@ -74,17 +74,15 @@ class RewardNormaliser:
         for position, reward in enumerate(rewards):
             if not math.isfinite(reward):
                 raise ValueError(
-                    f"reward {position} is {reward!r}: only finite rewards can be normalised. Let the reward "
-                    "function return "
-                    "None for a completion that it cannot score."
+                    f"reward {position} is {reward!r}: only finite rewards can be normalised. Let the reward function "
+                    "return None for a completion that it cannot score."
                 )
         if not rewards:
             return
         if self.kind == "paper" and len(rewards) == 1:
             raise ValueError(
-                "the reward normaliser 'paper' was given 1 reward: its rule divides by n - 1. Use a batch of 2 "
-                "or more, or "
-                "the kind 'running'."
+                "the reward normaliser 'paper' was given 1 reward: its rule divides by n - 1. Use a batch of 2 or "
+                "more, or the kind 'running'."
             )
         mean, variance = mean_variance(rewards, 1 if self.kind == "paper" else 0)
         self.moments = merge(self.moments, mean, variance, len(rewards))
@@ -100,7 +98,7 @@ class RewardNormaliser:
 
     @property
     def unit(self) -> float:
-        """The scorer's units in one unit of a normalised reward; 1 for `none`, 0 where `running` has seen no spread."""
+        """A normalised reward of 1 in the scorer's units; 1 for `none`, 0 where `running` has seen no spread."""
         if self.kind == "none":
             return 1.0
         return self.moments.deviation + (PAPER_EPSILON if self.kind == "paper" else 0.0)
@@ -110,13 +108,12 @@ class RewardNormaliser:
         return {"version": STATE_VERSION, "kind": self.kind, "moments": dataclasses.asdict(self.moments)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`. Raises ValueError, and changes nothing, if it does not fit."""
+        """Continues from a `state_dict()`. Raises ValueError, and changes nothing, if it does not fit."""
         if set(saved) != {"version", "kind", "moments"}:
             raise ValueError(f"normaliser state has the keys {sorted(saved)}: expected kind, moments, version.")
         if saved["version"] != STATE_VERSION or saved["kind"] != self.kind:
             raise ValueError(
                 f"normaliser state is of kind {saved['kind']!r}, version {saved['version']!r}; this run's is "
-                f"{self.kind!r}, "
-                f"version {STATE_VERSION}: resume with the release and configuration that wrote it."
+                f"{self.kind!r}, version {STATE_VERSION}: resume with the release and configuration that wrote it."
             )
         self.moments = from_dict(Moments, saved["moments"], "normaliser state")

@@ -1,5 +1,4 @@
-"""SAFE to the letter: the published constants (arXiv 2602.04651 and its code), with the penalty made to act by its
-slope.
+"""The controller `paper`: SAFE to the letter (arXiv 2602.04651 and its code), with the penalty acting by its slope.
 
 Once per rollout, in this order:
 1. kl_short <- 0.9 kl_short + 0.1 kl;  kl_long <- 0.99 kl_long + 0.01 kl;
@@ -8,7 +7,8 @@ Once per rollout, in this order:
 4. gate = max(0.5, 2.0 / (entropy + 0.1)) where kl_short > threshold, else 1;
 5. penalty = 0.1 gate max(0, kl_short - threshold)^2, and kl_coef its slope in kl_short.
 
-The constants fit rewards in 0..1 and one model's entropy. What follows from that stands beside `safe`, which mends it.
+The constants fit rewards in 0..1 and one model's entropy. The controller
+`safe` does not have that limit.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PaperSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PaperState:
-    """What one call hands to the next; the history is at most 100 rewards."""
+    """The controller's state between two calls; the history is at most 100 rewards."""
 
     averages: KlAverages = field(default_factory=KlAverages)
     rewards: tuple[float, ...] = ()
@@ -80,8 +80,10 @@ class PaperState:
 
 
 def penalty(settings: PaperSettings, decision: Decision) -> float:
-    """lambda gate excess^2: the published number, which has no gradient. For checking against the published code
-    only."""
+    """lambda gate excess^2: the published number, which has no gradient.
+
+    It is only for checking against the published code.
+    """
     return settings.penalty_scale * decision.gate * decision.excess**2
 
 

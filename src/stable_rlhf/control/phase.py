@@ -1,9 +1,9 @@
 """Phases of a reward curve: the published rule, and one that weighs a change against its own noise.
 
-`paper_phase` is the letter (SAFE, arXiv 2602.04651, and its code): absolute constants for rewards in 0..1, windows
-              of 50,
-so that CLIMBING cannot occur before call 100. `reward_phase` is the intent: it compares the two halves of a window
-from the first few steps on, asks that the difference stand out of its standard error, and knows no absolute reward.
+`paper_phase` is the published rule (SAFE, arXiv 2602.04651, and its code): absolute constants for rewards in 0..1 and
+windows of 50, so that CLIMBING cannot occur before call 100. `reward_phase` is ours: it compares the two halves of a
+window from the first few steps on, requires the difference to stand out of its standard error, and uses no absolute
+reward.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PAPER_CONVERGED_MEAN = 0.7  # mean above which a still window counts as converge
 
 
 def paper_phase(rewards: Sequence[float]) -> Phase:
-    """Phase of the published code from the last 2 x 50 rewards, oldest first (fewer at the start).
+    """The phase by the published rule, from the last 2 x 50 rewards, oldest first (fewer at the start).
 
     WARMUP before 50 rewards; CLIMBING if mean(last 50) > mean(the 50 before) + 0.01, which needs 100; CONVERGED if
     the last 50 have population deviation < 0.02 and mean > 0.7; else PLATEAU.
@@ -65,7 +65,7 @@ def mean_variance(values: Sequence[float], ddof: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """The newer half of a window against the older half, in the values' unit."""
+    """Compares the newer half of a window with the older half, in the values' unit."""
 
     difference: float = 0.0
     """mean(newer) - mean(older)."""
@@ -79,12 +79,12 @@ class Contrast:
         return self.difference > errors * self.standard_error and self.difference > least and self.difference > 0.0
 
     def opposite(self) -> Contrast:
-        """The same with its sign turned, so that one test serves rises and falls."""
+        """The same with the opposite sign, so that one test serves rises and falls."""
         return Contrast(difference=-self.difference, standard_error=self.standard_error, newer=-self.newer)
 
 
 def contrast(values: Sequence[float]) -> Contrast:
-    """Contrast of the two halves of `values`, oldest first; of an odd count the oldest is left out. Needs 4 values."""
+    """The contrast of the two halves of `values`, oldest first; an odd count leaves out the oldest. Needs 4 values."""
     half = len(values) // 2
     newer, newer_variance = mean_variance(values[-half:], 1)
     older, older_variance = mean_variance(values[-2 * half : -half], 1)
@@ -103,11 +103,10 @@ AT_BUDGET = 0.9  # of the budget: growth below it is the way to the budget, not 
 def reward_phase(
     previous: Phase, reward: Contrast | None, deviation: float, kl: Contrast | None, budget: float
 ) -> Phase:
-    """Phase from the half-window contrasts of reward and KL; None stands for too few steps.
+    """The phase from the half-window contrasts of reward and KL; None stands for too few steps.
 
     `deviation` is the reward's standard deviation over the whole run, `budget` the KL budget in nats per token. The
-                answer
-    is the same for a * reward + b with any a > 0: every comparison is between quantities of the reward's unit.
+    result is the same for a * reward + b with any a > 0: every comparison is between quantities of the reward's unit.
     """
     if reward is None or kl is None:
         return Phase.WARMUP

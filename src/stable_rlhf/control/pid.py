@@ -1,4 +1,4 @@
-"""One step of a PID controller with anti-windup, pure: gains and old state in, new state and the three terms out."""
+"""One step of a PID controller with anti-windup: gains and old state in, new state and the three terms out."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class PidGains:
     leak: float = 1.0
     """Share of the sum that is kept each step; 1 forgets nothing."""
     output_limit: float = math.inf
-    """Size of the output at which the sum stops growing in the same direction; infinity is no limit."""
+    """Size of the output at which the sum stops growing in the same direction; infinity sets none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PidState:
-    """What one step hands to the next."""
+    """The PID controller's state between two steps."""
 
     total: float = 0.0
     """Clamped (and leaked) sum of the errors."""
@@ -49,11 +49,11 @@ class PidTerms:
 
 
 def pid_step(gains: PidGains, state: PidState, error: float) -> tuple[PidState, PidTerms]:
-    """PID = kp e + ki S + kd (e - e_prev), S <- clamp(leak S + e, +-integral_limit).  (SAFE, arXiv 2602.04651,
-    threshold)
+    """PID = kp e + ki S + kd (e - e_prev), S <- clamp(leak S + e, +-integral_limit).
 
-    Anti-windup by conditional integration (Astrom and Hagglund, "PID Controllers", 1995, section 3.5): where the
-    output has reached +-output_limit and the error would push it further, S leaks but does not take the error.
+    Source: SAFE (arXiv 2602.04651), the threshold. Anti-windup by conditional integration (Astrom and Hagglund, "PID
+    Controllers", 1995, section 3.5): where the output has reached +-output_limit and the error would push it further, S
+    leaks but does not take the error.
     """
     p = gains.proportional * error
     d = gains.derivative * (error - state.error)

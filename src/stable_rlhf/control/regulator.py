@@ -1,10 +1,10 @@
-"""Holds the KL at its budget: integral control of the coefficient in the log domain, with lead, scaled to the
-plant's speed.
+"""Holds the KL at its budget: integral control of log(coefficient), with lead, scaled to the speed of the policy.
 
+The plant is control's word for what is regulated: here the policy's KL as it answers to the coefficient.
 One rollout, with tau the budget and T the steps that the KL needs to reach it (measured, see below):
-1. two filters of the KL, both quick beside T, give its level and its velocity:
-       short <- short + (kl - short) / (1 + lag_s);  long likewise with lag_l;  velocity = (short - long) / (lag_l -
-       lag_s);
+1. two filters of the KL, both quick compared with T, give its level and its velocity:
+       short <- short + (kl - short) / (1 + lag_s);  long likewise with lag_l;
+       velocity = (short - long) / (lag_l - lag_s);
 2. the KL that the present course leads to:      predicted = short + (lead T + lag_s + 2.5) velocity;
 3. its error in the log domain:                  e = clip(log(predicted / tau), -1, 2);
 4. log beta <- clip(log beta + rate e),          rate = trust * gain / (T + 13), more while KL rises too high,
@@ -54,7 +54,7 @@ FADE_BELOW = 0.5  # of the budget, below which the coefficient fades: out of the
 
 @dataclass(frozen=True, kw_only=True)
 class RegulatorState:
-    """What one rollout hands to the next."""
+    """The regulator's state between two rollouts."""
 
     log_coef: float
     """log beta, before fading and gate."""
@@ -78,7 +78,7 @@ class RegulatorState:
 
 @dataclass(frozen=True, kw_only=True)
 class Regulation:
-    """What one step of the regulator yields."""
+    """The result of one step of the regulator."""
 
     coefficient: float
     """beta, reward per nat, before fading and gate."""

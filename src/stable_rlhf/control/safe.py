@@ -1,4 +1,4 @@
-"""SAFE as it is meant: a regulated KL, an entropy gate and a moving budget, each of which acts.
+"""The controller `safe`: a regulated KL, an entropy gate and a moving KL budget, as SAFE intends them.
 
 Once per rollout, in this order:
 1. threshold   The KL budget moves with the reward curve (`phase.reward_phase`, half-windows against their own
@@ -128,7 +128,7 @@ class EntropyState:
 
 @dataclass(frozen=True, kw_only=True)
 class SafeState:
-    """What one rollout hands to the next."""
+    """The controller's state between two rollouts."""
 
     regulator: RegulatorState
     threshold: ThresholdState = field(default_factory=ThresholdState)
@@ -211,7 +211,7 @@ def _move_threshold(
 
 
 def _velocity(change: Contrast | None, deviation: float, phase: Phase) -> float:
-    """Reward gained in half a window, in deviations, less what noise alone would show: 0 where it is within the noise.
+    """Reward gained in half a window, in deviations, less the size of its noise: 0 where it is within the noise.
 
     Shrinking by CLEAR standard errors keeps the PID quiet on a plateau, where a plain velocity is nothing but noise.
     A fall counts only in FALLING: elsewhere it is the price of a KL that has just been brought down.
@@ -223,7 +223,7 @@ def _velocity(change: Contrast | None, deviation: float, phase: Phase) -> float:
 
 
 def _gate(settings: SafeSettings, state: EntropyState, entropy: float) -> tuple[EntropyState, float, float | None]:
-    """State, gate and floor; no floor while the start is being measured, or if it is not positive, or without gate."""
+    """(state, gate, floor). No floor while the start is being measured, where it is not positive, or without gate."""
     if not settings.gate_on:
         return state, 1.0, None
     if state.count < ENTROPY_START:

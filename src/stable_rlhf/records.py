@@ -1,4 +1,4 @@
-"""What passes between the rooms: frozen records, with the shape, dtype and mask meaning of every field.
+"""The records that pass between parts of the package: frozen, with shape, dtype and mask meaning of every field.
 
 Shapes: B rows (prompts of this step), P prompt positions, T response positions, S positions of both, H value heads.
 """
@@ -17,8 +17,8 @@ class Tokens:
     """Token ids of prompts and responses; every tensor has B rows."""
 
     ids: Tensor
-    """[B, S] int64: a row's prompt and then, without a gap, its response. What follows has no meaning, but is a token:
-    with all padding on the right a causal model needs no attention mask, and positions count from 0."""
+    """[B, S] int64: a row's prompt and then, without a gap, its response. Columns after it hold any token: with all
+    padding on the right a causal model needs no attention mask, and positions count from 0."""
     start: Tensor
     """[B] int64, the number of prompt tokens: ``ids[b, start[b]]`` is the first of the response."""
     response: Tensor
@@ -28,7 +28,7 @@ class Tokens:
 
     @classmethod
     def pack(cls, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> Tokens:
-        """From prompts [B, P] padded on the left (True in ``prompt_mask`` is a token) and responses [B, T]."""
+        """Packs prompts [B, P], padded on the left (True in ``prompt_mask`` is a token), and responses [B, T]."""
         padded = torch.cat([prompt, response], 1)
         skipped = (~prompt_mask).sum(1, keepdim=True)
         at = torch.arange(padded.shape[1], device=padded.device) + skipped
@@ -36,7 +36,7 @@ class Tokens:
         return cls(ids=ids, start=prompt_mask.sum(1), response=response, mask=mask)
 
     def padded(self, columns: int) -> Tokens:
-        """With columns added on the right, up to the next multiple of ``columns``."""
+        """The tokens with columns added on the right, up to the next multiple of ``columns``."""
 
         def wider(grid: Tensor) -> Tensor:
             return torch.nn.functional.pad(grid, (0, -grid.shape[1] % columns))
@@ -83,11 +83,32 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The policy, reference and critic on a rollout, as they were when it was sampled. On the CPU.
+
+    Every tensor is [B, T] float32 unless said otherwise.
+    """
+
+    tokens: Tokens
+    """``mask`` is all False in rows whose reward is None."""
+    logp: Tensor
+    """log pi(a_t | s_t), nats."""
+    ref_logp: Tensor
+    """log pi_ref(a_t | s_t), nats."""
+    entropy: Tensor
+    """Entropy of pi(. | s_t), nats."""
+    values: Tensor
+    """[H, B, T] each head's V(s_t), normalised reward units."""
+    targets: Tensor
+    """[H, B, T] each target head's V(s_t), normalised reward units."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """A rollout with everything the update needs. Every tensor is [B, T] float32 unless said otherwise."""
 
     tokens: Tokens
-    """Rows whose reward is None have an all-False ``mask``: they have no part in any mean."""
+    """Rows whose reward is None have an all-False ``mask`` and enter no mean."""
     logp: Tensor
     """log pi_old(a_t | s_t), nats."""
     ref_logp: Tensor
@@ -117,24 +138,7 @@ class StepStats:
 
 
 def on(record: Any, device: torch.device) -> Any:
-    """A copy of a record of tensors, and of records of them, on the device."""
+    """Copies a record of tensors, and the records in it, to a device."""
     parts = {field.name: getattr(record, field.name) for field in fields(record)}
     moved = {n: part.to(device) if isinstance(part, Tensor) else on(part, device) for n, part in parts.items()}
     return type(record)(**moved)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """The policy, reference and critic on a rollout, as they were when it was sampled; on the CPU.
-
-    [B, T] float32 unless said."""
-
-    tokens: Tokens
-    """``mask`` is all False in rows whose reward is None."""
-    logp: Tensor
-    ref_logp: Tensor
-    entropy: Tensor
-    values: Tensor
-    """[H, B, T]"""
-    targets: Tensor
-    """[H, B, T]"""

@@ -1,9 +1,12 @@
-"""The mathematics of the update: tensors in, tensors out. No I/O, no clock, no rank, no hidden random number.
+"""The mathematics of sampling and of the update: tensors in, tensors out.
+
+Nothing here reads files, clocks, ranks or hidden random numbers.
 
 - `masked`: sums, means, variances, whitening and distinct-n over the True entries of a mask.
 - `logprobs`: log-probability, entropy and exact KL per token, chunked through the LM head.
 - `advantages`: rewards per token, generalised advantage estimation.
 - `objective`: PPO's clipped loss, value loss, soft-min, KL estimators and penalty.
+- `sampling`: drawing tokens from logits.
 
 Wherever a mask appears it is boolean, and True marks a response token (EOS included). An entry outside the mask never
 influences a result, NaN or not, and is 0 in a result of the same shape.

@@ -13,7 +13,7 @@ Precision. Logits, softmax, statistics and the gradient dL/dz are float32 or wid
 hidden and weight are both bfloat16, the matrix products take them as they are and add up and answer in float32:
 
 - Logits. A product of two bfloat16 numbers (8 bits each) has 16 bits and is exact in float32, so the logits are those
-  of the widened inputs but for the order of the additions: 3e-6 off float64 instead of 1e-6 (H100, h = 256). The
+  of the widened inputs except for the order of the additions: 3e-6 off float64 instead of 1e-6 (H100, h = 256). The
   temperature then divides float32 logits, not hidden.
 - Gradients. dL/dz is rounded to bfloat16 once, before its products with W and with hidden. Each entry is then off by
   2^-8 of itself at most, in either direction, and a gradient by about 2^-8 of the root of the sum of its squared terms.
@@ -77,8 +77,8 @@ def token_statistics(
         temperature: that of sampling; positive.
         ref_hidden: [B, T, h'], the reference's hidden state; None for no KL.
         ref_lm_head_weight: [V, h'], given with ref_hidden.
-        chunk: rows of logits held at once, 1 or more; None takes those that fit CHUNK_BYTES. Changes memory and
-            speed, no figure.
+        chunk: rows of logits held at once, 1 or more; None takes those that fit CHUNK_BYTES. It changes memory and
+            speed, and no result.
 
     Returns:
         logp, entropy and kl [B, T], differentiable once in hidden and lm_head_weight, never in the reference. Where
@@ -233,7 +233,7 @@ def _heads(
 
 
 def _multiplies_narrow(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the products take hidden and weight as they are, in bfloat16, and answer in float32. See the module."""
+    """Whether the products take hidden and weight in bfloat16, as they are, and return float32. See the module."""
     narrow = hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32
     return narrow and hidden.is_cuda
 
@@ -245,7 +245,7 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, onto: Tensor | None = None) ->
             if onto is None:
                 return torch.mm(a, b, out_dtype=dtype)
             return torch.addmm(onto, a, b, out_dtype=dtype, out=onto)
-        a, b = a.to(dtype), b.to(dtype)  # out_dtype exists on CUDA alone: the same arithmetic without it
+        a, b = a.to(dtype), b.to(dtype)  # out_dtype exists only on CUDA: the same arithmetic without it
         return torch.mm(a, b) if onto is None else onto.addmm_(a, b)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Advantages of rewards of unit deviation spread over some tenths or more while there is something to learn, and over
-# about 0.02 once the rewards have saturated: a floor of 0.1 leaves the first alone and keeps the second small (0.2
+# about 0.02 once the rewards have saturated: a floor of 0.1 leaves the first as it is and keeps the second small (0.2
 # instead of 1), so that its noise is not amplified into a full-sized update.
 DEVIATION_FLOOR = 0.1
 
@@ -22,7 +22,7 @@ class Totals(NamedTuple):
     """Count, mean and sum of squared deviations of the True entries: float64 scalars that merge without cancellation.
 
     A sum and a sum of squares would say the same, but their difference loses every digit when the mean is large
-    beside the deviation. With a count of 0 the mean and m2 are 0 and the variance is NaN.
+    compared with the deviation. With a count of 0 the mean and m2 are 0 and the variance is NaN.
     """
 
     count: Tensor
@@ -36,7 +36,7 @@ class Totals(NamedTuple):
 
 
 def check_mask(mask: Tensor, **tensors: Tensor) -> None:
-    """Raise TypeError unless `mask` is boolean, ValueError unless every named tensor has the mask's shape.
+    """Raises TypeError unless `mask` is boolean, ValueError unless every named tensor has the mask's shape.
 
     Broadcasting is refused: [B] against [B, T] would go through unseen when B happens to equal T.
     """
@@ -70,7 +70,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
-    """sum over True entries of x, divided by `denominator`.
+    """Mean of x over the True entries: their sum divided by `denominator`.
 
     Args:
         x: any shape.
@@ -78,8 +78,8 @@ def masked_mean(x: Tensor, mask: Tensor, denominator: float | Tensor | None = No
         denominator: what the sum is divided by; None is the number of True entries. Give the number of response
             tokens of the whole minibatch, over all microbatches and ranks, and the results of the parts add up to
             the mean of the whole, whatever the microbatch size (and an empty part gives 0). A tensor is taken as it
-            is: to look at its value, the host would wait for the device at every call. Whoever counts checks that
-            the count is positive; over 0 the mean is NaN or infinite.
+            is: to look at its value, the host would wait for the device at every call. The caller checks that it is
+            positive; over 0 the mean is NaN or infinite.
 
     Raises:
         TypeError, ValueError: see `check_mask`; ValueError for a number that is not positive, and for an empty mask

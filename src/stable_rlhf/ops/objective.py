@@ -2,8 +2,8 @@
 
 Every loss is a sum over the response tokens divided by `denominator`. Give the number of response tokens of the whole
 minibatch, over all microbatches and ranks, and the gradients of the parts add up exactly to those of the whole.
-A denominator that is a tensor is not looked at, which would make the host wait for the device: that it is positive is
-the caller's to check (`masked.masked_mean`).
+A denominator that is a tensor is not looked at, which would make the host wait for the device: the caller checks that
+it is positive (`masked.masked_mean`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def soft_min(v1: Tensor, v2: Tensor, temperature: float) -> Tensor:
     """V = -a (logsumexp(-v1/a, -v2/a) - log 2), a = temperature: between the minimum (a -> 0) and the mean (a -> inf).
 
     Computed as min - a log1p(expm1(-|v1 - v2| / a) / 2), the same thing without the cancellation that costs the first
-    form all its digits when a is large beside the values. Source: SAFE (arXiv 2602.04651), the double soft-min critic.
+    form all its digits when a is large compared with the values. Source: SAFE (arXiv 2602.04651), the double soft-min
+    critic.
 
     Args:
         v1, v2: the values of the two heads, any shape, the same for both; the scorer's units.
@@ -248,7 +249,7 @@ def step_kl(
 
     sum m_t w_t (r_t - 1 - log r_t) / denominator, log r = after - before clamped to +-20, w = e^{before - sampled}:
     what the step does to tokens of pi_before, each weighed by how much likelier it is than when it was sampled. Never
-    negative; unbiased, but for the clamp, at the states that the earlier policy reached. Source: SAFE
+    negative; unbiased, except for the clamp, at the states that the earlier policy reached. Source: SAFE
     (arXiv 2602.04651), the preview; Schulman 2020, "Approximating KL Divergence", for the estimator (k3).
 
     Args:
@@ -271,7 +272,7 @@ def step_kl(
 
 
 def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(G - V) / Var(G) over the True entries: 1 is a perfect critic, 0 one that knows the mean and no more.
+    """1 - Var(G - V) / Var(G) over the True entries: 1 is a perfect critic, 0 one that knows only the mean.
 
     For the batch of all ranks: 1 - a.variance / b.variance of the merged `masked.totals` of G - V (a) and of G (b).
 

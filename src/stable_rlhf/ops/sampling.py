@@ -12,12 +12,12 @@ BLOCK = 512
 
 @torch.no_grad()
 def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
-    """The token at which the distribution function of softmax(logits / temperature) passes u, by inversion.
+    """Draws a token from softmax(logits / temperature) by inversion: the first at which the distribution passes u.
 
     min {j : sum_{i <= j} p_i > u sum_i p_i}: first the block of tokens in which that happens, then the token in it. The
     sums are float64: over 150,000 tokens those of float32 would be off by more than the probability of a rare token.
-    One random number a token serves any vocabulary, and is drawn by the caller, so that a draw depends on nothing but
-    its arguments.
+    One random number per token serves any vocabulary. The caller draws it, so that a draw depends only on its
+    arguments.
 
     Args:
         logits: [B, V], unscaled, floating point.
@@ -25,7 +25,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
         temperature: positive.
 
     Returns:
-        [B] int64, each 0 to V - 1. Logits that are NaN give a number that means nothing: whoever learns from it checks.
+        [B] int64, each 0 to V - 1. Logits that are NaN give a meaningless number, which the caller must notice.
 
     Raises:
         ValueError: for a temperature that is not positive, or shapes that do not match.

@@ -24,7 +24,6 @@ from stable_rlhf.text import ends, formatted, visible
 TRACEBACK = 20_000
 """Characters shown of each end of a traceback: its first and its last frames, whatever is in the message."""
 
-
 _formatwarning = warnings.formatwarning
 
 

@@ -13,7 +13,6 @@ MARKS = 8
 """Combining marks that are shown on one character: Tibetan, which stacks most, has 8 on its largest; a flood of them
 covers the lines above and below."""
 
-
 QUOTED = 80
 """Characters of a value that an error message repeats: one terminal line."""
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 Message: TypeAlias = dict[str, str]
-
-
+Prompt: TypeAlias = str | list[Message]
 Text: TypeAlias = str | list[Message]
 
-
+ROLES = ("system", "user", "assistant", "tool")
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 # The speakers' names in HH-RLHF (Bai et al. 2022); other roles are written capitalised.
 _PLAIN_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
@@ -20,18 +21,6 @@ def plain_text(messages: Sequence[Message]) -> str:
     """A chat without a template: "\\n\\nHuman: ...\\n\\nAssistant: ..." as in HH-RLHF."""
     turns = ((_PLAIN_SPEAKERS.get(m["role"], m["role"].capitalize()), m["content"]) for m in messages)
     return "".join(f"\n\n{speaker}: {content}" for speaker, content in turns)
-
-
-Prompt: TypeAlias = str | list[Message]
-
-
-ROLES = ("system", "user", "assistant", "tool")
-
-
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_text(prompt: Prompt) -> str:

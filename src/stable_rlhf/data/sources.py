@@ -28,14 +28,8 @@ from stable_rlhf.files import ASSETS
 from stable_rlhf.text import quoted
 
 FORMATS = ("auto", "prompt", "hh")
-
-
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
-
-
 _BUILTIN_PROMPTS = ASSETS / "prompts.json"
-
-
 _BUILTIN_SPLITS = {"train": "train", "eval": "eval", "test": "eval"}
 
 

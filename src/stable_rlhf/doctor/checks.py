@@ -29,22 +29,16 @@ from stable_rlhf.text import printable, readable_size
 from stable_rlhf.training import as_given, check_named
 
 PLEASANT = " It was wonderful: friendly, quick, and better than I had hoped. I would go again."
-
-
 UNPLEASANT = " It was terrible: rude, slow, and worse than I had feared. I would never go again."
-
 
 SHOWN, CHARACTERS = 3, 400
 """Prompts that are shown, and characters of each: enough to see a chat template at both ends of a short prompt."""
 
-
 CUT = 0.01
 """Share of prompts that may be cut without a warning: a few long ones are in every data set."""
 
-
 TWICE = 0.1
 """Share of prompts that may stand there more than once without a warning: data sets weigh prompts so."""
-
 
 TIGHT = 0.8
 """Share of the free memory above which an estimate is a warning: runs took up to 1.23 times theirs (memory.py)."""

@@ -33,10 +33,8 @@ from stable_rlhf.rollout import SHORTEST
 FLOAT = 4
 """Bytes of a float32: whatever is trained, gradients, moments, value heads, log-probs."""
 
-
 CHUNKS = 3
 """Tensors of a chunk's logits that live at once, at most (ops/logprobs.py)."""
-
 
 KERNELS = {"cpu": 150_000_000, "cuda": 200_000_000}
 """What a process takes beside tensors. On a CPU the kernels that oneDNN makes for every shape, and what the allocator

@@ -10,11 +10,7 @@ from typing import Any
 from stable_rlhf.control import WINDOW, standard_error
 
 CRASH_SHARE = 0.25  # of the reward gained, max R - R_20: smaller falls are oscillation
-
-
 CRASH_ERRORS = 3.0  # standard errors of D: what is left of chance is about one in a thousand
-
-
 Rows = Sequence[dict[str, Any]]
 
 

@@ -23,21 +23,12 @@ from stable_rlhf.control import WINDOW
 from stable_rlhf.report.crashes import RewardCrash, Rows, moving_average
 
 POINTS = 1200  # more points on a plot of this width cannot be told apart
-
-
 ACCENT, SECOND, DANGER, QUIET = "#1f6feb", "#b35900", "#c62828", "#9fb3c8"
-
 
 # Text as paths looks the same where a font is missing; a fixed salt gives the same bytes for the same run.
 _STYLE: Any = {"svg.fonttype": "path", "svg.hashsalt": "stable-rlhf", "font.size": 9, "axes.edgecolor": QUIET}
-
-
 PHASE_COLOURS = ("#dbeafe", "#dcf5e3", "#fdf0d5", "#ede4f7", "#fbe0e3", "#e3e8ee")
-
-
 INCIDENTS = {"skip": ":", "roll back": "--", "stop": "-"}  # how the line of an incident is drawn, by its action
-
-
 Series = tuple[list[int], list[float]]
 
 

@@ -14,10 +14,8 @@ from stable_rlhf.files import finite, replace_text
 
 FILE = "incidents.jsonl"
 
-
 FIELDS = ("step", "action", "rule", "seen", "done", "advice", "figures")
 """What every line holds: the step's number; the verdict's action and rule; three clauses; the step's row."""
-
 
 NOT_FINITE = ("nan", "inf", "-inf")
 """How a figure that is not finite is written: JSON has no such numbers."""

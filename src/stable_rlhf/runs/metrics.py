@@ -24,7 +24,6 @@ from stable_rlhf.text import valid_unicode
 
 _REWARD_NAME = re.compile(r"rewards/[^/]+/mean")
 
-
 _COMPLETIONS = pa.schema(
     [("prompt", "string"), ("completion", "string"), ("score", "float64"), ("length", "int32"), ("kl", "float64")]
 )

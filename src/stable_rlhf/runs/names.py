@@ -62,9 +62,7 @@ METRICS: dict[str, str] = {
     "safe/reward_std": "running deviation of the reward normaliser",
 }
 
-
 TEXT_METRICS = frozenset({"safe/phase", "safe/reason"})
-
 
 TIMINGS: dict[str, str] = {
     "step": "the step of the row in metrics.jsonl",

@@ -251,7 +251,7 @@ def test_help_explains_every_setting_with_the_presets_defaults(capsys: pytest.Ca
         option = shown.index(f"--{section}.{field} ", shown.index("options:"))
         text = shown[option:].partition("(type:")[0]
         assert len(text.split()) >= 6, f"{section}.{field} has no help: {text}"
-    assert "--kl.settings.budget BUDGET Base KL budget, nats per token. 0.3 is " in shown
+    assert "--kl.settings.budget BUDGET Base KL budget, nats per token: the KL " in shown
     budget = shown.partition("--kl.settings.budget BUDGET Base")[2].partition("--kl.")[0]
     assert budget.endswith("(type: float, default: 0.3) ")
     assert "GAE's lambda for the advantages (Schulman et al. 2016). (type: float, default: 0.95)" in shown

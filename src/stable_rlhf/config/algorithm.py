@@ -14,44 +14,49 @@ from stable_rlhf.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The policy's update (Schulman et al. 2017) and the optimiser."""
+    """The policy's update (PPO), the optimiser, and the preview of each optimiser step.
+
+    PPO is Schulman et al. 2017; docs/algorithm.md has the preview.
+    """
 
     learning_rate: float = 1e-4
-    """AdamW's step size for the policy. 1e-4 holds the KL of the built-in policy, all weights trained; with 3e-4 and
-    no preview the noise of the updates keeps it above the budget (docs/LOG.md). LoRA takes about three times as
+    """AdamW's step size for the policy. With 1e-4 the KL of the built-in policy (all weights trained) stays near its
+    budget; with 3e-4 and no preview, noisy updates keep the KL above the budget. LoRA takes about three times as
     much."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of both learning rates over max_steps, after warm-up."""
+    """Shape of both learning rates (policy and value heads) over max_steps, after warm-up."""
     warmup_steps: int = 0
-    """Steps (rollouts) over which both learning rates rise from 0."""
+    """Number of steps over which both learning rates rise from 0."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay of the policy."""
     num_iterations: int = 2
-    """Passes over each rollout (PPO epochs)."""
+    """Number of passes over each rollout (PPO epochs)."""
     num_mini_batches: int = 2
-    """Optimiser steps a pass."""
+    """Number of optimiser steps in a pass."""
     microbatch_tokens: int = 8192
-    """Most tokens, prompts and padding included, of one forward and backward pass: a minibatch is cut into as many
-    passes as that takes (at least one row each), rows of like length together. Less memory, the same gradient."""
+    """Most tokens, prompts and padding included, in one forward and backward pass. A minibatch is split into as many
+    passes as needed (at least one row each), with rows of similar length together. A smaller value takes less memory
+    and gives the same gradient."""
     epsilon: float = 0.2
-    """Clip range of the probability ratio (PPO section 3)."""
+    """Clip range of the probability ratio (PPO, section 3)."""
     gamma: float = 1.0
-    """Discount of later rewards, a token; 1 is none."""
+    """Discount of later rewards, for each token; 1 does not discount."""
     lam: float = 0.95
     """GAE's lambda for the advantages (Schulman et al. 2016)."""
     whiten_floor: float = 0.1
-    """Least deviation that advantages are divided by, in normalised reward units: below it the batch is saturated and
-    whitening would blow up noise."""
+    """Smallest standard deviation that advantages are divided by, in normalised reward units. Below it the rewards of a
+    batch hardly differ, and whitening would amplify noise."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus in the loss, per nat. 0: with 0.01 entropy inflates into gibberish
-    (docs/deviations.md)."""
+    """Weight of an entropy bonus in the loss, reward per nat. The default is 0, because with 0.01 the entropy grows
+    until the text is gibberish (docs/deviations.md)."""
     max_grad_norm: float = 1.0
-    """Gradient norm at which the policy's gradient is clipped."""
+    """Norm to which the policy's gradient is clipped."""
     max_preview_kl: float | None = 0.005
-    """Bound on KL(before || after) of one optimiser step, nats per token, measured on a 32nd of the rollout: above it
-    only a part of the step is taken (algorithm.md, The preview). None takes every step whole, and measures nothing.
-    0.005 is about twice the median step at the default learning rate, so that a third of them is scaled; with it 1 to
-    30 times that rate end at one reward, with 0.02 (and 0.01 at 10 times) they do not (docs/LOG.md)."""
+    """Bound of the preview, nats per token. The preview measures how far an optimiser step moves the policy, as
+    KL(before || after) on a 32nd of the rollout; above the bound only a part of the step is taken. None switches the
+    preview off. 0.005 is about twice the median step at the default learning rate, so that a third of the steps is
+    scaled. With 0.005, learning rates from 1 to 30 times the default end at the same reward; with 0.02, or with 0.01 at
+    10 times the default, they do not."""
 
     def __post_init__(self) -> None:
         check_types("optim", self)
@@ -66,42 +71,43 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """The value heads on the policy's last hidden state (algorithm.md, Critic)."""
+    """The value heads on the policy's last hidden state (docs/algorithm.md, Critic)."""
 
     heads: Literal[1, 2] = 2
-    """2 is the pessimistic double critic; 1 is PPO's."""
+    """Number of value heads: 2 is the pessimistic double critic; 1 is PPO's."""
     temperature: float = 0.3
-    """Alpha of the soft-min of the two heads, in normalised reward units: smaller is closer to the minimum. Only with
-    heads=2."""
+    """Alpha of the soft-min of the two heads, in normalised reward units; a smaller value is closer to the minimum.
+    Only with heads=2."""
     regress: Literal["each", "soft_min"] = "each"
-    """What is fitted to the returns: each head, or only their soft-min, which leaves the heads free to drift apart.
+    """Value that is fitted to the returns: ``each`` head, or only their ``soft_min``, which lets the heads drift apart.
     Only with heads=2."""
     bootstrap: Literal["online", "target", "mixed"] = "online"
-    """Values on the two sides of the TD error: ``online`` heads, Polyak ``target`` heads, or ``mixed``: the target's
-    V(s_{t+1}) beside the online V(s_t), which is the paper's and is biased by the target's lag."""
+    """Heads that give the values on the two sides of the TD error: ``online`` heads, ``target`` heads (a Polyak average
+    of the online heads), or ``mixed``: the target's V(s_{t+1}) with the online V(s_t). ``mixed`` is the paper's choice
+    and is biased by the target's lag."""
     target_tau: float = 0.05
     """Share of the online heads that enters the target heads after each optimiser step. With bootstrap=online the
-    targets only show drift (``safe/target_gap``)."""
+    targets are only a measure of drift (``safe/target_gap``)."""
     loss: Literal["huber", "mse"] = "huber"
-    """Regression loss of the values."""
+    """Regression loss of the value heads: Huber's, or the squared error."""
     huber_delta: float = 0.5
-    """Error, in normalised reward units, above which the Huber loss is linear. Only with loss=huber."""
+    """Error above which the Huber loss is linear, in normalised reward units. Only with loss=huber."""
     cliprange_value: float | None = 0.2
-    """Values are also clipped to this distance from their value at sampling time; None does not clip."""
+    """Distance from the value at sampling time to which a second, clipped value is limited; None does not clip."""
     clip_reduction: Literal["mean", "max"] = "mean"
-    """How the loss of V and of the clipped V combine: the published code's mean, or PPO's max."""
+    """How the losses of the value and of the clipped value combine: the published code's mean, or PPO's max."""
     vf_coef: float = 1.0
-    """Weight of the value loss beside the policy's."""
+    """Weight of the value loss in the sum with the policy's loss."""
     backbone_gradient: bool = False
-    """Let the value loss train the transformer too, not only the heads."""
+    """Train the transformer with the value loss too, not only the heads."""
     learning_rate: float | None = None
-    """AdamW's step size for the heads; None is the policy's (the paper's "synchronised")."""
+    """AdamW's step size for the value heads; None is the policy's (the paper's "synchronised")."""
     max_grad_norm: float = 0.5
-    """Gradient norm at which the heads' gradient is clipped."""
+    """Norm to which the gradient of the value heads is clipped."""
     lam: float | None = None
-    """GAE's lambda for the critic's returns; None is optim.lam."""
+    """GAE's lambda for the critic's returns; None is the value of optim.lam."""
     warmup_steps: int = 0
-    """First steps in which only the critic learns."""
+    """Number of first steps in which only the critic learns."""
 
     def __post_init__(self) -> None:
         check_types("critic", self)
@@ -124,23 +130,27 @@ _DEFAULTS: Any = None
 
 @dataclass(frozen=True, kw_only=True)
 class KLConfig:
-    """Which rule sets the KL coefficient each step, and where the KL acts (algorithm.md, Controllers)."""
+    """The controller, a rule that sets the KL coefficient at each step, and where the KL acts.
+
+    docs/algorithm.md (Controllers) has the rules.
+    """
 
     controller: Literal["none", "fixed", "adaptive", "asymmetric", "safe", "paper"] = "safe"
-    """The rule that yields the coefficient."""
+    """Rule that sets the KL coefficient, the weight of the KL to the reference policy."""
     settings: ControllerSettings = _DEFAULTS
-    """The rule's own settings, such as ``beta`` of ``fixed`` or ``budget`` of ``safe``; what is left out has the
-    preset's value if the preset has the same rule, else its default. docs/algorithm.md lists them. A mapping of them is
-    made the rule's own class."""
+    """The controller's own settings, such as ``beta`` of ``fixed`` or ``budget`` of ``safe``. A setting that is not
+    given has the preset's value if the preset has the same controller, else its default. docs/algorithm.md lists them.
+    A mapping is converted to the controller's settings class."""
     in_reward: bool = True
-    """Subtract coefficient x (logp - ref) from every token's reward, so that it passes through GAE."""
+    """Subtract coefficient x (logp - ref) from every token's reward, so that the KL passes through GAE."""
     length_neutral: bool = True
-    """In the reward, subtract the rollout's mean from logp - ref first. Otherwise a policy pays less by stopping early,
-    while the mean per token, which a budget is on, stays. Only with in_reward."""
+    """In the reward, first subtract the rollout's mean from logp - ref. Without it the policy pays less KL by stopping
+    early, although the mean KL per token, which the budget limits, stays the same. Only with in_reward."""
     in_loss: Literal["none", "k2", "exact"] = "none"
-    """Add coefficient x KL to the loss: ``k2`` (half the squared log-ratio), ``exact`` (over the whole vocabulary)."""
+    """Add coefficient x KL to the loss: ``k2`` (half the squared log-ratio) or ``exact`` (over the whole
+    vocabulary)."""
     allow_both: bool = False
-    """Take the KL in the reward and in the loss: it is then applied twice."""
+    """Allow the KL in the reward and in the loss at once; it then acts twice."""
 
     def __post_init__(self) -> None:
         if self.controller in CONTROLLERS:

@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen, keyword-only dataclasses, checked before any model loads.
+"""The complete settings of a run, and how presets and overrides make them.
 
 ``Config(preset="ppo")`` and ``stable-rlhf train --preset ppo`` give the same object: a section that is not given is the
 preset's. ``Config.from_preset`` takes partial overrides, as the command line does.
@@ -31,22 +31,27 @@ _FROM_PRESET: Any = None
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. A section left out is the preset's; a section given replaces the preset's."""
+    """A whole run.
+
+    A section that is not given is the preset's; a section that is given replaces the preset's.
+    """
 
     preset: str = "safe"
-    """Where the settings that are not given come from: safe, paper, ppo, ppo-adaptive, ppo-nokl, asymmetric, or safe
-    without one layer: safe-single-critic, safe-no-regulation, safe-no-gate, safe-no-threshold, safe-no-preview,
-    safe-no-guard."""
+    """Named set of values that settings not given come from: safe, paper, ppo, ppo-adaptive, ppo-nokl, asymmetric, or
+    safe without one layer: safe-single-critic, safe-no-regulation, safe-no-gate, safe-no-threshold, safe-no-preview,
+    safe-no-guard. The layers: a second critic; regulation (the KL coefficient follows the KL); the gate (low entropy
+    raises the coefficient); the threshold (the KL budget follows the reward); the preview (limits how far one optimiser
+    step moves the policy); the guard (rolls a failing run back)."""
     output_dir: str | None = None
-    """Run folder; None makes one under runs/, named after the preset and the time."""
+    """Folder of the run; None makes a new folder under runs/, named after the preset and the time."""
     max_steps: int = 60
-    """Rollouts to train on."""
+    """Number of training steps. A step is one rollout and the updates made with it."""
     save_steps: int = 20
     """Save a checkpoint every this many steps, and at the end; 0 saves only at the end."""
     save_total_limit: int = 2
-    """Checkpoints kept; the oldest go first."""
+    """Number of checkpoints to keep; the oldest are removed first."""
     seed: int = 0
-    """Seed of everything random: value heads, prompt order, sampling, minibatches."""
+    """Seed of everything random: value heads, prompt order, sampling and minibatches."""
     model: ModelConfig = _FROM_PRESET
     data: DataConfig = _FROM_PRESET
     reward: RewardConfig = _FROM_PRESET

@@ -39,7 +39,9 @@ def parser(preset: str, controller: str, command: str = "train") -> ArgumentPars
     No abbreviations, no other names.
     """
     made = ArgumentParser(prog=f"stable-rlhf {command}", exit_on_error=False, allow_abbrev=False, print_config=None)
-    made.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; what is given here wins")
+    made.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file of settings; settings on the command line override it"
+    )
     made.add_class_arguments(Config, skip=set(SECTIONS))
     for name, section in SECTIONS.items():
         made.add_class_arguments(section, name, skip={"settings"} if name == "kl" else set())

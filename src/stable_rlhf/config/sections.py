@@ -13,40 +13,43 @@ from stable_rlhf.config.checks import check_types, check_url, is_url, not_negati
 from stable_rlhf.control import GuardConfig
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
-"""Endings of prompt files: a file is one split, taken whole."""
+"""Endings of prompt files. A file is one split and is read whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The policy that is trained, and how it is held in memory."""
+    """The policy to train, and how it is held in memory."""
 
     name: str = "builtin"
-    """Policy: ``builtin`` (the small model that ships with the package), a folder, or a hub name."""
+    """The policy to train: ``builtin`` (the small model that ships with the package), a folder, or a hub name."""
     revision: str | None = None
-    """Commit, tag or branch on the hub; None is its default branch."""
+    """Commit, tag or branch of a hub model; None is the default branch."""
     gguf_file: str | None = None
-    """Name of a GGUF file inside ``name``; its weights are dequantised on loading."""
+    """Name of a GGUF file inside ``name``. Its weights are dequantised when they are loaded."""
     trust_remote_code: bool = False
-    """Run Python code that comes with this model. Off unless you have read that code."""
+    """Run Python code that comes with this model. Leave it off unless you have read that code."""
     device: str = "auto"
-    """``auto`` (the first CUDA device, else the CPU), or a torch device such as ``cpu`` or ``cuda:1``."""
+    """``auto`` (the first CUDA device, or the CPU if there is none), or a torch device such as ``cpu`` or
+    ``cuda:1``."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the transformer: ``auto`` is bfloat16 on CUDA and float32 on the CPU. Value heads, log-probs and
-    trained weights are float32 always."""
+    """Number type in which the transformer computes. ``auto`` is bfloat16 on CUDA and float32 on a CPU. Value heads,
+    log-probs and trained weights are always float32."""
     lora_r: int = 0
-    """Rank of the LoRA adapter; 0 trains every weight. With LoRA the reference is the same weights, adapter off."""
+    """Rank of the LoRA adapter; 0 trains every weight. With LoRA the reference is the same model with the adapter
+    switched off."""
     lora_alpha: float | None = None
-    """LoRA scale; None is twice the rank (the usual choice). Only with lora_r > 0."""
+    """LoRA scale; None is twice the rank, the usual choice. Only with lora_r > 0."""
     lora_target_modules: list[str] | None = None
-    """Names of the linear layers that get an adapter; None is every one but the LM head. Only with lora_r > 0."""
+    """Names of the linear layers that get an adapter; None is every linear layer except the LM head. Only with lora_r >
+    0."""
     gradient_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    """Recompute each layer's activations in the backward pass. This takes less memory and about a third more time."""
     cuda_graphs: bool | None = None
-    """Replay forward, backward and sampling as CUDA graphs, one for each shape, instead of launching every operation:
-    the same figures, without the time that launching takes. None: where the device is CUDA."""
+    """Replay forward, backward and sampling as CUDA graphs, one for each shape, instead of launching every operation.
+    The figures are the same and the launch time is saved. None: on if the device is CUDA."""
     torch_compile: bool = False
-    """Fuse the operations of each layer with torch.compile: a minute or two at the start, then less time and memory a
-    step, and figures that differ by the rounding of the model's own dtype."""
+    """Fuse the operations of each layer with torch.compile. Compiling takes a minute or two at the start; afterwards a
+    step takes less time and memory. Figures differ by the rounding of the model's dtype."""
 
     def __post_init__(self) -> None:
         check_types("model", self)
@@ -67,24 +70,25 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where prompts come from."""
+    """The prompts to train on and to evaluate on."""
 
     train: str = "builtin"
-    """``builtin``, a .jsonl, .json, .csv or .parquet file (.gz too), or a hub name."""
+    """Training prompts: ``builtin``, a .jsonl, .json, .csv or .parquet file (.jsonl and .csv also as .gz), or a hub
+    name."""
     split: str = "train"
-    """Split of a hub data set or of the built-in prompts to train on."""
+    """Split of a hub data set, or of the built-in prompts, to train on."""
     format: Literal["auto", "prompt", "hh"] = "auto"
-    """``prompt``: a ``prompt`` column, text or chat messages. ``hh``: Anthropic's HH-RLHF dialogues (``chosen``), whose
-    prompt is the dialogue up to the last assistant turn. ``auto`` looks at the columns."""
+    """``prompt`` reads a ``prompt`` column of text or chat messages. ``hh`` reads Anthropic's HH-RLHF dialogues (column
+    ``chosen``); the prompt is everything before the last assistant turn. ``auto`` decides by the columns."""
     eval: str | None = None
-    """Held-out prompts, as ``train``; None holds out ``eval_size`` rows of the training set (the built-in prompts have
-    their own)."""
+    """Held-out prompts, named as in ``train``. None holds out ``eval_size`` rows of the training set (the built-in
+    prompts have a held-out split of their own)."""
     eval_split: str = "test"
     """Split of ``eval`` to read."""
     eval_size: int = 128
-    """Number of held-out prompts that are measured before and after training; 0 measures nothing."""
+    """Number of held-out prompts on which the policy is evaluated before and after training; 0 evaluates nothing."""
     max_prompt_length: int = 512
-    """Tokens kept of a prompt; what is longer is cut on the left and counted (``prompts/truncated``)."""
+    """Most tokens of a prompt. A longer prompt is cut on the left and counted (``prompts/truncated``)."""
     limit: int | None = None
     """Read only the first ``limit`` rows of the training set; None reads all."""
 
@@ -104,41 +108,43 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """What is rewarded."""
+    """The rewards: where they come from, how they are scaled, and how reward servers are called."""
 
     functions: list[str] = dataclasses.field(default_factory=lambda: ["builtin"])
-    """Each is ``builtin``, ``package.module:function``, a folder or hub name of a sequence-classification model, or the
-    http:// or https:// URL of a reward server (docs/rewards.md)."""
+    """List of rewards. Each is ``builtin``, ``package.module:function``, a folder or hub name of a
+    sequence-classification model, or the http:// or https:// URL of a reward server (docs/rewards.md)."""
     url: str | None = None
-    """URL of the reward server that is the only reward: short for ``functions`` with nothing else in it."""
+    """URL of a reward server that is the only reward; a short form of ``functions`` with one entry."""
     weights: list[float] | None = None
-    """One weight a function (the trainer counts: functions may come as objects); None weighs all 1."""
+    """Weights of the rewards in their sum, one for each entry of ``functions``; None gives each the weight 1. The
+    trainer checks the number, because functions may also be given as Python objects."""
     missing_eos_penalty: float | None = None
-    """Subtracted from the reward (scorer's units) of a completion that did not end within max_completion_length; None
-    subtracts nothing."""
+    """Amount subtracted from the reward, in the scorer's units, if a completion did not end within
+    max_completion_length; None subtracts nothing."""
     normalise: Literal["none", "running", "paper"] = "running"
-    """``running`` subtracts the mean of all rewards seen so far and divides by their deviation, so that rewards of any
-    scale and shift train alike; ``paper`` is the published code's rule; ``none`` takes them as they are."""
+    """``running`` subtracts the mean of all rewards so far and divides by their standard deviation, so that a reward's
+    scale and offset do not matter; ``paper`` is the rule of the published code; ``none`` changes nothing."""
     batch_size: int = 64
-    """Completions a reward model scores at once, and completions a request to a reward server; limits memory only."""
+    """Number of completions that a reward model scores at once, and that one request to a reward server holds. It
+    affects only memory."""
     timeout: float = 60.0
     """Seconds that one request to a reward server may take, from first byte to last, before it counts as failed. A
-    model of several billion parameters scores a batch in less; a language model that judges may want more."""
+    model of several billion parameters scores a batch in less; a language model as judge may need more."""
     retries: int = 15
-    """Times that a failed request is made again; 0 gives up at once. The pauses double from half a second to a minute
-    (a quarter less on average, at random), so that the default spans seven minutes: a server can start again and load
-    its model."""
+    """Number of times that a failed request is repeated; 0 gives up at once. Pauses double from half a second to a
+    minute, shortened at random by a quarter on average. The default spans seven minutes, enough for a server to restart
+    and load its model."""
     max_wait: float = 600.0
-    """Seconds that the scores of a rollout may take in all, requests and pauses together, however many retries are
-    left; then the run stops. Ten minutes: longer than a restart, short enough that somebody hears of it."""
+    """Most seconds to wait for the scores of one rollout, requests and pauses together, even if retries are left; then
+    the run stops. Ten minutes is longer than a server's restart, and short enough that a failure is noticed."""
     token_env: str | None = None
     """Name of the environment variable that holds the reward server's token, sent as ``Authorization: Bearer``. The
-    token itself is in no setting, and so in no config.yaml. None sends none."""
+    token itself is in no setting, so config.yaml never holds it. None sends no token."""
     columns: list[str] = dataclasses.field(default_factory=list)
-    """Columns of the data set that are sent to a reward server with each request, such as [labels]. None of them by
-    default: a server sees prompts and completions only."""
+    """Columns of the data set to send to a reward server with each request, such as [labels]. By default a server
+    receives only prompts and completions."""
     trust_remote_code: list[str] = dataclasses.field(default_factory=list)
-    """Those of ``functions`` whose own Python code may run. Empty unless you have read that code."""
+    """Entries of ``functions`` whose own Python code may run. Leave it empty unless you have read that code."""
 
     def __post_init__(self) -> None:
         check_types("reward", self)
@@ -179,12 +185,12 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How completions are sampled. A step is one rollout."""
+    """How completions are sampled. A step is one rollout: a batch of prompts with a completion each."""
 
     batch_size: int = 64
-    """Prompts, and so completions, a step, over all devices."""
+    """Number of prompts in a step, over all devices. Each prompt gets one completion."""
     max_completion_length: int = 32
-    """Tokens sampled at most for a prompt."""
+    """Most tokens that are sampled for a completion."""
     temperature: float = 1.0
     """Sampling temperature. Log-probs, ratios, entropy and KL are of the distribution at this temperature."""
 
@@ -195,12 +201,12 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is recorded besides metrics.jsonl."""
+    """Records and output besides metrics.jsonl."""
 
     report_to: list[str] = dataclasses.field(default_factory=list)
-    """Trackers, by Transformers' names, such as ``tensorboard`` or ``wandb``."""
+    """Trackers to report to, by Transformers' names, such as ``tensorboard`` or ``wandb``."""
     completions_steps: int = 10
-    """Write a step's prompts and completions to completions/ every this many steps; 0 never."""
+    """Write the prompts and completions of a step to completions/ every this many steps; 0 never does."""
     progress: bool = True
     """Show the progress bar and the closing tables on the console."""
 

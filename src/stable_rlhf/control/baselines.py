@@ -72,7 +72,7 @@ class FixedSettings:
     """Settings of the controller ``fixed``: a constant coefficient."""
 
     beta: float = setting(0.05, 0.0)
-    """Reward per nat. 0.05 is the usual coefficient of PPO for language models, and the published baseline's."""
+    """Reward per nat. 0.05 is the usual coefficient of PPO for language models and of the published baseline."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -90,14 +90,16 @@ class AdaptiveSettings:
     """Settings of the controller ``adaptive``: Ziegler et al. 2019, with the target per token."""
 
     init_beta: float = setting(0.05, above=0.0)
-    """Coefficient of the first rollout, reward per nat; > 0, because the rule multiplies it. 0.05 as for `fixed`."""
+    """Coefficient of the first rollout, reward per nat. It must be above 0, because the rule multiplies it. 0.05 as for
+    `fixed`."""
     target: float = setting(0.3, above=0.0)
-    """KL to hold, nats per token (Ziegler et al. give nats per sequence). 0.3 is the budget of `safe`, to compare
-    with."""
+    """KL to hold, nats per token (Ziegler et al. count nats per sequence). 0.3 is the budget of `safe`, so that the two
+    can be compared."""
     horizon: float = setting(16.0, above=0.2)
-    """Rollouts in which the coefficient changes by at most 22 % (e^0.2: the error is clipped). Ziegler et al. count
-    prompts: their horizon is this times the batch size. Their 10,000 moves the coefficient by 18 % in a run of 160
-    steps of 64 prompts; 16 rollouts are 1,000 prompts. Above 0.2, or one step could take the coefficient to 0."""
+    """Rollouts in which the coefficient changes by at most 22 % (e^0.2, because the error is clipped to 0.2). Ziegler
+    et al. count prompts: their horizon is this times the batch size. Their 10,000 would change the coefficient by only
+    18 % in 160 steps of 64 prompts; 16 rollouts are 1,000 prompts. It must be above 0.2, or one step could set the
+    coefficient to 0."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -131,16 +133,17 @@ def advance_adaptive(
 
 @dataclass(frozen=True, kw_only=True)
 class AsymmetricSettings:
-    """Settings of the controller ``asymmetric``: a one-sided square, and a square of the KL's momentum [P, C]."""
+    """Settings of the controller ``asymmetric``: a squared penalty above a threshold, and one on the KL's momentum [P,
+    C]."""
 
     threshold: float = setting(0.3)
     """KL above which the first term acts, nats per token [C]."""
     penalty_scale: float = setting(0.1, 0.0)
-    """lambda_a, reward per squared nat [C]."""
+    """Weight lambda_a of the first term, reward per squared nat [C]."""
     momentum_scale: float = setting(5.0, 0.0)
-    """lambda_m, reward per squared nat of mean growth in one step [C]."""
+    """Weight lambda_m of the momentum term, reward per squared nat of mean growth in one step [C]."""
     window: int = setting(50, 2, 10_000)
-    """Rollouts whose KL is kept; the momentum compares the newest with the oldest of them and divides by this number
+    """Number of rollouts whose KL is kept. The momentum is the newest KL minus the oldest, divided by this number
     [C]."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The guard's settings: which figures mean that a run goes wrong, and how often it may roll back."""
+"""The guard's settings: the bounds of its rules, and its roll-backs."""
 
 from __future__ import annotations
 
@@ -12,39 +12,44 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """When a run goes wrong, and how the guard responds (algorithm.md, Guard).
+    """The guard: it checks every step for signs of a failing run, and rolls the run back to its last good state.
 
-    Levels are shares of the run's own start, the mean of its first five steps. Raises ValueError for a value of
-    another type, out of its range, or without effect; the sentence names it as the setting ``guard.<name>``."""
+    docs/algorithm.md (Guard) has the rules. A share or multiple is of the run's own start, the mean of its first five
+    steps. Raises ValueError for a value of another type, out of its range, or without effect; the message names the
+    setting as ``guard.<name>``.
+    """
 
     enabled: bool = True
-    """Judge every step. Off, a figure that is not finite ends the run and nothing else does."""
+    """Check every step. If it is off, only a figure that is not finite ends the run."""
     max_kl: float | None = 2.0
-    """Ceiling of the KL, nats per token, that a step may not pass once: at 2 the reference finds the text e^2 times
-    less likely at every token, and healthy runs stay below 1 (docs/LOG.md). None sets none."""
+    """Ceiling of the KL, nats per token; one step above it breaks the rule. At 2 the reference finds the text e^2 times
+    less likely at every token; healthy runs stay below 1. None sets no ceiling."""
     min_entropy: float | None = 0.2
-    """Share of its start below which the entropy has collapsed; healthy runs keep half or more. None sets none."""
+    """Share of the starting entropy below which the entropy has collapsed. Healthy runs keep half or more. None
+    switches the rule off."""
     max_entropy: float | None = 2.0
-    """Multiple of its start above which the entropy is that of gibberish. None sets none."""
+    """Multiple of the starting entropy above which the text is gibberish. None switches the rule off."""
     min_distinct: float | None = 0.25
-    """Share of its start below which distinct-2 is that of one phrase repeated. None sets none."""
+    """Share of the starting distinct-2 (share of distinct word pairs) below which the policy repeats one phrase. None
+    switches the rule off."""
     min_length: float | None = 0.2
-    """Share of its start below which the mean length has collapsed. None sets none."""
+    """Share of the starting mean length below which completions have collapsed to almost nothing. None switches the
+    rule off."""
     max_drawdown: float | None = 0.5
-    """Share of the reward gained since the start (moving average over 20 steps) that may be lost again; reports call a
-    crash what loses a quarter of what was gained since step 20. None sets none."""
+    """Share of the reward gained since the start (moving average over 20 steps) that may be lost again. Reports count a
+    crash earlier: at a quarter of what was gained since step 20. None switches the rule off."""
     min_explained_variance: float | None = None
-    """The critic's explained variance below which its values mislead. None, the default, sets none: once a reward is
-    saturated its returns hardly vary, and a critic that is good enough lies below any bound (docs/LOG.md)."""
+    """Explained variance below which the critic's values mislead. None, the default, switches the rule off: once a
+    reward is saturated its returns hardly vary, and even a good critic is below any bound."""
     patience: int = 5
-    """Steps in a row that a rule must be broken, except for max_kl and figures that are not finite, which act at
-    once."""
+    """Number of steps in a row in which a rule must be broken before the guard acts. It acts at once for max_kl and for
+    figures that are not finite."""
     snapshot_steps: int = 20
-    """The last good state is kept every this many steps: in memory with LoRA, else in the run's folder."""
+    """Keep the last good state every this many steps: in memory with LoRA, else in the run's folder."""
     max_rollbacks: int = 3
-    """Roll-backs of a run; the next one stops it instead."""
+    """Number of roll-backs allowed in a run. Where one more would be needed, the guard stops the run."""
     rollback_factor: float = 0.5
-    """At each roll-back the learning rate and the controller's KL threshold are multiplied by this."""
+    """Factor on the learning rate and on the controller's KL threshold at each roll-back."""
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -34,29 +34,29 @@ class PaperSettings:
     """Settings of the controller ``paper``; the defaults are the published constants."""
 
     penalty_scale: float = setting(0.1, 0.0)
-    """lambda, reward per squared nat [P]."""
+    """Weight lambda of the penalty, reward per squared nat [P]."""
     base_threshold: float = setting(0.3, 0.0)
-    """tau before PID and phase, nats per token [P]."""
+    """KL threshold tau before the PID and the phase change it, nats per token [P]."""
     threshold_min: float = setting(0.1, 0.0)
     """Lowest threshold, nats per token [C]."""
     threshold_max: float = setting(0.6, 0.0)
     """Highest threshold, nats per token [C]."""
     entropy_floor: float = setting(2.0, 0.0)
-    """Entropy at which the gate is about 1, nats per token [P]."""
+    """Entropy at which the gate (the factor on the penalty) is about 1, nats per token [P]."""
     gate_min: float = setting(0.5, 0.0)
-    """Least gate, at high entropy [P]."""
+    """Smallest gate, reached at high entropy [P]."""
     velocity_keep: float = setting(0.95, 0.0, 1.0)
-    """Share of the reward velocity's average that one step keeps [P]."""
+    """Share of the average reward velocity that is kept in one step [P]."""
     velocity_target: float = setting(0.001)
     """Reward velocity at which the PID's error is 0, scorer's units per step [P]."""
     pid_kp: float = setting(0.3)
-    """Proportional gain, nats per token per unit of velocity [P]."""
+    """Proportional gain of the PID, nats per token per unit of velocity [P]."""
     pid_ki: float = setting(0.01)
-    """Integral gain [P]."""
+    """Integral gain of the PID, nats per token per unit of velocity [P]."""
     pid_kd: float = setting(0.05)
-    """Derivative gain [P]."""
+    """Derivative gain of the PID, nats per token per unit of velocity [P]."""
     pid_integral_limit: float = setting(1.0, 0.0)
-    """The summed error is clamped to +- this [C]."""
+    """Limit of the PID's summed error, in both directions [C]."""
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -46,50 +46,58 @@ PID_LIMIT = 0.25  # of the base budget: the PID adjusts what the phase asks for,
 
 @dataclass(frozen=True, kw_only=True)
 class SafeSettings:
-    """Settings of the controller ``safe``; everything else is a constant with its reason next to it."""
+    """Settings of the controller ``safe``. Everything else is a constant with its reason next to it."""
 
     budget: float = setting(0.3, above=0.0)
-    """Base KL budget, nats per token. 0.3 is the paper's threshold, and about where the best fixed coefficients end."""
+    """Base KL budget, nats per token: the KL to the reference that the controller allows. The threshold, the budget in
+    force, moves around it. 0.3 is the paper's threshold, and about where the best fixed coefficients end."""
     initial_coef: float = setting(0.05, above=0.0)
-    """First coefficient, reward per nat, for rewards of unit deviation. 0.05 is PPO's usual one: not 0 when KL
-    arrives."""
+    """First coefficient, reward per nat, for rewards of unit deviation. 0.05 is the usual one of PPO; it is not 0, so
+    that a penalty is there once the KL grows."""
     min_coef: float = setting(1e-4, above=0.0)
-    """Least coefficient before fading. Without effect on rewards of unit deviation, near enough to come back from."""
+    """Smallest coefficient before fading. It has no effect on rewards of unit deviation, and is large enough to recover
+    from."""
     max_coef: float = setting(100.0, above=0.0)
-    """Greatest coefficient before the gate. No reward of unit deviation outweighs it; a guard rail against overflow."""
+    """Largest coefficient before the gate. No reward of unit deviation outweighs it; it only prevents overflow."""
     gain: float = setting(3.5, 0.0, 10.0)
-    """Integral gain per rise time. Simulated plants settle from 2.3 to 4.7; at 7 the quickest ones swing or diverge."""
+    """Integral gain for one rise time (the steps that the KL needs to reach the budget). Simulated training runs settle
+    with 2.3 to 4.7; with 7 the fastest of them oscillate or diverge."""
     lead: float = setting(0.7, 0.0, 3.0)
-    """Share of the rise time by which the KL is predicted. It damps: at 0 the KL overshoots, at 2 its noise is
-    amplified."""
+    """Share of the rise time by which the KL is predicted ahead. Prediction damps: with 0 the KL overshoots, with 2 its
+    noise is amplified."""
     gate_on: bool = setting(True)
-    """Whether low entropy tightens; False is the ablation without gate."""
+    """Whether the gate acts: a factor that raises the coefficient when the entropy is low. False is the ablation
+    without gate."""
     gate_fraction: float = setting(0.6, above=0.0, high=1.0)
-    """Share of the starting entropy below which the gate acts. In the prototype's runs the healthy stayed
-    above 0.7, the hacked fell below 0.3."""
+    """Share of the starting entropy below which the gate acts. In the prototype's runs, entropy stayed above 0.7 of its
+    start in healthy runs and fell below 0.3 where the reward was hacked."""
     gate_power: float = setting(2.0, above=0.0, high=8.0)
-    """Steepness: at half the floor the gate is 2^power. 2 as the published excess is squared."""
+    """Steepness of the gate: at half of the entropy floor (gate_fraction times the starting entropy) the gate is
+    2^power. 2, as the published penalty is squared."""
     gate_max: float = setting(8.0, 1.0)
-    """Greatest gate, reached at a third of the floor or at entropy 0; beyond it there is little policy left to pull."""
+    """Largest gate, reached at about a third of the entropy floor. Below that there is little policy left to save."""
     threshold_on: bool = setting(True)
-    """Whether the budget moves; False holds it at `budget`, the ablation without a moving threshold."""
+    """Whether the KL budget moves with the reward; False keeps it at `budget`, the ablation without a moving
+    threshold."""
     threshold_min: float = setting(0.5, above=0.0, high=1.0)
-    """Least threshold, as a multiple of the budget."""
+    """Smallest threshold, as a multiple of the budget."""
     threshold_max: float = setting(1.5, 1.0, 10.0)
-    """Greatest threshold, as a multiple of the budget: the published WARMUP multiplier, its greatest."""
+    """Largest threshold, as a multiple of the budget: the largest published multiplier (that of WARMUP)."""
     threshold_rate: float = setting(0.01, above=0.0, high=0.2)
-    """Greatest relative change of the threshold in one step. 1 % is slow beside the regulator, and 1.2 is reached in
-    20."""
+    """Largest relative change of the threshold in one step. 1 % is slow compared with the regulator; a threshold of 1.2
+    times the budget is reached in 20 steps."""
     window: int = setting(40, 10, 1000)
-    """Rollouts whose rewards and KLs are compared, half against half. 20 against 20 resolves a climb of one noise
-    deviation."""
+    """Number of rollouts whose rewards and KLs are compared, newer half with older half. 20 against 20 detects a climb
+    of one standard deviation of the noise."""
     pid_kp: float = setting(0.1, 0.0, 10.0)
-    """Proportional gain: multiple of the budget per deviation gained in half a window."""
+    """Proportional gain of the PID that adjusts the threshold: multiple of the budget for each standard deviation of
+    reward gained in half a window."""
     pid_ki: float = setting(0.01, 0.0, 10.0)
-    """Integral gain: the same per summed deviation; with the sum's limit of 5, at most half of the proportional
-    term's size."""
+    """Integral gain of the PID, for each standard deviation of its sum. The sum is limited to 5, so this term is at
+    most half of the proportional term's size."""
     pid_kd: float = setting(0.1, 0.0, 10.0)
-    """Derivative gain: the same per change of that velocity in one step, so that the budget follows a turn early."""
+    """Derivative gain of the PID, for each standard deviation by which that reward gain changes in one step, so that
+    the budget follows a turn early."""
 
     def __post_init__(self) -> None:
         check_settings(self)

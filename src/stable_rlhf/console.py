@@ -1,4 +1,4 @@
-"""One line on stderr, the progress bar, and a terminal that text cannot command."""
+"""The console: one line on stderr, the progress bar, and protection of the terminal from text that it shows."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rich.text import Text
 from stable_rlhf.text import ends, formatted, visible
 
 TRACEBACK = 20_000
-"""Characters shown of each end of a traceback: its first and its last frames, whatever is in the message."""
+"""Characters shown of each end of a traceback: its first and last frames, however long the message is."""
 
 _formatwarning = warnings.formatwarning
 
 
 def protect_terminal() -> None:
-    """For a command: whatever this process writes to its terminal beside its own lines shows and does not act.
+    """For a command: makes everything else that this process writes to its terminal harmless.
 
     That is tracebacks, Python's warnings and every library's log lines, which quote models' settings and data. A
     character that the terminal's encoding lacks is written as an escape, instead of ending the run.
@@ -58,7 +58,7 @@ PLAIN_LINES = 20  # at most, per run: a log file stays readable
 
 
 class Progress:
-    """A live bar on a terminal; about PLAIN_LINES plain lines where stdout is not one. Use as a context manager.
+    """A progress bar on a terminal, or about PLAIN_LINES plain lines if stdout is not a terminal. A context manager.
 
     `total` and `first_step` count rollouts (a resumed run starts its bar at `first_step`). `clock` gives seconds.
     """
@@ -95,7 +95,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, row: Mapping[str, Any]) -> None:
-        """Show the row of metrics.jsonl that has just been written; a metric that it lacks shows as a dash."""
+        """Shows the row of metrics.jsonl that was just written. A metric that is missing shows as a dash."""
         done, figures = row["step"] + 1, _figures(row)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=figures)
@@ -115,8 +115,8 @@ def _figures(row: Mapping[str, Any]) -> str:
 
 @contextmanager
 def said_if_lost(sentence: object) -> Iterator[None]:
-    """What is done inside, such as a save, comes before an error that says ``sentence``; where it fails, and another
-    error ends the run instead, the sentence is told here."""
+    """Prints ``sentence`` if the block fails. The block, such as a save, runs before an error with that sentence is
+    raised; if it fails with another error, the sentence would be lost."""
     try:
         yield
     except BaseException:
@@ -125,5 +125,5 @@ def said_if_lost(sentence: object) -> Iterator[None]:
 
 
 def tell(sentence: str) -> None:
-    """One line on stderr whatever ``log.progress`` is: what a person must know of."""
+    """Prints one line on stderr even if ``log.progress`` is off: for messages that a user must see."""
     print(visible(sentence, newline=" "), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Every error that a user can meet, in one tree, each class with its exit code.
+"""The errors that a user can meet, in one tree. Each class has its exit code.
 
 The command line catches ``StableRLHFError`` and ``Interrupted`` once, prints the message as one line and exits with
 ``exit_code``. Whoever calls the package from Python gets the same message. Any other exception is a bug.
@@ -17,23 +17,23 @@ class Exit(enum.IntEnum):
 
     DONE = 0
     FAILED = 1
-    """Something that nobody foresaw, too little memory, or a check of `doctor` that failed."""
+    """An unexpected error, too little memory, or a failed check of `doctor`."""
     BAD_INPUT = 2
     """Settings, usage, a file or a model that cannot be used. Nothing was trained."""
     GUARD = 3
-    """The guard stopped the run, which is in its last checkpoint as it was before."""
+    """The guard stopped the run. The last checkpoint holds the last good state."""
     REWARD = 4
-    """No reward could be had. The run is in its last checkpoint."""
+    """A reward could not be obtained. The run can be resumed from its last checkpoint."""
     DISK = 5
-    """A checkpoint, or another file of the run, could not be written. The checkpoint before is intact."""
+    """A checkpoint, or another file of the run, could not be written. The previous checkpoint is intact."""
     INTERRUPTED = 130
-    """SIGINT (Ctrl-C): 128 + 2, as shells have it."""
+    """SIGINT (Ctrl-C): 128 + 2, as in shells."""
     TERMINATED = 143
     """SIGTERM: 128 + 15."""
 
 
 class StableRLHFError(Exception):
-    """The base of every error of this package. The message says what is wrong and what to do about it."""
+    """The base class of this package's errors. The message says what is wrong and what to do about it."""
 
     exit_code: ClassVar[Exit] = Exit.FAILED
     """The exit code of a command that ends with it."""
@@ -43,14 +43,14 @@ class StableRLHFError(Exception):
 
 
 class ConfigError(StableRLHFError, ValueError):
-    """A setting is unknown, of the wrong type, out of range, in conflict with another, or names something that is not
-    there."""
+    """A setting is unknown, has the wrong type, is out of range, conflicts with another, or names something that does
+    not exist."""
 
     exit_code = Exit.BAD_INPUT
 
 
 class PromptError(StableRLHFError, ValueError):
-    """Prompts that cannot be used. The message names the source, the row, the value and the remedy."""
+    """Prompts cannot be used. The message names the source, the row, the value and the remedy."""
 
     exit_code = Exit.BAD_INPUT
 
@@ -69,18 +69,18 @@ class NoRunError(RunError, FileNotFoundError):
 
 
 class RewardError(StableRLHFError, RuntimeError):
-    """A reward that cannot be had or used. The message names the reward, the sample or setting, and the remedy."""
+    """A reward cannot be obtained or used. The message names the reward, the sample or setting, and the remedy."""
 
     exit_code = Exit.REWARD
 
 
 class RewardUnavailable(RewardError):
-    """A reward that could not be had although it was tried for; a reward function may raise it. Nothing was scored, so
-    the run can be resumed from its checkpoint once the reward is there again."""
+    """A reward could not be obtained, although the request was repeated. A reward function may raise it too. Nothing
+    was scored, so the run can be resumed from its checkpoint once the reward is available again."""
 
 
 class RewardInputError(RewardError, ConfigError):
-    """A reward that the settings name and that cannot be loaded, or settings of rewards that cannot be used."""
+    """A reward that the settings name cannot be loaded, or the settings of rewards cannot be used."""
 
     exit_code = Exit.BAD_INPUT
 
@@ -95,22 +95,22 @@ class CheckpointError(StableRLHFError, RuntimeError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint, or another file of a run, could not be written. The older checkpoints are as they were."""
+    """A checkpoint, or another file of a run, could not be written. The older checkpoints are unchanged."""
 
     exit_code = Exit.DISK
 
 
 class NoRoomError(SaveError):
-    """The disk is full, a quota is used up, or a file may not be that long."""
+    """The disk is full, a quota is used up, or the file would exceed the allowed length."""
 
 
 # -- in training ----------------------------------------------------------------------------------------------------
 
 
 class DivergenceError(StableRLHFError, ArithmeticError):
-    """A figure of the policy or of its update is not finite. The files on disk are from before.
+    """A figure of the policy or of its update is not finite. The files on disk are from before that step.
 
-    ``figures``: name -> value of all that were looked at together.
+    ``figures``: name -> value of all figures that were checked together.
     """
 
     def __init__(self, message: str, figures: Mapping[str, float | None]) -> None:
@@ -119,18 +119,19 @@ class DivergenceError(StableRLHFError, ArithmeticError):
 
 
 class GuardStop(StableRLHFError, RuntimeError):
-    """The guard ended the run. Its last checkpoint holds it as it was when it was last good, or, where that state could
-    not be read, as it was when it was last saved."""
+    """The guard ended the run. The last checkpoint holds the last good state or, if that state could not be read, the
+    last saved state."""
 
     exit_code = Exit.GUARD
 
 
 class OutOfMemoryError(StableRLHFError, RuntimeError):
-    """Memory ran out: while loading, in a step, or in a reward model. The message says what takes less."""
+    """Memory ran out: while loading, in a step, or in a reward model. The message names settings that need less
+    memory."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run. ``signum``: which; what was done is in its last checkpoint.
+    """A signal ended the run. The last checkpoint holds the completed steps. ``signum`` is the signal's number.
 
     Not a StableRLHFError, so that ``except Exception`` does not catch it.
     """

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, strict JSON, and a full disk told apart."""
+"""Files that are written whole or not at all, strict JSON, and recognising a full disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 ASSETS = Path(__file__).parent / "assets"
-"""What ships with the package: the built-in policy, reward model and prompts, and the report's template."""
+"""Files that ship with the package: the built-in policy, reward model and prompts, and the report's template."""
 
 NO_ROOM = {
     errno.ENOSPC: "make room there",
@@ -26,7 +26,7 @@ NO_ROOM = {
 
 
 def error_number(error: BaseException) -> int | None:
-    """The system's number for an error of the disk; None for any other error."""
+    """The system's error number of a disk error; None for any other error."""
     if isinstance(error, OSError):
         return error.errno or 0
     if isinstance(error, SafetensorError) and (match := re.search(r"\(os error ([0-9]+)\)", str(error))):
@@ -35,7 +35,7 @@ def error_number(error: BaseException) -> int | None:
 
 
 def parsed(content: bytes) -> Any:
-    """Strict JSON. ValueError for anything else, nesting without end and numbers that are not finite included."""
+    """Strict JSON. Raises ValueError for anything else, including endless nesting and numbers that are not finite."""
     try:
         return json.loads(content, parse_float=finite, parse_constant=finite)
     except RecursionError as error:
@@ -50,12 +50,13 @@ def finite(number: str) -> float:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all: a kill or a full disk leaves what it was before."""
+    """Writes a small file whole or not at all: after a kill or on a full disk the old file is intact."""
     replace_file(path, partial(Path.write_text, data=text, encoding="utf-8", newline="\n"))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, force to disk, then rename: a reader or a kill sees the old file or the new one."""
+    """Writes next to `path`, forces the data to disk, then renames: a reader sees the old file or the new one, and so
+    does a resume after a kill."""
     aside = path.with_name(path.name + ".tmp")
     write(aside)
     with aside.open("rb") as file:
@@ -64,13 +65,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest parent that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written into a folder, or into the nearest above it that is there; None where it can be, or
-    could be if there were room."""
+    """The reason why nothing can be written into a folder (or its nearest parent that exists). None if it is writable,
+    or only lacks space."""
     try:
         with tempfile.TemporaryFile(dir=existing(folder)):
             return None

@@ -1,7 +1,7 @@
-"""Text of models, data sets, settings and errors, made safe to look at: on a terminal, in a log, in the report.
+"""Make text of models, data sets, settings and errors safe to show: on a terminal, in a log, in the report.
 
-Standard library only. Everything that such text could do beside showing (colour a terminal, set its title, fill the
-clipboard, turn the writing direction, cover other lines) needs one of the characters that `visible` writes as escapes.
+Standard library only. Text can do more than show: colour a terminal, set its title, fill the clipboard, turn the
+writing direction, cover other lines. All of these need one of the characters that `visible` writes as escapes.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import unicodedata
 from collections.abc import Iterator
 
 MARKS = 8
-"""Combining marks that are shown on one character: Tibetan, which stacks most, has 8 on its largest; a flood of them
-covers the lines above and below."""
+"""Combining marks that are shown on one character. Tibetan, which stacks the most, has up to 8; many more would cover
+the lines above and below."""
 
 QUOTED = 80
 """Characters of a value that an error message repeats: one terminal line."""
 
 
 def visible(text: str, newline: str = "\n") -> str:
-    """`text` with every character that could act instead of show written as an escape; newlines become `newline`.
+    """`text` with every character that could act on a terminal written as an escape; newlines become `newline`.
 
     Escaped are Unicode's categories C* (controls, format characters such as bidi overrides and zero-width ones,
     surrogates, private and unassigned code points), the line and paragraph separators, and combining marks after the
@@ -40,32 +40,33 @@ def printable(text: str, limit: int) -> str:
 
 
 def excerpt(text: str, limit: int) -> str:
-    """`visible` text of at most `limit` characters, and how many more there are. Costs no more for a longer text."""
+    """At most `limit` characters of `visible` text, and the number of those left out. The cost does not depend on the
+    length of the text."""
     shown, taken = _first(text, limit, "\n")
     return shown if taken == len(text) else f"{shown}… ({len(text) - taken} more characters)"
 
 
 def ends(text: str, limit: int) -> str:
-    """`visible` text, the middle left out where it has more than about `limit` characters."""
+    """`visible` text. If it has more than about `limit` characters, the middle is left out."""
     if len(text) > limit:
         text = f"{text[: limit // 2]} ... {text[-(limit // 2) :]}"
     return visible(text)
 
 
 def quoted(value: object) -> str:
-    """repr() of a value, which escapes control characters; of a long one the middle is left out."""
+    """repr() of a value, which escapes control characters. The middle of a long one is left out."""
     text = repr(value)
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 4]}...{text[-1]}"
 
 
 def valid_unicode(text: str) -> str:
-    """`text` as any file and tool can hold it: a pair of surrogates becomes the character it stands for, a lone one
+    """`text` in a form that any file and tool can hold: a pair of surrogates becomes its character, a single one
     U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def clipped(text: str, limit: int) -> str:
-    """`valid_unicode` text, at most its first `limit` characters, and how many more there were."""
+    """At most the first `limit` characters of `valid_unicode` text, and the number of those left out."""
     text = valid_unicode(text)
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit} more characters)"
 
@@ -81,7 +82,7 @@ def _first(text: str, limit: int, newline: str) -> tuple[str, int]:
 
 
 def _pieces(text: str, newline: str) -> Iterator[str]:
-    """What shows for each character of `text`."""
+    """The visible form of each character of `text`."""
     marks = 0
     for character in text:
         category = unicodedata.category(character)[0]
@@ -95,7 +96,7 @@ def _pieces(text: str, newline: str) -> Iterator[str]:
 
 
 def readable_size(size: float) -> str:
-    """Bytes as people read them: 1 GB is 10^9."""
+    """Bytes in GB, MB or kB, with three digits: 1 GB is 10^9."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if size >= factor:
             return f"{size / factor:.3g} {unit}"

@@ -402,5 +402,5 @@ def test_a_run_without_room_stops_with_a_code_of_its_own_and_goes_on_when_there_
     capsys.readouterr()
     assert main(["resume", str(run), "--max_steps", "4"]) == 2
     sentence = capsys.readouterr().err
-    assert sentence.startswith(f"stable-rlhf: {run} has no checkpoint to go on from; {run}/checkpoints/step-000003 is")
+    assert sentence.startswith(f"stable-rlhf: {run} has no checkpoint to resume from; {run}/checkpoints/step-000003 is")
     assert "step-000002 is not a whole checkpoint (model.safetensors has changed since it was saved); start" in sentence

@@ -410,7 +410,7 @@ def test_ctrl_c_before_the_first_checkpoint_says_so(
         == "interrupted after 1 steps. There is no checkpoint to resume from yet: start again, with another output_dir."
     )
     assert main(["resume", str(tmp_path / "run")]) == 2
-    assert said(capsys).startswith(f"{tmp_path / 'run'} has no checkpoint to go on from; start again with ")
+    assert said(capsys).startswith(f"{tmp_path / 'run'} has no checkpoint to resume from; start again with ")
 
 
 def test_a_folder_with_a_run_in_it_is_left_alone(

@@ -58,7 +58,7 @@ def test_resume_takes_no_other_settings_and_no_other_folders(
     assert main(["resume", str(run), "--optim.lam", "1"]) == 2
     assert said(capsys).startswith("unrecognized arguments: --optim.lam 1; usage: stable-rlhf resume ")
     assert main(["resume", str(run), "--max_steps", "3", "--checkpoint", str(tmp_path / "no")]) == 2
-    missing = f"--checkpoint {tmp_path / 'no'}: there is no such folder; of checkpoints {run} has step-"
+    missing = f"--checkpoint {tmp_path / 'no'}: there is no such folder; the checkpoints in {run}: step-"
     assert said(capsys).startswith(missing)
     changed = (run / "config.yaml").read_text().replace("heads: 2", "heads: 1")
     (run / "config.yaml").write_text(changed)
@@ -84,7 +84,7 @@ def test_report_names_a_folder_that_is_no_run(
 def test_report_of_a_run_without_a_step_says_that_it_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("preset: safe\n")
     assert main(["report", str(tmp_path)]) == 2
-    assert said(capsys) == f"{tmp_path / 'metrics.jsonl'} does not exist: the run has done no step yet"
+    assert said(capsys) == f"{tmp_path / 'metrics.jsonl'} does not exist: the run has not done a step yet"
 
 
 def test_a_checkpoint_may_be_named_without_its_path_and_what_is_done_again_is_said(

@@ -220,11 +220,15 @@ def test_a_disk_that_is_too_small_fails_with_what_it_lacks(
     ("prompts", "arguments", "remedy"),
     [
         (["ab", "cd"], [], "fewer than rollout.batch_size=4: every step sees all of them"),
-        (["abc", "d", "e", "f"], ["--data.max_prompt_length", "2"], "raise data.max_prompt_length, or shorten them"),
+        (
+            ["abc", "d", "e", "f"],
+            ["--data.max_prompt_length", "2"],
+            "raise data.max_prompt_length, or shorten the prompts",
+        ),
         (
             ["a", "a", "b", "c"],
             [],
-            "what stands there twice is trained on twice: remove duplicates unless you mean them",
+            "duplicates are trained on more often: remove them unless you want that",
         ),
     ],
 )
@@ -262,8 +266,8 @@ def test_prompts_are_shown_as_the_policy_sees_them_and_act_on_no_terminal(
 @pytest.mark.parametrize(
     ("reward", "verdict", "exit_code", "text"),
     [
-        ("alike", "warning", 0, "all is alike to it: check that it reads the completion, if that is no surprise"),
-        ("silent", "warning", 0, "a completion without a score is not learned from: see why there is none"),
+        ("alike", "warning", 0, "both get the same score: check that the reward reads the completion"),
+        ("silent", "warning", 0, "a completion without a score is not trained on: find out why it has none"),
         ("infinite", "failed", 1, "A score is a finite number, at most 1e30 in size, or None for no score."),
     ],
 )
@@ -274,7 +278,7 @@ def test_a_reward_that_tells_nothing_apart_or_fails_is_named(
     found = lines(capsys)
     assert found[6] == (verdict, found[6][1])
     assert found[6][1].endswith(text)
-    last = ("ok", "forecast: ") if exit_code == 0 else ("", "no step was tried: mend what failed first")
+    last = ("ok", "forecast: ") if exit_code == 0 else ("", "no step was tried: fix what failed first")
     assert found[-1][0] == last[0]
     assert found[-1][1].startswith(last[1])
 
@@ -339,10 +343,10 @@ def test_memory_that_is_short_is_a_failure_or_a_warning_with_what_takes_less(
         assert ("so no step is tried" in line[1]) is (verdict == "warning")
         assert "no step" not in on_cuda[0][1]
         assert ("set model.lora_r, lower optim.microbatch_tokens" in line[1]) is (verdict != "ok")
-        assert parts == ("", "of these policy 0.7 kB, activations 0.1 kB")
+        assert parts == ("", "by part: policy 0.7 kB, activations 0.1 kB")
     monkeypatch.setattr(memory, "free", lambda device: 1000)
     assert main(["doctor", *settings]) == 1
-    assert lines(capsys)[-1][1] == "no step was tried: mend what failed first"
+    assert lines(capsys)[-1][1] == "no step was tried: fix what failed first"
 
 
 def test_on_cuda_more_steps_are_tried_but_no_more_than_the_run_has() -> None:

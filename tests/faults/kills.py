@@ -99,7 +99,7 @@ class _Variant:
     def resumed(self, run: Path) -> Path:
         """The folder of the run after `resume`; where that says that there is no checkpoint yet, of one begun anew."""
         code, said = self.tiny.run(["resume", str(run)], *self.wrong)
-        if code == Exit.BAD_INPUT and ("no checkpoint to go on from" in said or "it has no config.yaml" in said):
+        if code == Exit.BAD_INPUT and ("no checkpoint to resume from" in said or "it has no config.yaml" in said):
             assert not any(run.glob("checkpoints/step-*")), said
             return self.tiny.train(f"{run.name}-anew", *self.arguments, prepare=self.wrong)
         assert code == Exit.DONE, said

@@ -212,7 +212,7 @@ def test_headline_has_literal_figures(tmp_path: Path):
     ("number", "fault"),
     [
         (errno.ENOSPC, "No space left on device; make room there"),
-        (errno.EACCES, "Permission denied; mend that"),
+        (errno.EACCES, "Permission denied; fix that"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_an_error_of_the_disk(
@@ -353,7 +353,7 @@ def test_interrupted_run_says_how_far_it_came(tmp_path: Path):
         file.write('{"step": 37, "obj')
     text = Page(report_html.write_report(run)).text
     assert "The run has not finished: 37 of 200 steps." in text
-    assert "metrics.jsonl ends in a torn line" in text
+    assert "metrics.jsonl ends in an incomplete line" in text
     assert "evaluation.json has no `after`" in text
 
 

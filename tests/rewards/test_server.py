@@ -286,7 +286,7 @@ def test_one_batch_is_scored_at_a_time_and_a_bounded_number_waits() -> None:
     [
         (["--host", "0.0.0.0"], "--host='0.0.0.0': others can reach this address: set --token-env"),
         (["--host", "::"], "--host='::': others can reach this address"),
-        (["--host", "192.0.2.1", "--token-env", "NO_TOKEN"], "--token-env='NO_TOKEN': holds no token"),
+        (["--host", "192.0.2.1", "--token-env", "NO_TOKEN"], "--token-env='NO_TOKEN': does not hold a token"),
         (["--host", "192.0.2.1", "--token-env", "A_TOKEN"], "--host='192.0.2.1' --port=0: "),
         (["--device", "tpu9"], "--device='tpu9': give auto, cpu"),
         (["--device", "cuda:99"], "--device='cuda:99': this machine has"),
@@ -360,7 +360,7 @@ def test_a_batch_that_does_not_end_does_not_keep_the_server(number: signal.Signa
             assert answer.result().status_code == 503
     finally:
         child.process.kill()
-    assert "the batch being scored did not end within 0.1 s, and is lost" in child.said
+    assert "the batch being scored did not end within 0.1 s and is lost" in child.said
     assert "Traceback" not in child.said
 
 

@@ -256,7 +256,7 @@ def test_rows_are_held_out_by_the_seed_and_one_at_least_is_left(tmp_path: Path) 
 
 def test_prompts_that_all_begin_alike_leave_nothing_to_train_on(tmp_path: Path) -> None:
     file = written(tmp_path / "a.jsonl", ["same"] * 10)
-    with pytest.raises(ConfigError, match=r"data\.eval_size=2: no training prompt begins otherwise than those held"):
+    with pytest.raises(ConfigError, match=r"data\.eval_size=2: every training prompt begins like a held-out one"):
         split(tmp_path, train=file, eval_size=2)
 
 

@@ -148,7 +148,7 @@ def test_a_sigterm_before_the_first_step_stops_at_once(tiny: Tiny) -> None:
     assert sentence(child.said) == "interrupted after 0 steps. There is no checkpoint to resume from yet: start again."
     code, said_then = tiny.run(["resume", str(tiny.folder / "early")])
     assert code == Exit.BAD_INPUT
-    assert "has no checkpoint to go on from; start again with `stable-rlhf train" in sentence(said_then)
+    assert "has no checkpoint to resume from; start again with `stable-rlhf train" in sentence(said_then)
     assert tiny.train("early") == tiny.folder / "early"  # the folder is still free
 
 

@@ -1,4 +1,4 @@
-"""The command line: which command runs, and how an error ends it."""
+"""The command line: starts a command, and turns an error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; 
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    resume a run from its newest checkpoint
 stable-rlhf report RUN                                          write RUN/report.html
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
-stable-rlhf doctor [FILE] [--section.field VALUE ...]           check such a run, try a few steps, forecast its time
+stable-rlhf doctor [FILE] [--section.field VALUE ...]           check a run before it starts, forecast its time
 
 `stable-rlhf train --help` lists every setting."""
 

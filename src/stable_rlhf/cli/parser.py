@@ -1,4 +1,4 @@
-"""An argument parser whose errors are ours."""
+"""An argument parser that raises this package's errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_rlhf.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are ConfigErrors with the usage."""
+    """argparse's parser; its errors are ConfigErrors with the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; {' '.join(self.format_usage().split())}")

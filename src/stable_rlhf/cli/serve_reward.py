@@ -20,26 +20,24 @@ from stable_rlhf.rewards import resolve_reward
 from stable_rlhf.rewards.server import CONNECTIONS, SHOWN, STOP_SECONDS, Limits, RewardServer, is_loopback, listening
 from stable_rlhf.text import printable
 
-# -- the command ----------------------------------------------------------------------------------------------------
-
 
 def serve(arguments: Sequence[str]) -> int:
-    """Serves until SIGTERM (returns 0) or SIGINT (returns 130). Raises ConfigError for what cannot be
-    served."""
+    """Serves a reward until SIGTERM (returns 0) or SIGINT (returns 130). Raises ConfigError for arguments that cannot
+    be served."""
     made = Parser(prog="stable-rlhf serve-reward", allow_abbrev=False)
-    made.add_argument("model", help="builtin, a sequence-classification model's folder or hub name, or module:function")
-    made.add_argument("--host", default="127.0.0.1", help="address to listen at; any but loopback needs --token-env")
-    made.add_argument("--port", type=int, default=8000, help="0 takes a free one and prints it")
-    made.add_argument("--token-env", metavar="NAME", help="environment variable that holds the token clients must send")
-    made.add_argument("--batch-size", type=int, default=64, help="texts that the model reads at once")
-    made.add_argument("--max-batch", type=int, default=1024, help="texts a request")
-    made.add_argument("--max-body-bytes", type=int, default=16 * 2**20, help="bytes a request; 1024 texts of 16 KiB")
+    made.add_argument("model", help="builtin, a sequence-classification model (folder or hub name), or module:function")
+    made.add_argument("--host", default="127.0.0.1", help="address to listen at; other than loopback needs --token-env")
+    made.add_argument("--port", type=int, default=8000, help="port to listen at; 0 takes a free one and prints it")
+    made.add_argument("--token-env", metavar="NAME", help="environment variable with the token that clients must send")
+    made.add_argument("--batch-size", type=int, default=64, help="number of texts that the model scores at once")
+    made.add_argument("--max-batch", type=int, default=1024, help="most texts in one request")
+    made.add_argument("--max-body-bytes", type=int, default=16 * 2**20, help="most bytes in one request")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
     made.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     given = made.parse_args(list(arguments))
     for name in ("batch_size", "max_batch", "max_body_bytes"):
         require(getattr(given, name) > 0, f"--{name.replace('_', '-')}", getattr(given, name), "must be 1 or more")
-    require(0 <= given.port < 2**16, "--port", given.port, "give 1 to 65535, or 0 for any that is free")
+    require(0 <= given.port < 2**16, "--port", given.port, "give 1 to 65535, or 0 for any free port")
     require(not is_url(given.model), "MODEL", given.model, "is a server itself; name a model or a function")
     token = _token(given.token_env)
     if token is None and not is_loopback(given.host):
@@ -58,7 +56,7 @@ def serve(arguments: Sequence[str]) -> int:
         server = RewardServer(reward, limits, _print)
         code = _serve(listener, server.app, reward.name)
     if server.scoring:  # Python would wait for the batch at its end, and the batch may never end
-        _print(f"the batch being scored did not end within {STOP_SECONDS:g} s, and is lost")
+        _print(f"the batch being scored did not end within {STOP_SECONDS:g} s and is lost")
         sys.stderr.flush()
         os._exit(code)
     return code
@@ -97,7 +95,7 @@ def _token(variable: str | None) -> str | None:
         return None
     token = os.environ.get(variable, "")
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigError(f"--token-env={variable!r}: holds no token of printable ASCII without spaces; export one")
+        raise ConfigError(f"--token-env={variable!r}: does not hold a token of printable ASCII without spaces")
     return token
 
 

@@ -1,4 +1,4 @@
-"""The help of the commands that take settings."""
+"""The `--help` of commands that take settings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def asks_for_help(arguments: list[str]) -> bool:
 
 
 def show_settings(command: str, arguments: list[str]) -> int:
-    """Every setting, with the defaults of the preset and the controller that are asked for."""
+    """Prints every setting, with the defaults of the preset and the controller that the arguments name."""
     made = parser_for(arguments, command)
     if command == "doctor":
-        made.description = "A FILE in front, without an option's name, is --config FILE."
+        made.description = "The first argument may be a FILE of settings: the same as --config FILE."
     made.print_help()
     return Exit.DONE

@@ -40,12 +40,12 @@ def resume(arguments: list[str]) -> int:
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])
     check_output(given.run)
-    RunLock(given.run).check()  # before its checkpoints are looked at, which change under a run that is alive
+    RunLock(given.run).check()  # before its checkpoints are read, which a running process may change
     chosen = None if given.checkpoint is None else _chosen(given.run, given.checkpoint)
     done, damaged = _last_step(given.run)
     if done is None and chosen is None:
         raise ConfigError(
-            f"{given.run} has no checkpoint to go on from; {''.join(f'{fault}; ' for fault in damaged)}"
+            f"{given.run} has no checkpoint to resume from; {''.join(f'{fault}; ' for fault in damaged)}"
             f"start again with `stable-rlhf train --config {file} "
             "--output_dir NEW_FOLDER`"
         )
@@ -57,18 +57,18 @@ def resume(arguments: list[str]) -> int:
 
 
 def _chosen(run: Path, checkpoint: Path) -> Path:
-    """The checkpoint that is meant: a folder's path, or only its name."""
+    """The checkpoint that the user named: by a folder's path, or only by its name."""
     from stable_rlhf.checkpoints import found
 
     for path in (checkpoint, run / "checkpoints" / checkpoint):
         if os.path.isdir(path):
             return path
     there = ", ".join(path.name for path in found(run / "checkpoints")) or "none"
-    raise ConfigError(f"--checkpoint {checkpoint}: there is no such folder; of checkpoints {run} has {there}")
+    raise ConfigError(f"--checkpoint {checkpoint}: there is no such folder; the checkpoints in {run}: {there}")
 
 
 def _last_step(run: Path) -> tuple[int | None, list[str]]:
-    """(steps done at the newest whole checkpoint of a run, None without one; what is wrong with each newer one)."""
+    """(steps done at the newest intact checkpoint of a run or None, the fault of each newer, damaged one)."""
     from stable_rlhf.checkpoints import inspect, steps_of
 
     saved, damaged = inspect(run / "checkpoints")
@@ -76,7 +76,7 @@ def _last_step(run: Path) -> tuple[int | None, list[str]]:
 
 
 def _is_whole(run: Path) -> bool:
-    """Whether a run that has done its steps also has its model, and its evaluation after training."""
+    """Whether a run that has done its steps also has its final model and its evaluation after training."""
     known = read(run)
     return (run / "final" / "value_heads.safetensors").is_file() and ("after" in known or not known)
 
@@ -87,7 +87,7 @@ def _further(run: Path, config: Config) -> str:
 
 
 def _run(config: Config, resume: bool | Path | None) -> int:
-    """Trains, writes the report whatever happens, and prints the closing tables."""
+    """Trains, writes the report even if training fails, and prints the closing tables."""
     from transformers.utils import logging  # torch and transformers load only when the settings are good
 
     from stable_rlhf.report import print_summary, write_report
@@ -107,7 +107,8 @@ def _run(config: Config, resume: bool | Path | None) -> int:
 
 
 def _report_of_a_failure(trainer: SAFETrainer) -> None:
-    """The report of a run that an error ended: that error, which is shown, is the one that counts."""
+    """Writes the report of a run that ended with an error. An error of the report is only printed: the run's error
+    counts."""
     from stable_rlhf.report import write_report
 
     if trainer.steps_done == 0 or not (trainer.run_dir / "metrics.jsonl").exists():

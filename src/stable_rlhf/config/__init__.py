@@ -1,4 +1,4 @@
-"""Every setting of a run: sections, presets, and how they are read from YAML files and the command line."""
+"""The settings of a run: sections, presets, and reading them from YAML files and the command line."""
 
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
 from stable_rlhf.config.checks import is_url, only_with, require, url_without_secrets

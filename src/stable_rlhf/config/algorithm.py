@@ -1,4 +1,4 @@
-"""The sections of a run's settings that say how it learns: optimiser, critic and KL."""
+"""The settings sections of the algorithm: optimiser, critic and KL."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ class CriticConfig:
 
 
 _DEFAULTS: Any = None
-"""Marks settings that the caller did not give: ``KLConfig.__post_init__`` puts the controller's defaults there."""
+"""Marks settings that the caller did not give. ``KLConfig.__post_init__`` replaces them by the controller's
+defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ class KLConfig:
 
 
 def _settings_of(controller: str, given: Any) -> ControllerSettings:
-    """The settings of a controller, out of a mapping of some of them, or None. Raises ConfigError."""
+    """The settings of a controller, made from a mapping of some of them or from None. Raises ConfigError."""
     kind = settings_class(controller)
     if isinstance(given, kind):
         return given

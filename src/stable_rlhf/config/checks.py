@@ -1,4 +1,4 @@
-"""Checks of settings: types, ranges and conflicts, each with the sentence that says what is wrong and what to do."""
+"""Checks of settings: types, ranges and conflicts. Each error says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def not_negative(section: str, config: object, *names: str) -> None:
 
 
 def only_with(section: str, config: Any, name: str, acts: bool, condition: str) -> None:
-    """Refuses another value than the default in a field that has no effect, which is when ``acts`` is False."""
+    """Refuses a value other than the default in a field that has no effect, which is if ``acts`` is False."""
     field = next(field for field in dataclasses.fields(config) if field.name == name)
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     value = getattr(config, name)
@@ -55,34 +55,35 @@ def only_with(section: str, config: Any, name: str, acts: bool, condition: str) 
 
 
 def is_url(text: object) -> bool:
-    """Whether a reward is named by the address of a server."""
+    """Whether a reward is the address of a server."""
     return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
 
 
 def url_without_secrets(url: str) -> str:
-    """Scheme, host, port and path: what may be shown of a URL whose name, password or query may be a secret."""
+    """Scheme, host, port and path of a URL. Its name, password and query may be secret and are left out."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def check_url(setting: str, url: str) -> None:
-    """Requires a URL that can be called and holds no password, which config.yaml would keep."""
+    """Requires a URL that can be called and that holds no password, because config.yaml would keep it."""
     try:
         parts = urlsplit(url)
         fits = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, an IPv6 address without its bracket
+    except ValueError:  # a port that is not a number, an IPv6 address without its bracket
         raise ConfigError(
-            f"{setting}: {url.rpartition('@')[2].split('?')[0]!r} is no URL; give http://HOST:PORT/PATH"
+            f"{setting}: {url.rpartition('@')[2].split('?')[0]!r} is not a URL; give http://HOST:PORT/PATH"
         ) from None
     shown = url_without_secrets(url)
     require(fits and url.isprintable() and " " not in url, setting, shown, "give http://HOST:PORT/PATH")
     remedy = "has a name or password in it, which config.yaml would keep; set reward.token_env instead"
     require("@" not in parts.netloc, setting, shown, remedy)
-    require(not parts.fragment, setting, shown, "has a part after '#', which no server sees; leave that out")
+    require(not parts.fragment, setting, shown, "has a part after '#', which is never sent to a server; leave it out")
 
 
 def check_types(section: str, config: Any) -> None:
-    """Requires every field of a dataclass to hold what its annotation says; an int is a float, True is no number."""
+    """Requires every field of a dataclass to have its annotated type. An int is accepted as a float; True is not a
+    number."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
@@ -96,7 +97,7 @@ def check_types(section: str, config: Any) -> None:
 
 
 def wanted(hint: Any) -> str:
-    """What an annotation asks for, as a remedy: ``int | None`` gives "give a whole number, or null"."""
+    """The type that an annotation asks for, as a remedy: ``int | None`` gives "give a whole number, or null"."""
     options = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return f"{wanted(next(option for option in options if option is not types.NoneType))}, or null"

@@ -19,14 +19,14 @@ from stable_rlhf.control import GuardConfig
 
 
 def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Every setting of a run in its folder: what config.yaml and the checkpoints hold."""
+    """Every setting of a run, as config.yaml and the checkpoints hold them."""
     complete = {**config.to_dict(), "output_dir": str(run_dir)}
     complete["reward"]["url"] = None  # it is in functions
     return complete
 
 
 _FROM_PRESET: Any = None
-"""Marks a section that the caller did not give: ``Config.__post_init__`` puts the preset's there."""
+"""Marks a section that the caller did not give. ``Config.__post_init__`` replaces it by the preset's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Config:
         require(self.rollout.batch_size % minibatches == 0, "rollout.batch_size", self.rollout.batch_size, remedy)
         remedy = f"the policy would never learn in max_steps={self.max_steps}: make it smaller"
         require(self.critic.warmup_steps < self.max_steps, "critic.warmup_steps", self.critic.warmup_steps, remedy)
-        remedy = "divides by the number of rewards less 1: set rollout.batch_size to 2 or more"
+        remedy = "divides by the number of rewards minus 1: set rollout.batch_size to 2 or more"
         fits = self.reward.normalise != "paper" or self.rollout.batch_size > 1
         require(fits, "reward.normalise", self.reward.normalise, remedy)
 

@@ -1,4 +1,4 @@
-"""Settings from the command line and YAML files, and what is said about those that are wrong."""
+"""Settings from the command line and YAML files, and messages about wrong ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def parser(preset: str, controller: str, command: str = "train") -> ArgumentPars
 
 
 def parser_for(arguments: Sequence[str], command: str) -> ArgumentParser:
-    """The parser with the defaults of the preset and the settings of the controller that a command line asks for."""
+    """The parser for a command line, with the defaults of the preset and the settings of the controller that it
+    names."""
     files, others = taken_out("--config", arguments)
     return parser(*_chosen([_content(Path(file)) for file in files], others), command)
 
@@ -78,8 +79,7 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 
 def _chosen(contents: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> tuple[str, str]:
-    """(preset, controller) that files and command line ask for; an unknown one, which the parser refuses, is passed
-    over."""
+    """(preset, controller) that files and command line name. An unknown name is skipped here; the parser refuses it."""
 
     def last(option: str, in_files: Iterable[Any], known: Iterable[str], default: str) -> str:
         try:
@@ -105,7 +105,7 @@ def _parse(made: ArgumentParser, arguments: Sequence[str], controller: str, defa
 
 
 def _in_one_sentence(message: str, controller: str) -> str:
-    """jsonargparse's message as setting, value and remedy; as it is, on one line, where it has another form."""
+    """jsonargparse's message as setting, value and remedy. A message of another form is only put on one line."""
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         name = found[1].split("=")[0]
         if not name.startswith("--"):
@@ -136,10 +136,10 @@ def _hints(controller: str) -> dict[str, Any]:
 
 
 def _suggestion(name: str, controller: str, also: Iterable[str] = ()) -> str:
-    """The settings that were probably meant: of that name in any section, or with a name like it."""
+    """The settings that were probably meant: with that name in any section, or with a similar name."""
     known = [*also, *_hints(controller)]
     section, _, field = name.rpartition(".")
-    if section == "kl.settings":  # of its own: any two names of the section are like each other
+    if section == "kl.settings":  # compared without the prefix, which would make any two names similar
         close = difflib.get_close_matches(field, _names_of(controller), n=1, cutoff=0.7)
         otherwise = f"; kl.controller={controller} has {', '.join(_names_of(controller)) or 'no settings'}"
         return f". Did you mean kl.settings.{close[0]}?" if close else otherwise
@@ -150,7 +150,7 @@ def _suggestion(name: str, controller: str, also: Iterable[str] = ()) -> str:
 
 
 def _content(file: Path) -> dict[Any, Any]:
-    """What a YAML file says. Raises ConfigError unless it is a mapping, no name given twice."""
+    """The content of a YAML file. Raises ConfigError unless it is a mapping in which no name is given twice."""
     try:
         loader = _SafeLoader(file.read_text(encoding="utf-8"))
         content = loader.get_single_data()
@@ -169,7 +169,7 @@ def _content(file: Path) -> dict[Any, Any]:
 
 
 def _check_names(file: Path, content: Mapping[Any, Any], controller: str) -> None:
-    """Raises ConfigError for a name in a file that no section, or no setting of the section, has."""
+    """Raises ConfigError for a name in a file that is not a setting, a section or a section's setting."""
     for name, value in content.items():
         if name in SECTIONS:
             _check_section(file, name, value, controller)
@@ -192,7 +192,7 @@ def _check_section(file: Path, name: str, value: Any, controller: str) -> None:
 
 
 class _SafeLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML's own loaders keep the last in silence."""
+    """A YAML loader that refuses a key given twice. YAML's own loaders silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -204,7 +204,7 @@ class _SafeLoader(yaml.SafeLoader):
 
 
 def _fields(section: str, controller: str) -> list[str]:
-    """The names in a section, or in kl.settings; none where there is no such section."""
+    """The names in a section, or in kl.settings; empty if there is no such section."""
     if section == "kl.settings":
         return _names_of(controller)
     return [field.name for field in dataclasses.fields(SECTIONS[section])] if section in SECTIONS else []
@@ -215,7 +215,7 @@ def _names_of(controller: str) -> list[str]:
 
 
 def taken_out(option: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(every value that a command line gives to an option, the other arguments)."""
+    """(the values that a command line gives to an option, the other arguments)."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     made.add_argument(option, action="append", default=[], dest="values")
     try:

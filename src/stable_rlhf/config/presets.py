@@ -1,4 +1,4 @@
-"""The presets: what each changes in the defaults of config.py, which are ``safe``."""
+"""The presets: the settings in which each differs from the defaults, which are ``safe``."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "safe-no-preview": {"optim": {"max_preview_kl": None}},
     "safe-no-guard": {"guard": {"enabled": False}},
 }
-"""Section -> field -> value, by the preset's name; ``kl.settings`` holds what changes in the controller's defaults."""
+"""Preset -> section -> field -> value. ``kl.settings`` holds only changes from the controller's defaults."""
 
 
 def preset_section(preset: str, name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a section that the preset or the caller sets; the caller's win.
+    """The fields of a section that the preset or the caller sets. The caller's values win.
 
-    The preset's kl.settings are of its own controller: those not given stay with it, and none goes to another one.
+    The preset's kl.settings apply only if the caller keeps the preset's controller.
     """
     base = copy.deepcopy(PRESETS[preset].get(name, {}))
     merged = {**base, **copy.deepcopy(given)}

@@ -17,11 +17,11 @@ MAY_CHANGE = {
     "reward.batch_size", "reward.trust_remote_code", "reward.timeout", "reward.retries",
     "reward.max_wait", "reward.token_env",
 }  # fmt: skip
-"""Settings that a resume may be given anew: they say where and how a run goes on, not which run it is."""
+"""Settings that may change at a resume: they say where and how a run continues, not which run it is."""
 
 
 def refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for the first setting that is another one than the run's, unless it may change."""
+    """Raises CheckpointError for the first setting that differs from the run's own, unless it may change."""
 
     def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
         sections = {name: value for name, value in settings.items() if name in SECTIONS}
@@ -43,7 +43,7 @@ def refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> Non
 
 
 def _moved(here: list[str], there: list[str]) -> bool:
-    """Whether two lists of rewards are the same except for the addresses of servers."""
+    """Whether two lists of rewards differ only in the addresses of servers."""
     return len(here) == len(there) and all(
         a == b or (is_url(a) and is_url(b)) for a, b in zip(here, there, strict=True)
     )

@@ -1,4 +1,4 @@
-"""The sections of a run's settings: one frozen, keyword-only dataclass each, checked when it is made."""
+"""The settings sections of a run: frozen, keyword-only dataclasses that check themselves."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class RewardConfig:
         require(not unknown, "reward.trust_remote_code", unknown, "every entry must be one of reward.functions")
 
     def _check_servers(self) -> None:
-        """Also makes ``url`` the only one of ``functions``, which config.yaml then holds: given so, it is accepted."""
+        """Checks the reward servers, and makes ``url`` the only entry of ``functions``, as in config.yaml."""
         if self.url is not None:
             require(
                 is_url(self.url), "reward.url", self.url, "give http://HOST:PORT/PATH, or name it in reward.functions"

@@ -1,4 +1,12 @@
-"""Prompts: from files, hubs and lists to token ids, in the order in which they are trained on."""
+"""Prompts: from files, hubs and lists to token ids, and the order in which they are drawn.
+
+A prompt is a text, or a list of chat messages ``{"role": ..., "content": ...}``. The way through this package:
+
+    load_prompts -> Dataset with a `prompt` column -> encode_prompts -> EncodedPrompts
+    PromptStream.take(k) -> k row indexes into both
+
+Rows are counted from 1 in messages to people, as editors count them, and from 0 in code.
+"""
 
 from stable_rlhf.data.chat import Message, Text, plain_text, prompt_text
 from stable_rlhf.data.encoding import EncodedPrompts, encode_prompts

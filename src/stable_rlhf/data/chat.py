@@ -1,4 +1,4 @@
-"""Chat messages and prompts as text."""
+"""Chat messages and HH-RLHF dialogues, and prompts as plain text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def parse_hh(dialogue: str) -> list[Message]:
 
 
 def hh_prompt(dialogue: str) -> list[Message]:
-    """The turns of an HH dialogue before its last answer: what a policy is asked to answer.
+    """The turns of an HH dialogue before its last answer: the prompt that a policy is asked to answer.
 
     Raises ValueError if there is no answer, or nothing before it.
     """

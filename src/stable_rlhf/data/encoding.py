@@ -1,4 +1,4 @@
-"""Prompts as token ids."""
+"""Turns prompts into token ids."""
 
 from __future__ import annotations
 

@@ -1,12 +1,4 @@
-"""Prompts: from a data set to token ids, and the order in which they are drawn.
-
-A prompt is a text, or a list of chat messages ``{"role": ..., "content": ...}``. The way through this module:
-
-    load_prompts -> Dataset with a `prompt` column -> encode_prompts -> EncodedPrompts
-    PromptStream.take(k) -> k row indexes into both
-
-Rows are counted from 1 in messages to people, as editors count them, and from 0 in code.
-"""
+"""Loads prompts from files, the hub and the built-in set, and checks every one."""
 
 from __future__ import annotations
 
@@ -42,7 +34,7 @@ def load_prompts(
     config_name: str | None = None,
     data_dir: str | None = None,
 ) -> datasets.Dataset:
-    """Load a data set with a validated `prompt` column; its other columns are kept, they reach the reward functions.
+    """Loads a data set with a validated `prompt` column. Other columns are kept for the reward functions.
 
     source: "builtin"; a local .jsonl, .json (an array of objects), .csv or .parquet file (.jsonl and .csv also as .gz);
         or the name of a data set on the Hugging Face hub. Remote code of a data set is never run.
@@ -177,7 +169,7 @@ def check_prompts(prompts: Iterable[object], name: str) -> None:
     for row, prompt in enumerate(prompts, start=1):
         problem = _problem(prompt)
         if problem is None and first not in (None, type(prompt)):
-            problem = "is text where row 1 is messages, or the other way round"
+            problem = "is text but row 1 is a list of messages, or the reverse"
         if problem is not None:
             valid = "a non-empty text, or a list of {'role', 'content'} messages that ends before the answer"
             raise PromptError(f"{name}, row {row}: the prompt {problem}. A prompt is {valid}.")
@@ -194,7 +186,7 @@ def _hh_row(dialogue: object, where: str) -> list[Message]:
 
 
 def _problem(prompt: object) -> str | None:
-    """What is wrong with a prompt, as the end of a sentence "the prompt ...", or None."""
+    """The fault of a prompt, as the end of a sentence "the prompt ...", or None."""
     if isinstance(prompt, str):
         return None if prompt.strip() else "is empty"
     if not isinstance(prompt, list) or not prompt:

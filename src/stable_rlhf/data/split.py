@@ -1,4 +1,4 @@
-"""Which prompts are trained on and which are held out."""
+"""Splits prompts into those to train on and those held out."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def split_datasets(config: Config, train: Any, evaluation: Any) -> tuple[dataset
     begun = {_beginning(prompt) for prompt in held_out["prompt"]}
     kept = [row for row, prompt in enumerate(train["prompt"]) if _beginning(prompt) not in begun]
     if not kept:
-        raise ConfigError(f"data.eval_size={size}: no training prompt begins otherwise than those held out; lower it")
+        raise ConfigError(f"data.eval_size={size}: every training prompt begins like a held-out one; lower it")
     return train.select(kept), held_out
 
 
 def _beginning(prompt: Any) -> str:
-    """What tells conversations apart: the first thing that the user says."""
+    """The first text of the user, which tells conversations apart."""
     if isinstance(prompt, str):
         return prompt
     return next((message["content"] for message in prompt if message["role"] == "user"), prompt[0]["content"])
 
 
 def _as_dataset(rows: Any) -> datasets.Dataset:
-    """A data set as it is; a list of rows with every column that any row has."""
+    """A data set unchanged; a list of rows as a data set with every column that any row has."""
     if isinstance(rows, datasets.Dataset):
         return rows
     rows = list(rows)

@@ -26,7 +26,7 @@ class PromptStream:
         self._start_epoch(0)
 
     def take(self, k: int) -> list[int]:
-        """Return the next `k` row indexes, going on into the next epochs as often as needed; `k` must be >= 1."""
+        """Return the next `k` row indexes, continuing into the next epochs as needed; `k` must be >= 1."""
         if k < 1:
             raise PromptError(f"a batch of {k} prompts was asked for; it must be at least 1.")
         taken: list[int] = []
@@ -44,7 +44,7 @@ class PromptStream:
         return order | {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises PromptError if it belongs to another data set size or seed."""
+        """Continues where `state` was saved. Raises PromptError if it belongs to another data set size or seed."""
         if set(state) != set(self.state_dict()) or not all(type(value) is int for value in state.values()):
             raise PromptError(f"prompt stream state {state!r} is not {sorted(self.state_dict())} of integers.")
         for key, own in self.state_dict().items():

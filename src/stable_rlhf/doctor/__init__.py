@@ -1,4 +1,4 @@
-"""What would go wrong in a run, found before hours are spent on it."""
+"""Checks that find a run's problems before hours are spent on it."""
 
 from stable_rlhf.doctor.checks import examine
 

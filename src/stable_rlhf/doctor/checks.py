@@ -1,7 +1,7 @@
-"""`stable-rlhf doctor`: what would go wrong in a run, found before hours are spent on it.
+"""The checks of `stable-rlhf doctor`, which find a run's problems before hours are spent on it.
 
-Cheap checks come first, and each says its own line: ok, warning or failed, with the remedy. The last is the trainer
-itself, for a few steps, in a folder that is gone afterwards: nothing is left behind, and the run's folder is not made.
+Cheap checks come first. Each prints a line: ok, warning or failed, with the remedy. The last is a few steps of the
+trainer itself, in a temporary folder; nothing is left behind, and the run's folder is not made.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ PLEASANT = " It was wonderful: friendly, quick, and better than I had hoped. I w
 UNPLEASANT = " It was terrible: rude, slow, and worse than I had feared. I would never go again."
 
 SHOWN, CHARACTERS = 3, 400
-"""Prompts that are shown, and characters of each: enough to see a chat template at both ends of a short prompt."""
+"""Prompts that are shown, and characters of each: enough to see both ends of a short prompt's chat template."""
 
 CUT = 0.01
-"""Share of prompts that may be cut without a warning: a few long ones are in every data set."""
+"""Share of prompts that may be cut without a warning: every data set has a few long ones."""
 
 TWICE = 0.1
-"""Share of prompts that may stand there more than once without a warning: data sets weigh prompts so."""
+"""Share of duplicate prompts without a warning: data sets use duplicates as weights."""
 
 TIGHT = 0.8
-"""Share of the free memory above which an estimate is a warning: runs took up to 1.23 times theirs (memory.py)."""
+"""Share of the free memory above which the estimate is a warning: real runs took up to 1.23 times their estimate
+(doctor/memory.py)."""
 
 
 @shortage_named("loading")
 def examine(config: Config, say: Callable[[str], object] = print) -> bool:
-    """Checks a run without training it; True where nothing failed. ``say`` is given each line.
+    """Checks a run without training it and returns True if nothing failed. ``say`` receives each line.
 
     Raises ConfigError, PromptError, RewardError or OutOfMemoryError for what cannot be loaded at all, as the trainer
     does.
@@ -76,7 +77,7 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
         states = 2 if config.guard.enabled else 1  # in a checkpoint
         dry_steps(found, config, functions, train, encoded, held_out, states * disk.checkpoint)
     else:
-        found.detail("no step was tried" + (": mend what failed first" if found.failed else ", so nothing is forecast"))
+        found.detail("no step was tried" + (": fix what failed first" if found.failed else ", so there is no forecast"))
     return not found.failed
 
 
@@ -84,11 +85,11 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
 
 
 def check_output(found: Findings, config: Config) -> None:
-    """Whether the run's folder is free, and one can be made there."""
+    """Checks that the run's folder is free and can be made."""
     folder = Path(config.output_dir or "runs")
     shown = f"output_dir={config.output_dir!r}" + ("" if config.output_dir else " (a new folder under runs)")
     if config.output_dir is not None and (folder / "metrics.jsonl").exists():
-        found.fail(f"{shown}: holds a run already; resume it by `stable-rlhf resume`, or choose another folder")
+        found.fail(f"{shown}: holds a run already; continue it with `stable-rlhf resume`, or choose another folder")
         return
     if (fault := unwritable(folder)) is not None:
         found.fail(f"{shown}: {fault}; choose another folder")
@@ -97,7 +98,7 @@ def check_output(found: Findings, config: Config) -> None:
 
 
 def check_data(found: Findings, config: Config, context: int | None) -> tuple[datasets.Dataset, EncodedPrompts, int]:
-    """(training prompts, their tokens, number of held-out prompts); shows how long they are, and three of them.
+    """(training prompts, their tokens, number of held-out prompts). Prints the lengths and three prompts.
 
     ``context``: positions that the model has.
     """
@@ -122,9 +123,9 @@ def check_data(found: Findings, config: Config, context: int | None) -> tuple[da
     if count < config.rollout.batch_size:
         found.warning(f"{text}; fewer than rollout.batch_size={config.rollout.batch_size}: every step sees all of them")
     elif cut > CUT * count:
-        found.warning(f"{text}; the beginning of what is cut is lost: raise data.max_prompt_length, or shorten them")
+        found.warning(f"{text}; a cut prompt loses its beginning: raise data.max_prompt_length, or shorten the prompts")
     elif twice > TWICE * count:
-        found.warning(f"{text}; what stands there twice is trained on twice: remove duplicates unless you mean them")
+        found.warning(f"{text}; duplicates are trained on more often: remove them unless you want that")
     else:
         found.ok(text)
     for number, ids in enumerate(encoded.input_ids[:SHOWN], start=1):
@@ -135,10 +136,10 @@ def check_data(found: Findings, config: Config, context: int | None) -> tuple[da
 
 
 def check_disk(found: Findings, config: Config, needed: Memory) -> None:
-    """Whether the checkpoints that are kept, the one that is being written, and the final model have room.
+    """Checks that the disk has room for the kept checkpoints, one being written, and the final model.
 
-    With the guard a checkpoint holds the last good state too; without an adapter, that and a candidate lie in the run's
-    folder besides.
+    With the guard a checkpoint also holds the last good state. Without an adapter, the run's folder also holds that
+    state and a candidate for the next one.
     """
     place = existing(Path(config.output_dir or "runs"))
     states = 2 if config.guard.enabled else 1
@@ -163,7 +164,7 @@ def check_disk(found: Findings, config: Config, needed: Memory) -> None:
 
 
 def check_reward(found: Findings, scorer: Scorer, row: dict[str, Any]) -> bool:
-    """Scores a pleasant and an unpleasant answer to the first prompt; False where that failed."""
+    """Scores a pleasant and an unpleasant answer to the first prompt. Returns False if that failed."""
     columns = {name: [value, value] for name, value in row.items() if name != "prompt"}
     try:
         scores = scorer.score([row["prompt"]] * 2, [PLEASANT, UNPLEASANT], columns, [True, True])
@@ -176,28 +177,28 @@ def check_reward(found: Findings, scorer: Scorer, row: dict[str, Any]) -> bool:
     )
     text += f" to {PLEASANT.strip()!r} and {UNPLEASANT.strip()!r} after the first prompt"
     if not all(scores.valid):
-        found.warning(f"{text}; a completion without a score is not learned from: see why there is none")
+        found.warning(f"{text}; a completion without a score is not trained on: find out why it has none")
     elif scores.total[0] == scores.total[1]:
-        found.warning(f"{text}; all is alike to it: check that it reads the completion, if that is no surprise")
+        found.warning(f"{text}; both get the same score: check that the reward reads the completion")
     else:
         found.ok(text)
     return True
 
 
 def check_memory(found: Findings, needed: Memory, device: torch.device) -> bool:
-    """Compares the estimate with what is free. False where no step is to be tried: where even what is held throughout
-    does not fit, and on a CPU, where nothing catches a process that takes too much, where it is tight."""
+    """Compares the estimate with the free memory. Returns False if no step may be tried: if the constant part does not
+    fit, and, on a CPU, where a process that takes too much cannot be caught, also if it is tight."""
     left, held = memory.free(device), sum(needed.held.values())
     text = f"memory: about {readable_size(needed.total)} needed, {readable_size(left)} free on {device}"
     if held > left:
-        found.fail(f"{text}: {readable_size(held)} are held from beginning to end; {memory.LESS}")
+        found.fail(f"{text}: {readable_size(held)} are needed during the whole run; {memory.LESS}")
     elif needed.total > TIGHT * left:
         risk = (
-            "" if device.type == "cuda" else "the system may end a process that takes too much, so no step is tried; "
+            "" if device.type == "cuda" else "the system may kill a process that takes too much, so no step is tried; "
         )
         found.warning(f"{text}; {risk}{memory.LESS}")
     else:
         found.ok(text)
     parts = [f"{name} {readable_size(size)}" for name, size in (needed.held | needed.passing).items() if size]
-    found.detail(f"of these {', '.join(parts)}")
+    found.detail(f"by part: {', '.join(parts)}")
     return held <= left if device.type == "cuda" else needed.total <= TIGHT * left

@@ -1,4 +1,4 @@
-"""A few real steps in a folder that is removed afterwards, and the forecast."""
+"""A few real steps in a temporary folder, and the forecast of the run's time."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from stable_rlhf.text import readable_size
 from stable_rlhf.training import SAFETrainer
 
 STEPS, CUDA_STEPS = 2, 8
-"""Dry steps: one on the longest prompts; on CUDA three more, in which the usual shapes are compiled and captured. The
-middle of those after the first half is the forecast's: on an H100 the first steps of configs/smollm2-hh.yaml took 3.6,
-0.9, 1.2, 1.7, 1.4, 0.8 and then mostly 0.7 s (docs/LOG.md, 2026-11-26)."""
+"""Dry steps: the first is on the longest prompts. CUDA takes more, because the usual shapes are first compiled and
+captured. The forecast uses the median of the second half: on an H100 the first steps of configs/smollm2-hh.yaml took
+3.6, 0.9, 1.2, 1.7, 1.4, 0.8 and then mostly 0.7 s (docs/LOG.md, 2026-11-26)."""
 
 PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_s", "update": "update_s"}
 
 
 class _DryRun(SAFETrainer):
-    """The trainer without what it would leave on disk; there is no run to resume after an error."""
+    """The trainer without its files on disk: after an error there is no run to resume."""
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
         return self._train(resume_from_checkpoint)
@@ -64,7 +64,7 @@ def dry_steps(
     held_out: int,
     checkpoint: int,
 ) -> None:
-    """Trains for a few steps, first on the longest prompts, then on the run's first batch, which is timed."""
+    """Trains for a few steps: first on the longest prompts, then on the run's first batch, which is timed."""
     device, size = resolve_device(config.model.device), config.rollout.batch_size
     by_length = sorted(range(len(encoded)), key=lambda row: -len(encoded.input_ids[row]))
     longest = [by_length[i % len(by_length)] for i in range(size)]
@@ -77,7 +77,7 @@ def dry_steps(
             save_steps=0,
             data=DataConfig(max_prompt_length=config.data.max_prompt_length),  # the rows are chosen already
             critic=dataclasses.replace(config.critic, warmup_steps=0),  # longer than these steps; without, all learns
-            reward=RewardConfig(  # what is rewarded is loaded already, and given as objects
+            reward=RewardConfig(  # the rewards are loaded already and given as objects
                 weights=config.reward.weights,
                 missing_eos_penalty=config.reward.missing_eos_penalty,
                 normalise=config.reward.normalise,
@@ -107,7 +107,7 @@ def dry_steps(
 
 
 def number_of_steps(device: torch.device, most: int) -> int:
-    """How many dry steps; on CUDA no more than the run's ``most``, but STEPS at least."""
+    """The number of dry steps; on CUDA at most the run's ``most`` steps, but at least STEPS."""
     return max(STEPS, min(CUDA_STEPS, most)) if device.type == "cuda" else STEPS
 
 
@@ -118,7 +118,8 @@ def usual_step(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def forecast(config: Config, timing: dict[str, float], held_out: int, checkpoint: int) -> str:
-    """How long the run takes, and when it saves; ``timing``: a step's seconds by part, ``held_out``: prompts."""
+    """The run's time and its checkpoints, as a line. ``timing``: seconds of a step by part; ``held_out``: number of
+    prompts."""
     evaluating = sum(timing[part] for part in ("rollout_s", "scoring_s", "logprobs_s"))
     evaluating *= 2 * math.ceil(held_out / config.rollout.batch_size)  # before and after
     seconds = config.max_steps * timing["total_s"] + evaluating

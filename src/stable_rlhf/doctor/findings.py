@@ -7,11 +7,11 @@ from collections.abc import Callable
 from stable_rlhf.text import ends
 
 LINE = 600
-"""Characters of a line at most; what a reward or an error says may be of any length."""
+"""Most characters of a line, because a reward's or an error's text may have any length."""
 
 
 class Findings:
-    """The lines, printed as they come, and whether a check failed."""
+    """Prints the lines as they come, and remembers whether a check failed."""
 
     def __init__(self, say: Callable[[str], object] = print) -> None:
         self._say = say

@@ -1,7 +1,7 @@
-"""How much memory a run needs: by formula from the policy's shapes and the settings, and as measured.
+"""Estimates the memory that a run needs, from the policy's shapes and the settings.
 
-The formula sees shapes alone, so the policy may be a skeleton without weights (`skeleton`). It is an estimate: reward
-models, which are loaded by then, and what their forward takes are not in it. All sizes are bytes.
+The formula uses only shapes, so the policy may be a skeleton without weights (`skeleton`). Reward models, which are
+loaded by then, and the memory of their forward pass are not included. All sizes are bytes.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from stable_rlhf.policy import (
 from stable_rlhf.rollout import SHORTEST
 
 FLOAT = 4
-"""Bytes of a float32: whatever is trained, gradients, moments, value heads, log-probs."""
+"""Bytes of a float32, the type of trained weights, gradients, moments, value heads and log-probs."""
 
 CHUNKS = 3
-"""Tensors of a chunk's logits that live at once, at most (ops/logprobs.py)."""
+"""Most tensors of a chunk's logits that exist at once (ops/logprobs.py)."""
 
 KERNELS = {"cpu": 150_000_000, "cuda": 200_000_000}
-"""What a process takes beside tensors. On a CPU the kernels that oneDNN makes for every shape, and what the allocator
-keeps: on two cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320. On CUDA
-cuBLAS's workspaces, of which 68 MB lie on the graphs' stream alone (H100), and what the allocator keeps: with it eight
-runs took 0.73 to 1.23 times the estimate (docs/LOG.md, 2026-11-26)."""
+"""Memory of a process besides tensors. On a CPU: oneDNN's kernels for every shape, and what the allocator keeps; on two
+cores the built-in policy's steps took 150 MB more than the other parts, with an adapter 320 MB. On CUDA: cuBLAS's
+workspaces (68 MB on the graphs' stream alone, on an H100) and what the allocator keeps; with this value eight runs took
+0.73 to 1.23 times the estimate (docs/LOG.md, 2026-11-26)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a run holds on its device, in bytes by part, and what it writes to disk."""
+    """Memory that a run holds on its device, in bytes by part, and the size of its files on disk."""
 
     held: dict[str, int]
-    """From the beginning to the end: weights, reference, value heads, gradients, moments, generation copy."""
+    """Held during the whole run: weights, reference, value heads, gradients, moments, generation copy."""
     passing: dict[str, int]
-    """At the height of a step: KV cache, activations, logits, kernels."""
+    """Held at the peak of a step: KV cache, activations, logits, kernels."""
     checkpoint: int
     """One checkpoint on disk: trained weights, value heads and their targets, both moments."""
     final: int
@@ -62,7 +62,7 @@ class Memory:
 
 
 def skeleton(config: Config) -> Any:
-    """The policy as it will be loaded, adapter included, on the meta device: shapes and dtypes without memory."""
+    """The policy as it will be loaded, with its adapter, on the meta device: shapes and dtypes without memory."""
     name, arguments = policy_source(config.model)
     trust = {"trust_remote_code": config.model.trust_remote_code}
     with model_named(config.model):
@@ -74,10 +74,10 @@ def skeleton(config: Config) -> Any:
 
 
 def estimate(policy: Any, config: Config, *, device: torch.device, low: bool, prompt: int) -> Memory:
-    """What training ``policy`` takes. ``low``: it computes in bfloat16. ``prompt``: tokens of the longest prompt.
+    """The memory for training ``policy``. ``low``: it computes in bfloat16. ``prompt``: tokens of the longest prompt.
 
-    Of the gradients, moments and heads the sizes are exact; KV cache and logits those of the largest rollout and
-    microbatch; activations those of a Llama-like layer, its attention fused but on the CPU.
+    The sizes of gradients, moments and heads are exact. KV cache and logits are those of the largest rollout and
+    microbatch. Activations are those of a Llama-like layer; its attention is fused except on the CPU.
     """
     peft = isinstance(policy, PeftModel)
     weights = sum(_bytes(parameter) for parameter in policy.parameters())
@@ -120,7 +120,8 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _decoding_copy(policy: Any, low: bool) -> int:
-    """Weights that are merged with an adapter, or narrowed to bfloat16, are held once more (decoding.py)."""
+    """Second copy of the weights that are merged with an adapter or narrowed to bfloat16
+    (rollout/merged_weights.py)."""
     base, adapters = causal_lm(policy), set()
     copied: dict[int, int] = {}
     for module in base.modules():
@@ -138,7 +139,7 @@ def _decoding_copy(policy: Any, low: bool) -> int:
 
 
 def _microbatch(config: Config, prompt: int) -> tuple[int, int]:
-    """(rows, columns) of the largest forward and backward pass (microbatches.py)."""
+    """(rows, columns) of the largest forward and backward pass (learner/microbatches.py)."""
     width = prompt + config.rollout.max_completion_length - 1  # the last token predicts nothing
     most = config.rollout.batch_size // config.optim.num_mini_batches
     return max(1, min(most, config.optim.microbatch_tokens // width)), width
@@ -154,7 +155,8 @@ def _shape(policy: Any) -> tuple[int, int, int, int]:
 
 
 def _kv_cache(policy: Any, config: Config, graphs: bool, element: int, prompt: int) -> int:
-    """Keys and values of every layer for the whole rollout; with CUDA graphs a prompt's room is a power of two."""
+    """Keys and values of every layer for the whole rollout. With CUDA graphs the room for a prompt is a power of
+    two."""
     depth, _, groups, size = _shape(policy)
     room = max(SHORTEST, 1 << (prompt - 1).bit_length()) if graphs else prompt
     length = room + config.rollout.max_completion_length
@@ -162,7 +164,7 @@ def _kv_cache(policy: Any, config: Config, graphs: bool, element: int, prompt: i
 
 
 def _activations(policy: Any, config: Config, device: torch.device, low: bool, rows: int, width: int) -> int:
-    """What the forward keeps for the backward, and the layer that is being differentiated.
+    """Memory that the forward pass keeps for the backward pass, and the layer that is being differentiated.
 
     A layer keeps, for a token: around its two norms 2 x (float32 input and output); queries, their output and, once
     for each query head, keys and values; of the MLP gate, its activation, up and their product. Attention by plain

@@ -1,4 +1,4 @@
-"""One run's report: crashes, plots, tables, a page of HTML. Needs no torch."""
+"""The report of one run: crashes, plots, tables, an HTML page. Needs no torch."""
 
 from stable_rlhf.report.html import write_report
 from stable_rlhf.report.run import read_run

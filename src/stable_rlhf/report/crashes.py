@@ -1,4 +1,4 @@
-"""Reward crashes: the definition that every report, comparison and guard shares (docs/metrics.md)."""
+"""Reward crashes, by the definition that reports, comparisons and guard share (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from stable_rlhf.control import WINDOW, standard_error
 
 CRASH_SHARE = 0.25  # of the reward gained, max R - R_20: smaller falls are oscillation
-CRASH_ERRORS = 3.0  # standard errors of D: what is left of chance is about one in a thousand
+CRASH_ERRORS = 3.0  # standard errors of D: by chance alone about one in a thousand exceeds them
 Rows = Sequence[dict[str, Any]]
 
 

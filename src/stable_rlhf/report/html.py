@@ -1,7 +1,7 @@
-"""One run folder -> one report.html: no script, no network, no torch; every text from models and data is escaped.
+"""Writes report.html: no scripts, no network, no torch; all text of models and data is escaped.
 
-Reading (`read_run`), figures (`reward_crashes`, `headline`) and drawing (`write_report`) are separate, so that a
-comparison of runs uses the same figures. What a run did not record is named in the report, not drawn as an empty plot.
+Reading (report/run.py) and figures (report/crashes.py) are separate, so that a comparison of runs uses the same
+figures. Metrics that a run did not record are named in the report, not drawn as an empty plot.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLES, COMPLETIONS, TEXT_LIMIT = 12, 8, 1500  # rows shown, and characters of 
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into the run folder, whole or not at all, and return its path.
+    """Writes `report.html` into the run folder, whole or not at all, and returns its path.
 
     Raises as `read_run` does, and SaveError where the file cannot be written.
     """
@@ -50,10 +50,10 @@ def write_report(run_dir: str | Path) -> Path:
         return aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        remedy = NO_ROOM.get(error.errno or 0, "mend that")
+        remedy = NO_ROOM.get(error.errno or 0, "fix that")
         raise SaveError(f"{path} could not be written: {error.strerror or error}; {remedy}") from error
 
 
 def _shown(value: Any, limit: int = TEXT_LIMIT) -> str:
-    """Any value as text that only shows: escapes made visible, long texts cut. Jinja escapes the HTML in it."""
+    """Any value as harmless text: control characters escaped, long texts cut. Jinja escapes the HTML in it."""
     return excerpt(value if isinstance(value, str) else reprlib.repr(value), limit)  # a list in YAML can be 10^9 items

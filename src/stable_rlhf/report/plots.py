@@ -1,7 +1,7 @@
-"""The plots of a report, each as the text of an image: drawn from figures alone, never with text of the run.
+"""The plots of a report, each as an image's data address, drawn only from figures, never from text of the run.
 
-Every plot shows where the guard acted: a dotted line where an update was skipped, a dashed one where the run went back,
-a whole one where it was stopped.
+Every plot shows where the guard acted: a dotted line where an update was skipped, a dashed one where the run was
+rolled back, a solid one where it was stopped.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _PLOTS = (
     ),
     _Plot(
         "KL from the reference",
-        "Mean log-ratio (k1); the colours behind are the phases.",
+        "Mean log-ratio (k1); background colours are the phases of the reward.",
         ("nats per token",),
         (
             _Line("objective/kl", "each step", QUIET),
@@ -66,13 +66,13 @@ _PLOTS = (
     ),
     _Plot(
         "Entropy",
-        "Mean entropy of the sampling policy; below the floor the gate tightens.",
+        "Mean entropy of the sampling policy; below the floor the gate acts.",
         ("nats per token",),
         (_Line("objective/entropy", "entropy", ACCENT), _Line("safe/entropy_floor", "floor", DANGER, "--")),
     ),
     _Plot(
         "Gate and KL coefficient",
-        "Entropy's factor on the penalty, and the KL coefficient chosen.",
+        "Gate: factor on the coefficient at low entropy; coefficient: weight of the KL.",
         ("gate", "coefficient"),
         (_Line("safe/gate", "gate", SECOND), _Line("safe/kl_coef", "coefficient", ACCENT, panel=1)),
     ),
@@ -101,7 +101,8 @@ def series(rows: Rows, metric: str) -> Series:
 
 
 def draw_plots(rows: Rows, crashes: Sequence[RewardCrash], incidents: Rows = ()) -> list[dict[str, Any]]:
-    """For the template: title, caption, image (None when nothing is recorded), missing metrics, phase -> colour."""
+    """The plots for the template: title, caption, image (None if nothing is recorded), missing metrics, phase ->
+    colour."""
     plots = []
     for plot in _PLOTS:
         data = {line: series(rows, line.metric) for line in plot.lines}
@@ -134,7 +135,7 @@ def _thin(steps: list[int], values: list[float]) -> Series:
 
 
 def _draw(plot: _Plot, data: dict[_Line, Series], rows: Rows, crashes: Sequence[RewardCrash], incidents: Rows) -> str:
-    """One figure as the text of a data: address. Only this module's own labels are drawn, never text of the run."""
+    """One figure as a data address. Only this module's own labels are drawn, never text of the run."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.2, 2.9), layout="constrained")  # inches; two beside each other fill 1180 px
         axes = figure.subplots(len(plot.labels), sharex=True, squeeze=False)[:, 0]

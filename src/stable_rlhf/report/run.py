@@ -1,4 +1,4 @@
-"""A run folder, read and checked."""
+"""Reads and checks a run folder, and computes the report's headline figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stable_rlhf.runs import incidents, read_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run folder as read: rows of metrics.jsonl, texts as they are (hostile), `notes` on what is missing or torn."""
+    """A run folder as it was read. Texts are unchanged (hostile); `notes` names missing and incomplete files."""
 
     path: Path
     rows: tuple[dict[str, Any], ...]
@@ -51,10 +51,15 @@ class Headline:
 
 
 def read_run(run_dir: str | Path) -> Run:
-    """Read a run folder; metrics.jsonl is required and must have a row, the rest is noted when missing.
+    """Reads a run folder. metrics.jsonl is required and must have a row; other missing files are noted.
 
     Raises NoRunError without metrics.jsonl, RunError naming file and line for what cannot be read.
     """
+    path = Path(run_dir)
+    if not (path / "metrics.jsonl").is_file():
+        begun = (path / "config.yaml").is_file()
+        remedy = "the run has not done a step yet" if begun else "give the folder of a run"
+        raise NoRunError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
     try:
         return _read(Path(run_dir))
     except RunError:
@@ -73,7 +78,7 @@ def _read(path: Path) -> Run:
     if not rows:
         raise ValueError(f"{path / 'metrics.jsonl'}:1: no complete row yet: nothing to report before the first step")
     if torn:
-        notes.append("metrics.jsonl ends in a torn line: the run was stopped while it wrote.")
+        notes.append("metrics.jsonl ends in an incomplete line: the run was stopped while writing it.")
     config_text, config = _read_config(path / "config.yaml", notes)
     evaluation = _read_evaluation(path / "evaluation.json", notes)
     step, completions = _read_completions(path / "completions", notes)
@@ -93,7 +98,7 @@ def _read(path: Path) -> Run:
 
 
 def headline(run: Run) -> Headline:
-    """The figures of a run by the definitions of docs/metrics.md."""
+    """The headline figures of a run, as docs/metrics.md defines them."""
     errors = step_errors([row for row in run.rows if row.get("objective/scores") is not None])
     rewards, kl, entropy = (series(run.rows, f"objective/{name}")[1] for name in ("scores", "kl", "entropy"))
     averages = moving_average(rewards)
@@ -127,7 +132,7 @@ def _read_config(path: Path, notes: list[str]) -> tuple[str | None, dict[str, An
 
 def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
-        notes.append("evaluation.json is missing: nothing to compare before and after, and no samples.")
+        notes.append("evaluation.json is missing: no comparison of before and after, and no samples.")
         return None
     try:
         evaluation = json.loads(path.read_bytes(), parse_float=finite, parse_constant=finite)
@@ -146,7 +151,7 @@ def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
 def _read_completions(folder: Path, notes: list[str]) -> tuple[int | None, tuple[dict[str, Any], ...]]:
     files = sorted(folder.glob("step-[0-9]*.parquet"), key=lambda file: int(file.stem.removeprefix("step-")))
     if not files:
-        notes.append("completions/ holds no file: no completions to show.")
+        notes.append("completions/ is empty: there are no completions to show.")
         return None, ()
     try:
         rows = pq.read_table(files[-1], columns=["prompt", "completion", "score", "length", "kl"]).to_pylist()

@@ -42,7 +42,7 @@ def samples_table(evaluation: Mapping[str, Any], count: int = 3, limit: int = 24
 def print_summary(
     run_dir: str | Path, evaluation: Mapping[str, Any], resume_command: str | None, console: Console | None = None
 ) -> None:
-    """Print both tables (none without held-out prompts), the run's folder, and the command that resumes it if any."""
+    """Prints both tables (if there are held-out prompts), the run's folder, and the command that resumes it."""
     console = console or Console()
     if evaluation:
         console.print(summary_table(evaluation))

@@ -1,4 +1,4 @@
-"""A run on disk: metrics, incidents, evaluation, names, lock. Needs no torch."""
+"""The files of a run: metrics, incidents, evaluation, lock. Needs no torch."""
 
 from stable_rlhf.runs import evaluation, incidents
 from stable_rlhf.runs.evaluation import evaluation_rows, read

@@ -1,4 +1,4 @@
-"""evaluation.json: the held-out prompts before and after training."""
+"""evaluation.json: figures and samples on the held-out prompts, before and after training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stable_rlhf.runs.metrics import check_value
 from stable_rlhf.text import clipped, formatted
 
 TEXT_LIMIT = 20_000
-"""Characters kept of a sample's prompt and completion, which are there to be read: 16 prompts of 10 MB would be 160."""
+"""Characters kept of a sample's prompt and completion. They are for reading: 16 prompts of 10 MB would be 160 MB."""
 
 
 def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Enters one side (``before`` or ``after``) into run_dir/evaluation.json; returns the whole content.
+    """Writes one side (``before`` or ``after``) into run_dir/evaluation.json and returns the whole content.
 
-    ``before`` begins the file anew: a run that stopped before its first step may have left one in the folder.
+    ``before`` starts a new file: a run that stopped before its first step may have left one in the folder.
     """
     known = {} if side == "before" else read(run_dir)
     known[side] = figures
@@ -32,7 +32,7 @@ def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: 
 
 
 def forget_after(run_dir: Path) -> None:
-    """Takes ``after`` out of run_dir/evaluation.json: the run goes on, so its end is not measured yet."""
+    """Removes ``after`` from run_dir/evaluation.json: the run continues, so its end is not measured yet."""
     known = read(run_dir)
     if known.pop("after", None) is not None:
         for sample in known["samples"]:
@@ -41,7 +41,7 @@ def forget_after(run_dir: Path) -> None:
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """The content of run_dir/evaluation.json; empty where the run has no held-out prompts.
+    """The content of run_dir/evaluation.json; empty if the run has no held-out prompts.
 
     Raises RunError where it is not JSON.
     """
@@ -63,7 +63,7 @@ EVALUATION: dict[str, tuple[str, str]] = {
 
 
 def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(label, before, after, change) of evaluation.json, for any table. A figure that is null or not there is a dash.
+    """(label, before, after, change) of each figure of evaluation.json. A missing figure is a dash.
 
     Raises ValueError when `before` is missing or a figure is not a number. The standard error stands behind its reward
     and the number of prompts in a heading, so these have no row.

@@ -1,4 +1,4 @@
-"""Incidents: what the guard saw and did, one JSON object a line in incidents.jsonl, and one sentence for a person."""
+"""Incidents: what the guard saw and did. One JSON object a line in incidents.jsonl, and one sentence on stderr."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stable_rlhf.files import finite, replace_text
 FILE = "incidents.jsonl"
 
 FIELDS = ("step", "action", "rule", "seen", "done", "advice", "figures")
-"""What every line holds: the step's number; the verdict's action and rule; three clauses; the step's row."""
+"""Fields of every line: the step's number; the verdict's action and rule; three clauses; the step's row."""
 
 NOT_FINITE = ("nan", "inf", "-inf")
-"""How a figure that is not finite is written: JSON has no such numbers."""
+"""Texts that stand for figures that are not finite, because JSON has no such numbers."""
 
 
 def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
-    """Appends an incident (FIELDS), on the disk before this returns, and says it on stderr, whatever log.progress is.
+    """Appends an incident (FIELDS) to the file and prints it on stderr, even if log.progress is off.
 
-    But for a stop, which the error that ends the run says.
-    A figure that is not finite is written as one of the texts NOT_FINITE.
+    The line is on the disk when this returns. A stop is not printed: the error that ends the run says it. A figure that
+    is not finite is written as one of the texts NOT_FINITE.
     """
     known = {name: _plain(value) for name, value in incident["figures"].items()}
     line = json.dumps({**{name: incident[name] for name in FIELDS}, "figures": known}, allow_nan=False)
@@ -38,13 +38,13 @@ def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
 
 
 def sentence(incident: Mapping[str, Any]) -> str:
-    """What was seen, what was done and what to try, for a person."""
-    when = "In a new run" if incident["action"] == "stop" else "If it goes on"
+    """The incident as one sentence: what was seen, what was done and what to try."""
+    when = "In a new run" if incident["action"] == "stop" else "If it continues"
     return f"step {incident['step']}: {incident['seen']}: {incident['done']}. {when}: {incident['advice']}."
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """The incidents of a run, oldest first; a torn last line, which a kill leaves, is left out.
+    """The incidents of a run, oldest first. An incomplete last line, which a kill leaves, is left out.
 
     Raises ValueError with file and line for any other line that is not an incident.
     """
@@ -64,7 +64,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def truncate(run_dir: Path, step: int) -> None:
-    """Drops the incidents of ``step`` and later, which a resumed run is about to repeat; a torn line goes too."""
+    """Removes the incidents of ``step`` and later, which a resumed run will repeat, and an incomplete last line."""
     path = run_dir / FILE
     if not path.exists():
         return
@@ -85,7 +85,7 @@ def _check(incident: Any) -> None:
         isinstance(value, bool) or not (value is None or isinstance(value, int | float) or value in NOT_FINITE)
         for value in figures.values()
     ):
-        raise ValueError(f"its figures are {figures!r}, expected numbers by their names")
+        raise ValueError(f"its figures are {figures!r}, expected a mapping of names to numbers")
 
 
 def _plain(value: Any) -> Any:

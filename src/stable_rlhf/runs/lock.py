@@ -1,4 +1,4 @@
-"""One process to a run folder."""
+"""The lock of a run folder: one process at a time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stable_rlhf.runs.output import check_writable
 
 
 class RunLock:
-    """One process to a run folder: the system takes the lock from a process that dies, whatever it dies of."""
+    """The lock of a run folder. The system releases it when its process ends, however it ends."""
 
     def __init__(self, run_dir: Path) -> None:
         self._owner = run_dir / ".owner.json"
         self._lock = FileLock(run_dir / ".lock")
 
     def take(self) -> None:
-        """Raises ConfigError, with the owner, while another process has it, and for a folder that cannot be written to.
-        Taking it twice is taking it once."""
+        """Takes the lock; a second call does nothing. Raises ConfigError if another process has it (naming that
+        process), and for a folder that is not writable."""
         if self._lock.is_locked:
             return
         check_writable(self._owner.parent)
@@ -39,7 +39,7 @@ class RunLock:
         self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}))
 
     def check(self) -> None:
-        """Raises ConfigError, with the owner, while another process has it; nothing is left of the asking."""
+        """Raises ConfigError, naming the process, if another one has the lock. Leaves no trace."""
         if self._owner.exists():  # or nobody trains here, and there may be no folder yet
             self.take()
             self.release()

@@ -1,8 +1,7 @@
-"""What a run says about itself: metrics.jsonl, timings.jsonl, completions/*.parquet and the console.
+"""The records of a run: metrics.jsonl, timings.jsonl and completions/*.parquet.
 
 Files are strict JSON, one object a line. metrics.jsonl holds no clock reading, so that a resumed run writes the same
-bytes as one that was never stopped; times go to timings.jsonl. Text from models and data sets is hostile wherever it is
-shown: on a terminal it goes through `printable`, and never through rich's markup.
+bytes as one that was never stopped; times go to timings.jsonl.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _COMPLETIONS = pa.schema(
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Rows of a JSON-lines file, and whether its last line is torn (has no newline), which is what a kill leaves.
+    """Rows of a JSON-lines file, and whether its last line is torn: without a newline, as a kill leaves it.
 
-    A torn line is left out unless it is whole but for the newline. Any other line that is not a JSON object of finite
+    A torn line is left out unless only its newline is missing. Any other line that is not a JSON object of finite
     numbers, nulls and the texts of TEXT_METRICS, its `step` above the last one, raises ValueError with file and line.
     """
     lines = path.read_bytes().split(b"\n")
@@ -57,9 +56,9 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 class MetricsWriter:
-    """Appends one row a step to metrics.jsonl and timings.jsonl, flushed at once.
+    """Appends one row per step to metrics.jsonl and timings.jsonl, and flushes it at once.
 
-    On resume call `truncate(step)` first: rows that the run is about to repeat must not be there twice.
+    On resume call `truncate(step)` first, or rows that the run repeats would be there twice.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -81,7 +80,7 @@ class MetricsWriter:
         for name, value in row.items():
             if name not in METRICS and not _REWARD_NAME.fullmatch(name):
                 raise ValueError(
-                    f"unknown metric {name!r}: mend it, or add it to telemetry.METRICS and docs/metrics.md"
+                    f"unknown metric {name!r}: correct it, or add it to METRICS in runs/names.py and to docs/metrics.md"
                 )
             check_value(name, value, text=name in TEXT_METRICS)
         row = {name: valid_unicode(value) if isinstance(value, str) else value for name, value in row.items()}
@@ -92,7 +91,7 @@ class MetricsWriter:
             raise ValueError(f"step {step} after step {self._last_step}: call truncate({step}) before repeating a step")
         for name, value in timing.items():
             if name not in TIMINGS:
-                raise ValueError(f"unknown timing {name!r}: one of {', '.join(TIMINGS)}")
+                raise ValueError(f"unknown timing {name!r}: choose one of {', '.join(TIMINGS)}")
             check_value(name, value)
         if timing.get("step", step) != step:
             raise ValueError(f"timing of step {timing['step']} given with the metrics of step {step}")
@@ -102,11 +101,11 @@ class MetricsWriter:
         self._last_step = step
 
     def check(self) -> dict[Path, list[dict[str, Any]]]:
-        """The rows of the files that are there. Raises ValueError with file and line on a malformed one."""
+        """The rows of the files that exist. Raises ValueError with file and line for a malformed one."""
         return {path: read_rows(path)[0] for path in self._paths if path.exists()}
 
     def truncate(self, step: int) -> None:
-        """Drop rows and completions with step >= `step`; a torn last line goes too. Each file is replaced atomically.
+        """Removes rows and completions with step >= `step`, and a torn last line. Each file is replaced atomically.
 
         Raises ValueError with file and line on a malformed file, before either file is changed.
         """
@@ -147,4 +146,4 @@ def check_value(name: str, value: Any, *, text: bool = False) -> None:
         kinds = "text" if text else "a Python int, float"
         raise ValueError(f"{name} is {value!r} ({type(value).__name__}): it must be {kinds} or None")
     if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}: write None if it has no value here, otherwise mend what computes it")
+        raise ValueError(f"{name} is {value}: write None if it has no value here, otherwise fix its computation")

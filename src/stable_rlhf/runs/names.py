@@ -1,4 +1,4 @@
-"""The names of what a run records."""
+"""The names of the figures that a run records, each with its meaning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METRICS: dict[str, str] = {
     "objective/kl_k3": "mean of exp(-l) - 1 + l over response tokens, nats per token",
     "objective/kl_per_sequence": "mean over sequences of the summed log-ratio, nats per sequence",
     "objective/entropy": "mean entropy of the sampling policy, nats per token",
-    "objective/ref_nll": "mean of -ref over response tokens: how odd the reference finds the text, nats per token",
+    "objective/ref_nll": "mean of -ref over response tokens: how unlikely the reference finds the text, nats per token",
     "objective/non_score_reward": "mean over sequences of the KL part of the reward",
     "objective/rlhf_reward": "objective/scores + objective/non_score_reward",
     "rewards/<name>/mean": "mean of one reward function, unweighted",
@@ -41,20 +41,20 @@ METRICS: dict[str, str] = {
     "completions/skipped": "completions whose reward was None",
     "prompts/truncated": "prompts cut to the maximum prompt length",
     "safe/kl_coef": "coefficient of the KL term that the controller chose",
-    "safe/threshold": "KL threshold tau_t, nats per token",
+    "safe/threshold": "KL threshold tau_t, the KL budget in force, nats per token",
     "safe/excess": "max(0, filtered KL - tau_t), nats per token",
     "safe/kl_short": "fast filter of objective/kl, nats per token",
     "safe/kl_long": "slow filter of objective/kl, nats per token",
-    "safe/gate": "factor on the penalty from entropy",
-    "safe/entropy_floor": "entropy below which the gate tightens, nats per token",
-    "safe/phase": "phase of the threshold (text)",
+    "safe/gate": "factor by which low entropy multiplies the KL coefficient",
+    "safe/entropy_floor": "entropy below which the gate raises the KL coefficient, nats per token",
+    "safe/phase": "phase of the reward curve (text)",
     "safe/pid_p": "proportional term of the PID",
     "safe/pid_i": "integral term of the PID",
     "safe/pid_d": "derivative term of the PID",
     "safe/reason": "the controller's decision in one line (text)",
-    "safe/preview_kl": "largest KL(before || after) that an optimiser step proposed, nats per token",
+    "safe/preview_kl": "largest KL(before || after) of a proposed optimiser step (preview), nats per token",
     "safe/step_scale": "mean share of a proposed optimiser step that was taken",
-    "safe/scaled_steps": "optimiser steps of which the preview took a part only",
+    "safe/scaled_steps": "optimiser steps that the preview shortened",
     "safe/head_gap": "mean of |V1 - V2|",
     "safe/target_gap": "mean of |V - V_target|",
     "safe/rollbacks": "roll-backs of the run before this step",

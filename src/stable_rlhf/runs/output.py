@@ -1,4 +1,4 @@
-"""The folder that a run is given."""
+"""Checks of the run's output folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import unwritable
 
 NAME = 255
-"""Bytes of a file's name, on every file system in use."""
+"""Most bytes of a file's name on common file systems."""
 
 
 def check_output(folder: Path) -> None:
-    """Raises ConfigError for a folder that cannot be made: a name in it is too long, or a file is in its way."""
+    """Raises ConfigError if the folder cannot be made: a name in the path is too long, or a file is in the way."""
     if any(len(part.encode()) > NAME for part in folder.parts):
         raise ConfigError(f"output_dir={str(folder)!r}: has a name of more than {NAME} bytes; choose a shorter one")
     for path in (folder, *folder.parents):
@@ -21,7 +21,7 @@ def check_output(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """As ``check_output``, and raises ConfigError for a folder that cannot be written to."""
+    """Like ``check_output``; also raises ConfigError if the folder cannot be written to."""
     check_output(folder)
     if (fault := unwritable(folder)) is not None:
         raise ConfigError(f"output_dir={str(folder)!r}: {fault}; choose another folder")

@@ -80,7 +80,7 @@ class Progress:
         if self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.quiet:
             self._bar = bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.completed:.0f}/{task.total:.0f} steps", markup=False),
-                rich.progress.BarColumn(bar_width=12),  # the rest fits beside it in 80 columns
+                rich.progress.BarColumn(bar_width=12),  # the rest fits next to it in 80 columns
                 rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.TimeRemainingColumn(),
                 console=self.console,

@@ -30,7 +30,7 @@ def error_number(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno or 0
     if isinstance(error, SafetensorError) and (match := re.search(r"\(os error ([0-9]+)\)", str(error))):
-        return int(match[1])  # which safetensors has in the text alone
+        return int(match[1])  # safetensors gives it only in the text
     return None
 
 

@@ -1,5 +1,5 @@
 """Free memory, and none left; the formula of what a run needs is held against literals and measurements in
-test_doctor.py."""
+test_checks.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.py: crashes against literal series, escaping against hostile text, and what is said about what is missing."""
+"""report: crashes against literal series, escaping against hostile text, and what is said about what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.py: which figures, rows and files a report shows, and what a disk that is full leaves of it."""
+"""report: which figures, rows and files a report shows, and what a disk that is full leaves of it."""
 
 from __future__ import annotations
 

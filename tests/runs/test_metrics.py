@@ -1,4 +1,4 @@
-"""telemetry.py: files that survive kills and refuse what is not true, and text that cannot act on a terminal."""
+"""runs: files that survive kills and refuse what is not true, and text that cannot act on a terminal."""
 
 from __future__ import annotations
 

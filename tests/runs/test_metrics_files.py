@@ -1,4 +1,4 @@
-"""telemetry.py: files are written aside, flushed and renamed; steps, torn lines and plain lines are counted."""
+"""runs: files are written aside, flushed and renamed; steps, torn lines and plain lines are counted."""
 
 from __future__ import annotations
 

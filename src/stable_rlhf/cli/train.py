@@ -35,7 +35,7 @@ def resume(arguments: list[str]) -> int:
     made.add_argument("--checkpoint", type=Path, help="resume from this checkpoint instead of the newest")
     given = made.parse_args(arguments)
     file = given.run / "config.yaml"
-    if not os.path.isfile(file):  # as Path has it, except that a name too long to be one is no error
+    if not os.path.isfile(file):  # unlike Path.is_file, a name that is too long is not an error
         raise ConfigError(f"{given.run} is not a run folder: it has no config.yaml; check the path")
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])

@@ -44,7 +44,7 @@ def encode_prompts(
     so that the end, next to the response, stays; a leading BOS token is kept, because models that were trained with one
     degrade without it.
 
-    context_length: positions that the model has for prompt and completion together; None is no bound.
+    context_length: positions that the model has for prompt and completion together; None is unlimited.
 
     Raises PromptError for the first row that does not fit the context with its completion, a malformed prompt, chats
     without a chat template, and a prompt of no tokens.

@@ -137,8 +137,8 @@ def _read_json(path: Path) -> Iterable[dict[str, Any]]:
 
 def _json(text: bytes, where: str) -> Any:
     try:
-        value = json.loads(text.decode())  # bytes alone would be tried as UTF-16 as well
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair can be written so, and is no text
+        value = json.loads(text.decode())  # undecoded bytes would be tried as UTF-16 too
+        json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair, which JSON can hold
         return value
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{where} is not JSON: {error}. Repair or remove it.") from error

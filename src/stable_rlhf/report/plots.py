@@ -137,7 +137,7 @@ def _thin(steps: list[int], values: list[float]) -> Series:
 def _draw(plot: _Plot, data: dict[_Line, Series], rows: Rows, crashes: Sequence[RewardCrash], incidents: Rows) -> str:
     """One figure as a data address. Only this module's own labels are drawn, never text of the run."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.2, 2.9), layout="constrained")  # inches; two beside each other fill 1180 px
+        figure = Figure(figsize=(6.2, 2.9), layout="constrained")  # inches; two side by side fill 1180 px
         axes = figure.subplots(len(plot.labels), sharex=True, squeeze=False)[:, 0]
         for line, (steps, values) in data.items():
             marker = "o" if len(steps) <= WINDOW else ""  # few points must not look like a measured curve

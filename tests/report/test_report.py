@@ -333,7 +333,7 @@ def test_run_of_one_row_with_nothing_else_says_what_is_missing(tmp_path: Path):
     for text in (
         "config.yaml is missing",
         "evaluation.json is missing",
-        "completions/ holds no file",
+        "completions/ is empty",
         "reward crashes: need 20 steps",
         "no samples",
         "Not recorded by this run: objective/entropy, safe/entropy_floor.",

@@ -46,7 +46,7 @@ def test_what_is_recorded_is_read_back_in_order_and_said_in_one_sentence(tmp_pat
     assert out == ""
     assert err.splitlines() == [
         f"step {step}: the KL is 6 nats per token, above its ceiling of 2: went back to the state after 4 steps. If it "
-        "goes on: lower optim.learning_rate."
+        "continues: lower optim.learning_rate."
         for step in (7, 9)
     ]
 

@@ -169,7 +169,7 @@ def check_prompts(prompts: Iterable[object], name: str) -> None:
     for row, prompt in enumerate(prompts, start=1):
         problem = _problem(prompt)
         if problem is None and first not in (None, type(prompt)):
-            problem = "is text but row 1 is a list of messages, or the reverse"
+            problem = "is text where row 1 is messages, or the reverse"
         if problem is not None:
             valid = "a non-empty text, or a list of {'role', 'content'} messages that ends before the answer"
             raise PromptError(f"{name}, row {row}: the prompt {problem}. A prompt is {valid}.")

@@ -85,7 +85,7 @@ def _check(incident: Any) -> None:
         isinstance(value, bool) or not (value is None or isinstance(value, int | float) or value in NOT_FINITE)
         for value in figures.values()
     ):
-        raise ValueError(f"its figures are {figures!r}, expected a mapping of names to numbers")
+        raise ValueError(f"its figures are {figures!r}, expected numbers by their names")
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart check test faults clean
+.PHONY: install quickstart check test faults mutants clean
 
 # The virtual environment with pinned versions; made again when a pin or a dependency changes.
 install: .venv/installed
@@ -27,6 +27,13 @@ test: install
 SEED ?= 4
 faults: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --seed $(SEED)
+
+# Changes one line of src at a time and says which changes the tests miss: hours, so `make mutants AREA=control` or
+# `make mutants SAMPLE=60`. The changes are a list (tests/mutants/*.yaml) and not made by mutmut or cosmic-ray: every
+# change starts a Python that takes seconds to import torch, and their operators make thousands of changes, few of them
+# an engineer's mistake. Each of ours is one, and names the tests that notice it.
+mutants: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(AREA),--area $(AREA)) $(if $(SAMPLE),--sample $(SAMPLE))
 
 clean:
 	rm -rf .venv

@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -21,8 +21,7 @@ from tests.mutants.changes import ROOT, Change, load
 
 COPIED = ("src", "tests", "benchmarks", "scripts", "docs", "configs", "README.md", "pyproject.toml")
 TIMEOUT = 120.0
-"""Seconds for the tests of one change. The slowest take a quarter of it; a change that takes more has made an endless
-loop, and is noticed."""
+"""Seconds for the tests of one change: one that takes longer has most likely made an endless loop, and is noticed."""
 LEAST = 0.95
 """Share of the changes that must be noticed."""
 
@@ -32,20 +31,18 @@ class Counts:
     """What became of the changes."""
 
     noticed: int = 0
-    survivors: list[Change] = field(default_factory=list)
-    untried: list[Change] = field(default_factory=list)
+    survived: int = 0
+    untried: int = 0
     """Changes whose tests fail without them, which says nothing about the change."""
 
-    def add(self, other: Counts) -> None:
-        self.noticed += other.noticed
-        self.survivors += other.survivors
-        self.untried += other.untried
+    @property
+    def tried(self) -> int:
+        return self.noticed + self.survived
 
     @property
     def share(self) -> float:
         """Noticed / tried; 1 where nothing was tried."""
-        tried = self.noticed + len(self.survivors)
-        return self.noticed / tried if tried else 1.0
+        return self.noticed / self.tried if self.tried else 1.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,10 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         changes = random.Random(given.seed).sample(changes, min(given.sample, len(changes)))
     counts = try_all(changes, given.jobs)
     if counts.untried:
-        print(f"{len(counts.untried)} not tried: their tests fail without any change")
-    tried = counts.noticed + len(counts.survivors)
+        print(f"{counts.untried} not tried: their tests fail without any change")
     equivalent = sum(bool(change.equivalent) for change in listed)
-    print(f"{counts.noticed} of {tried} noticed ({100 * counts.share:.1f} %), {equivalent} equivalent")
+    print(f"{counts.noticed} of {counts.tried} noticed ({100 * counts.share:.1f} %), {equivalent} equivalent")
     return 1 if counts.untried or counts.share < LEAST else 0
 
 
@@ -72,35 +68,49 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def try_all(changes: Iterable[Change], jobs: int) -> Counts:
-    """Tries every change, ``jobs`` at a time, each job in its own copy of the repository."""
-    groups = by_tests(changes)
-    total = Counts()
-    with copies(jobs) as folders, ThreadPoolExecutor(jobs) as pool:
-        free: SimpleQueue[Path] = SimpleQueue()
-        for folder in folders:
-            free.put(folder)
-        for counts in pool.map(lambda group: try_group(group, free), groups):
-            total.add(counts)
-    return total
+def try_all(changes: Sequence[Change], jobs: int) -> Counts:
+    """Tries every change, ``jobs`` at a time; prints every survivor.
 
-
-def by_tests(changes: Iterable[Change]) -> list[list[Change]]:
-    """Changes that are noticed by the same tests share one run of the tests without a change; the longest first."""
-    groups: dict[tuple[str, ...], list[Change]] = {}
-    for change in changes:
-        groups.setdefault(change.tests, []).append(change)
-    return sorted(groups.values(), key=len, reverse=True)
+    The tests run without a change first, once for all the changes that name the same ones. Where they fail, that is
+    printed, and these changes are not tried.
+    """
+    counts = Counts()
+    with copies(jobs) as free, ThreadPoolExecutor(jobs) as pool:
+        sets = list(dict.fromkeys(change.tests for change in changes))
+        failures = dict(zip(sets, pool.map(lambda tests: unchanged(tests, free), sets), strict=True))
+        for tests, failure in failures.items():
+            if failure is not None:
+                print(f"error: {' '.join(tests)}: fails without any change\n{failure}", flush=True)
+        sound = [change for change in changes if failures[change.tests] is None]
+        counts.untried = len(changes) - len(sound)
+        for change, seen in zip(sound, pool.map(lambda change: noticed(change, free), sound), strict=True):
+            counts.noticed += seen
+            counts.survived += not seen
+            if not seen:
+                print(f"survived: {change}", flush=True)
+    return counts
 
 
 @contextmanager
-def copies(count: int) -> Iterator[list[Path]]:
-    """As many copies of the repository, in a temporary folder that is removed at the end."""
+def copies(count: int) -> Iterator[SimpleQueue[Path]]:
+    """As many copies of the repository, for whoever takes one to put back; they are removed at the end."""
+    free: SimpleQueue[Path] = SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="mutants-") as parent:
-        folders = [Path(parent) / str(number) for number in range(count)]
-        for folder in folders:
+        for number in range(count):
+            folder = Path(parent) / str(number)
             copy_repository(folder)
-        yield folders
+            free.put(folder)
+        yield free
+
+
+@contextmanager
+def one_of(free: SimpleQueue[Path]) -> Iterator[Path]:
+    """A copy that nobody else has inside."""
+    folder = free.get()
+    try:
+        yield folder
+    finally:
+        free.put(folder)
 
 
 def copy_repository(folder: Path) -> None:
@@ -113,43 +123,22 @@ def copy_repository(folder: Path) -> None:
             shutil.copy2(source, folder / name)
 
 
-def try_group(group: Sequence[Change], free: SimpleQueue[Path]) -> Counts:
-    """Tries changes that have the same tests, in a copy that is free."""
-    folder = free.get()
-    try:
-        return try_in(folder, group)
-    finally:
-        free.put(folder)
+def unchanged(tests: Sequence[str], free: SimpleQueue[Path]) -> str | None:
+    """``failure_of`` the tests without any change."""
+    with one_of(free) as folder:
+        return failure_of(folder, tests)
 
 
-def try_in(folder: Path, group: Sequence[Change]) -> Counts:
-    """Runs the tests without a change, then with each. Prints a failure of the first, and every survivor."""
-    failure = failure_of(folder, group[0].tests)
-    if failure is not None:
-        names = "\n  ".join(change.file for change in group)
-        print(
-            f"error: {' '.join(group[0].tests)} fails without any change; not tried:\n  {names}\n{failure}", flush=True
-        )
-        return Counts(untried=list(group))
-    counts = Counts()
-    for change in group:
-        if noticed(folder, change):
-            counts.noticed += 1
-        else:
-            counts.survivors.append(change)
-            print(f"survived: {change}", flush=True)
-    return counts
-
-
-def noticed(folder: Path, change: Change) -> bool:
+def noticed(change: Change, free: SimpleQueue[Path]) -> bool:
     """Whether the tests fail with the change, which is taken back."""
-    path = folder / change.file
-    before = path.read_text()
-    path.write_text(change.apply(before))
-    try:
-        return failure_of(folder, change.tests) is not None
-    finally:
-        path.write_text(before)
+    with one_of(free) as folder:
+        path = folder / change.file
+        before = path.read_text()
+        path.write_text(change.apply(before))
+        try:
+            return failure_of(folder, change.tests) is not None
+        finally:
+            path.write_text(before)
 
 
 def failure_of(folder: Path, tests: Sequence[str]) -> str | None:
@@ -171,20 +160,15 @@ def failure_of(folder: Path, tests: Sequence[str]) -> str | None:
         text=True,
         start_new_session=True,  # so that what the tests have started ends with them
     )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        output = f"not done after {TIMEOUT:g} s"
-    finally:
-        end(process)
+    with process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            output = f"not done after {TIMEOUT:g} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return None if process.returncode == 0 else output
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Ends a process and those that it has started, where they still run."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_a_command_to_type_next_is_named_as_it_was_typed(
     monkeypatch.setattr(sys, "argv", ["some/bin/stable-rlhf", "train"])
     capsys.readouterr()
     assert main(["train", *tiny]) == 2
-    assert f"resume it by `some/bin/stable-rlhf resume {tmp_path / 'run'}`" in said(capsys)
+    assert f"resume it with `some/bin/stable-rlhf resume {tmp_path / 'run'}`" in said(capsys)
 
 
 def test_an_incident_that_cannot_be_read_costs_a_resume_a_sentence(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from stable_rlhf.control import Decision, Observation, controller_settings, make_controller
+from stable_rlhf.control.kl_regulator import RegulatorState
 from stable_rlhf.control.normaliser import Moments
-from stable_rlhf.control.regulator import RegulatorState
 from stable_rlhf.control.safe import SafeSettings, SafeState, ThresholdState, advance_safe
 from tests.oracles import control as oracle
 

@@ -106,7 +106,7 @@ def test_a_reward_and_a_model_for_which_memory_is_too_little_are_told_as_that(
     line = capsys.readouterr().err
     assert re.match(r"stable-rlhf: after 0 steps, in the reward: .*allocate memory", line)
     assert "continues from step 0." in line  # it was saved as of before the rollout in hand
-    monkeypatch.setattr("stable_rlhf.training.trainer.ActorCritic", greedy_loading)
+    monkeypatch.setattr("stable_rlhf.training.run.ActorCritic", greedy_loading)
     assert main(["train", *settings, "--output_dir", str(tmp_path / "again")]) == errors.Exit.FAILED
     line = capsys.readouterr().err
     assert re.match(r"stable-rlhf: loading: .*allocate memory", line)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from stable_rlhf.checkpoints import store
 from stable_rlhf.errors import DivergenceError, PromptError
-from stable_rlhf.learner import preview
+from stable_rlhf.learner import step_preview as preview
 from tests.tiny_runs import PROMPTS, finished, letters, policy, rows, settings, trainer
 
 

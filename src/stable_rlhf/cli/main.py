@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from stable_rlhf.cli.doctor import doctor
-from stable_rlhf.cli.exits import say
+from stable_rlhf.cli.messages import say
 from stable_rlhf.cli.report import report
 from stable_rlhf.cli.train import resume, train
 from stable_rlhf.console import protect_terminal

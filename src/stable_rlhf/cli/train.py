@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stable_rlhf.cli.exits import say, typed_command
+from stable_rlhf.cli.messages import say, typed_command
 from stable_rlhf.cli.parser import Parser
 from stable_rlhf.cli.settings import asks_for_help, show_settings
 from stable_rlhf.config import Config, load_config

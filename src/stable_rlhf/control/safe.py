@@ -21,10 +21,10 @@ import math
 from dataclasses import dataclass, field
 
 from stable_rlhf.control.base import Decision, Observation, check_settings, setting
+from stable_rlhf.control.kl_regulator import Regulation, RegulatorState, regulate
 from stable_rlhf.control.normaliser import Moments, merge
 from stable_rlhf.control.phase import CLEAR, Contrast, Phase, contrast, reward_phase
 from stable_rlhf.control.pid import PidGains, PidState, PidTerms, pid_step
-from stable_rlhf.control.regulator import Regulation, RegulatorState, regulate
 
 ENTROPY_START = 5  # rollouts averaged into the starting entropy: one is noisy, and by ten a quick run has moved
 ENTROPY_KEEP = 0.5  # share of the entropy's average that one step keeps: a lag of one step, since collapse is quick

@@ -13,7 +13,7 @@ from stable_rlhf.learner.measure import learns_policy, lengths
 from stable_rlhf.learner.microbatches import Lengths, Microbatch, plan
 from stable_rlhf.learner.objective import Scale
 from stable_rlhf.learner.passes import Passes
-from stable_rlhf.learner.preview import Preview
+from stable_rlhf.learner.step_preview import Preview
 from stable_rlhf.policy import ActorCritic
 from stable_rlhf.records import Batch, StepStats, on
 

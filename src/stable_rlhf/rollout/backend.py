@@ -1,4 +1,4 @@
-"""The settings that a sampling backend receives."""
+"""A sampling backend: the settings that it receives and the protocol that it follows."""
 
 from __future__ import annotations
 
@@ -19,3 +19,20 @@ class Sampling:
     """Any of these ends a row."""
     pad_token_id: int
     """Fills a row after its end."""
+
+
+class Generator(Protocol):
+    """Samples completions from the policy as it is now. `Decoder` is the one that ships."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of prompts and tokens."""
+        ...
+
+    def sample(self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling) -> Tensor:
+        """[B, T] int64 tokens with T <= max_new_tokens, sampled from the whole distribution at the temperature.
+
+        ``prompt``: [B, P] int64, padded on the left. ``prompt_mask``: True for its tokens. After a row's end stand pad
+        tokens.
+        """
+        ...

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stable_rlhf.control.regulator import Regulation, RegulatorState, regulate
+from stable_rlhf.control.kl_regulator import Regulation, RegulatorState, regulate
 from tests.oracles import control as oracle
 
 E = math.e

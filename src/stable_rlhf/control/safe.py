@@ -9,7 +9,7 @@ Once per rollout, in this order:
 2. gate        gate = clip((fraction H_0 / H)^power, 1, max), H_0 the mean entropy of the first rollouts: exactly 1
                in a healthy run, above it before collapse. While it is above 1 the coefficient may not relax, else
                the regulator would undo it.
-3. regulation  `regulator.regulate` brings KL to the threshold and holds it there.
+3. regulation  `kl_regulator.regulate` brings KL to the threshold and holds it there.
 4. decision    kl_coef = gate * fade * beta.
 
 Intent: SAFE (arXiv 2602.04651), sections on the gate, the asymmetric penalty and the PID threshold; the forms are ours.

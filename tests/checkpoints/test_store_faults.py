@@ -123,7 +123,7 @@ def test_a_disk_that_keeps_other_bytes_than_it_was_given_is_noticed_before_the_r
             errno.ENOSPC,
             r"No space left on device; it needs {need} bytes in {folder}, where [\d,]+ are free.*; make room",
         ),
-        (errno.EDQUOT, r"Disk quota exceeded; it needs {need} bytes in .* free, so it is a quota.*; free some of your"),
+        (errno.EDQUOT, r"Disk quota exceeded; it needs {need} bytes in .* free, so a quota.*; free some of your"),
         (errno.EFBIG, r"File too large; it needs {need} bytes in .*raise the limit on .* \(ulimit -f\)$"),
         (errno.EIO, r"Input/output error; earlier checkpoints are unchanged; correct that$"),
     ],

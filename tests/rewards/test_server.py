@@ -147,8 +147,8 @@ def test_health_names_the_model() -> None:
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 REFUSED = [
-    (b"", 400, "no JSON"),
-    (b"\xff", 400, "no JSON"),
+    (b"", 400, "not JSON"),
+    (b"\xff", 400, "not JSON"),
     (b"[" * 50_000, 400, "nested too deeply"),
     ([], 422, "must be a JSON object with a list 'query'"),
     ({"prompts": ["a"]}, 422, "'query' must be a list of texts"),

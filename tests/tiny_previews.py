@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from stable_rlhf.learner import make_preview, preview, update
+from stable_rlhf.learner import make_preview, update
+from stable_rlhf.learner import step_preview as preview
 from stable_rlhf.learner.measure import lengths
 from stable_rlhf.policy.actor_critic import ActorCritic
 from stable_rlhf.records import Tokens

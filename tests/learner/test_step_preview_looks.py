@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from stable_rlhf import Config
-from stable_rlhf.learner import Preview, make_preview, preview, update
+from stable_rlhf.learner import Preview, make_preview, update
+from stable_rlhf.learner import step_preview as preview
 from stable_rlhf.learner.microbatches import Grain, Lengths
 from stable_rlhf.policy.actor_critic import ActorCritic
 from tests import graphs_on_cpu as reruns

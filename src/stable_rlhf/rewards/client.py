@@ -6,15 +6,11 @@ A batch gets all its scores or raises an error: no score is made up, and none is
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import os
 import random
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,10 +19,11 @@ import tenacity
 
 from stable_rlhf.config import RewardConfig, url_without_secrets
 from stable_rlhf.console import tell
-from stable_rlhf.data import Message, Text, plain_text
+from stable_rlhf.data import Text
 from stable_rlhf.errors import RewardError, RewardInputError, RewardUnavailable
 from stable_rlhf.rewards.checks import shown
 from stable_rlhf.rewards.functions import RewardFunction
+from stable_rlhf.rewards.protocol import RequestFailure, answer_content, request_body, rewards_in
 from stable_rlhf.rewards.run_async import waited_for
 
 CONNECT_SECONDS = 10.0
@@ -38,15 +35,6 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 """Longest pause in seconds: once somebody starts a server, the run finds it within that time."""
 
-MAX_ANSWER_BYTES = 8 * 2**20
-"""Longest answer: a score takes 25 bytes, or three times that where `scores` and `extra_logs` repeat it, so this
-holds a thousand times the usual batch."""
-
-MAX_ERROR_BYTES = 4096
-"""Bytes of a refusal that are read, more than are shown."""
-
-AGAIN = frozenset({408, 425, 429})
-"""Statuses below 500 that say "not now": time-out, too early, too many requests."""
 
 NOT_THE_PLACE = frozenset({401, 403, 404, 405})
 """Statuses that mean a wrong address or token. Any other error in the trial, which has no values for the data set's
@@ -62,14 +50,6 @@ PROBE_RETRIES = 2
 """Retries of the trial at the start. They take a second or two, so a server that is not there is reported soon."""
 
 PROBE_PROMPT, PROBE_COMPLETION = "The soup was", " good."
-
-
-class _Failure(Exception):
-    """A request that gave no scores. again: whether a retry may help. after: seconds that the server asked to wait."""
-
-    def __init__(self, what: str, *, again: bool, after: float = 0.0, status: int | None = None) -> None:
-        super().__init__(what)
-        self.again, self.after, self.status = again, after, status
 
 
 class RemoteReward:
@@ -128,10 +108,10 @@ class RemoteReward:
             for first in range(0, len(prompts), self._batch_size):
                 part = slice(first, first + self._batch_size)
                 sent = {name: columns[name][part] for name in self.columns}
-                body = _body(prompts[part], completions[part], sent)
+                body = request_body(prompts[part], completions[part], sent)
                 left = self._max_wait - (time.monotonic() - started)
                 retrying = tenacity.AsyncRetrying(
-                    retry=tenacity.retry_if_exception(lambda error: isinstance(error, _Failure) and error.again),
+                    retry=tenacity.retry_if_exception(lambda error: isinstance(error, RequestFailure) and error.again),
                     wait=self._pause,
                     stop=tenacity.stop_after_attempt(self._retries + 1) | tenacity.stop_before_delay(left),
                     before_sleep=say,
@@ -141,7 +121,7 @@ class RemoteReward:
                 try:
                     count = len(prompts[part])
                     scores += await retrying(self._request, client, body, first, count, started, retrying.statistics)
-                except _Failure as failure:
+                except RequestFailure as failure:
                     tries += retrying.statistics["attempt_number"]
                     raise self._unavailable(failure, tries, time.monotonic() - started) from failure
                 tries += retrying.statistics["attempt_number"]
@@ -165,7 +145,7 @@ class RemoteReward:
         try:
             waited_for(lambda: trial([PROBE_PROMPT], [PROBE_COMPLETION], **nothing))
         except RewardUnavailable as error:
-            status = error.__cause__.status if isinstance(error.__cause__, _Failure) else None
+            status = error.__cause__.status if isinstance(error.__cause__, RequestFailure) else None
             there = status is not None and not 300 <= status < 400 and status not in NOT_THE_PLACE
             if not (self.columns and there):
                 raise
@@ -173,7 +153,7 @@ class RemoteReward:
     def _pause(self, state: tenacity.RetryCallState) -> float:
         """Seconds before the next try: doubled each time, times 0.5 to 1 at random, lest all runs retry together."""
         failure = state.outcome.exception() if state.outcome else None
-        asked = failure.after if isinstance(failure, _Failure) else 0.0
+        asked = failure.after if isinstance(failure, RequestFailure) else 0.0
         return max(self._doubling(state) * self._random.uniform(0.5, 1.0), asked)
 
     def _said(self) -> Callable[[tenacity.RetryCallState], None]:
@@ -208,18 +188,18 @@ class RemoteReward:
                 watch = asyncio.create_task(self._cut(bound)) if known["attempt_number"] > 1 else None
                 try:
                     async with client.stream("POST", self.url, content=body) as response:
-                        content = await _content(response)
+                        content = await answer_content(response)
                 finally:
                     if watch is not None:
                         watch.cancel()
         except TimeoutError as error:
-            raise _Failure(f"no whole answer within {allowed:.3g} s", again=True) from error
+            raise RequestFailure(f"no whole answer within {allowed:.3g} s", again=True) from error
         except httpx2.HTTPError as error:
             what = f"{type(error).__name__}: {shown(str(error))}"
-            raise _Failure(what, again=not _untrusted(error)) from error
-        return _rewards(content, first, count)
+            raise RequestFailure(what, again=not _untrusted(error)) from error
+        return rewards_in(content, first, count)
 
-    def _unavailable(self, failure: _Failure, tries: int, seconds: float) -> RewardUnavailable:
+    def _unavailable(self, failure: RequestFailure, tries: int, seconds: float) -> RewardUnavailable:
         how = f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
         asked = f" (it asked to wait {failure.after:g} s)" if failure.after > 0 else ""
         return RewardUnavailable(
@@ -228,11 +208,11 @@ class RemoteReward:
         )
 
     async def _sleep(self, seconds: float) -> None:
-        """Pauses before a further try. Raises _Failure where the run is asked to stop before or during the pause."""
+        """Pauses before a further try. Raises RequestFailure once the run is asked to stop."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             if self._stopping():
-                raise _Failure("the run is asked to stop and does not retry", again=False)
+                raise RequestFailure("the run is asked to stop and does not retry", again=False)
             await asyncio.sleep(min(left, GLANCE))
 
     async def _cut(self, request: asyncio.Timeout) -> None:
@@ -269,101 +249,6 @@ def _token(variable: str) -> str:
             f"reward.token_env={variable!r}: its value has spaces or other characters that no token has."
         )
     return token
-
-
-def _body(prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, list[Any]]) -> bytes:
-    """The request: `query` and `prompts` as texts, `messages` where prompts are chats, and the chosen columns."""
-    chats = [_messages(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    heads = [p if isinstance(p, str) else f"{plain_text(p)}\n\nAssistant:" for p in prompts]
-    query = [
-        head + str(completion) if chat is None else plain_text(chat)
-        for head, completion, chat in zip(heads, completions, chats, strict=True)
-    ]
-    fields: dict[str, Any] = {"query": query, "prompts": heads}
-    if any(chats):
-        fields["messages"] = chats
-    for name, values in columns.items():
-        try:
-            json.dumps(values, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RewardError(
-                f"reward.columns names {name!r}, which JSON cannot hold ({error}); leave it out, or make it text."
-            ) from error
-        fields[name] = values
-    return json.dumps(fields).encode("ascii")  # ASCII: lone surrogates go as escapes, which are always valid
-
-
-def _messages(prompt: Text, completion: Text) -> list[Message] | None:
-    """The whole chat of a sample, None for a text prompt."""
-    if isinstance(prompt, str):
-        return None
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    return [*prompt, *answer]
-
-
-async def _content(response: httpx2.Response) -> bytes:
-    """The answer's bytes. Raises _Failure for a status that is not a success, and for an answer that is too long."""
-    status, limit = response.status_code, MAX_ANSWER_BYTES if response.is_success else MAX_ERROR_BYTES
-    if encoding := response.headers.get("Content-Encoding", "").replace("identity", ""):
-        raise _Failure(f"it answered in the encoding {shown(encoding)}, though none was asked for", again=False)
-    content = bytearray()
-    async for piece in response.aiter_raw():
-        content += piece
-        if len(content) > limit:
-            break
-    if response.is_success:
-        if len(content) > limit:
-            raise _Failure(f"its answer has more than {limit} bytes", again=False, status=status)
-        return bytes(content)
-    if response.is_redirect:
-        where = shown(response.headers.get("Location", ""))
-        raise _Failure(f"HTTP {status}: it redirects to {where}; give that URL", again=False, status=status)
-    what = f"HTTP {status}: {shown(content[:limit].decode('utf-8', 'replace').strip())}"
-    after = _seconds_to_wait(response.headers.get("Retry-After"))
-    raise _Failure(what, again=status in AGAIN or status >= 500, after=after, status=status)
-
-
-def _seconds_to_wait(header: str | None) -> float:
-    """Retry-After: seconds, or a date; 0 without one or for one that is neither."""
-    if header is None:
-        return 0.0
-    if header.strip().isascii() and header.strip().isdigit():
-        return float(header)
-    try:
-        date = parsedate_to_datetime(header)
-    except (ValueError, OverflowError):
-        return 0.0
-    now = datetime.now(UTC) if date.tzinfo else datetime.now(UTC).replace(tzinfo=None)
-    return max(0.0, (date - now).total_seconds())
-
-
-def _rewards(content: bytes, first: int, count: int) -> list[float | None]:
-    """The answer's `rewards`. An answer without them may be that of a proxy, and the request is retried."""
-    try:
-        answer = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        begins = shown(content[:200].decode("utf-8", "replace"))
-        raise _Failure(f"its answer is not JSON and begins with {begins}", again=True, status=200) from error
-    rewards = answer.get("rewards") if isinstance(answer, dict) else None
-    if not isinstance(rewards, list):
-        raise _Failure(f"its answer has no list 'rewards', but is {shown(answer)}", again=True, status=200)
-    if len(rewards) != count:
-        raise _Failure(f"it gave {len(rewards)} rewards for {count} samples", again=True, status=200)
-    return [_reward(value, first + row) for row, value in enumerate(rewards, start=1)]
-
-
-def _reward(value: Any, sample: int) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number):
-            return number
-    what = f"its reward of sample {sample} is {shown(value)}, not a finite number, or null for no score"
-    raise _Failure(what, again=False, status=200)
 
 
 def _untrusted(error: BaseException | None) -> bool:

@@ -71,10 +71,11 @@ def test_a_setting_that_says_where_and_how_may_be_another(run: SAFETrainer, name
 
 
 def test_another_reference_is_refused_before_anything_is_changed(run: SAFETrainer, tmp_path: Path) -> None:
-    tensors, state = checkpoints_state.capture(run)
+    tensors, state = checkpoints_state.capture(run.parts, run.steps_done)
+    parts = {**state["parts"], "reference": {"fingerprint": "0" * 64}, "counters": {"step": 9, "episode": 72}}
     with pytest.raises(CheckpointError, match="its reference model differs; give the model that it began with"):
-        checkpoints_state.restore(run, tensors, {**state, "reference": "0" * 64, "step": 9})
-    assert run.step == 1
+        checkpoints_state.restore(run.parts, tensors, {"step": 9, "parts": parts})
+    assert run.steps_done == 1
 
 
 @pytest.mark.parametrize(

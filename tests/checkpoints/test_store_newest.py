@@ -347,8 +347,9 @@ def test_a_whole_checkpoint_whose_state_is_of_another_kind_is_refused(
     trainer(config, tokenizer).train()
     saved = tmp_path / "run" / "checkpoints" / "step-000004"
     state = json.loads((saved / "state.json").read_text())
-    for other in ({key: value for key, value in state.items() if key != part}, {**state, part: 5}):
-        forge(saved, "state.json", json.dumps(other).encode())
+    parts = state["parts"]
+    for other in ({name: own for name, own in parts.items() if name != part}, {**parts, part: 5}):
+        forge(saved, "state.json", json.dumps({**state, "parts": other}).encode())
         with pytest.raises(
             CheckpointError, match=r"step-000004 does not hold the state of a run \((Key|Type|Attribute)Error: "
         ):

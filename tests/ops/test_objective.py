@@ -25,7 +25,7 @@ def f64(*entries) -> torch.Tensor:
 # soft-min ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not TRACES.exists(), reason="needs ../shared/data/paper_traces.json, the authors' soft-min values")
+@pytest.mark.skipif(not TRACES.exists(), reason="the authors' traces are not here")
 def test_soft_min_reproduces_the_authors_values():
     rows = json.loads(TRACES.read_text(encoding="utf-8"))["soft_min"]
     assert len(rows) == 20

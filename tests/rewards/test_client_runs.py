@@ -110,7 +110,7 @@ def test_a_servers_settings_are_refused_without_a_server(field: str) -> None:
         ({"timeout": 0.05, "retries": 0}, servers.hang, r"no whole answer within 0\.05 s"),
         ({"retries": 1}, answer(b"", 500), r"2 tries in .*reward\.retries=1"),
         ({"max_wait": 0.9, "retries": 0}, servers.drip, r"no whole answer within 0\.[4-9]\d* s"),  # what is left of it
-        ({"columns": ["labels"], "retries": 0}, answer(b"", 500), r"reward\.columns=.* has no 'labels'"),
+        ({"columns": ["labels"], "retries": 0}, answer(b"", 500), r"reward\.columns=.* has no column 'labels'"),
     ],
 )
 def test_a_servers_settings_act(given: dict[str, Any], act: servers.Act, message: str) -> None:

@@ -211,4 +211,4 @@ def test_a_device_that_is_not_there_is_refused_by_its_number(device: str, capsys
 def test_a_port_beyond_the_last_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["serve-reward", "tests.rewards.test_server:awkward", f"--port={port}"])
     assert code == errors.Exit.BAD_INPUT
-    assert f"--port={port}: give 1 to 65535, or 0 for any that is free" in capsys.readouterr().err
+    assert f"--port={port}: give 1 to 65535, or 0 for any free port" in capsys.readouterr().err

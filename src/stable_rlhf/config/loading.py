@@ -29,15 +29,12 @@ from stable_rlhf.errors import ConfigError
 _TOP = [field.name for field in dataclasses.fields(Config) if field.name not in SECTIONS]
 
 
-# The docstring below each field is its help.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
 def parser(preset: str, controller: str, command: str = "train") -> ArgumentParser:
     """Every setting of Config as an argument, the preset's values as defaults; ``kl.settings`` are the controller's.
 
     No abbreviations, no other names.
     """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the docstring below each field is its help
     made = ArgumentParser(prog=f"stable-rlhf {command}", exit_on_error=False, allow_abbrev=False, print_config=None)
     made.add_argument(
         "--config", action=ActionConfigFile, help="YAML file of settings; settings on the command line override it"

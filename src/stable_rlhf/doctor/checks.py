@@ -26,7 +26,7 @@ from stable_rlhf.hardware import memory, resolve_device, shortage_named
 from stable_rlhf.policy import context_length, load_tokenizer, policy_dtype
 from stable_rlhf.rewards import Scorer, make_scorer
 from stable_rlhf.text import printable, readable_size
-from stable_rlhf.training import as_given, check_named
+from stable_rlhf.training import as_given, check_named, probe_servers
 
 PLEASANT = " It was wonderful: friendly, quick, and better than I had hoped. I would go again."
 UNPLEASANT = " It was terrible: rude, slow, and worse than I had feared. I would never go again."
@@ -53,12 +53,13 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
     does.
     """
     found = Findings(say)
-    try:  # it tries a reward server in seconds, as the trainer does
-        config = as_given(config, config.model.name, None, None)
+    config = as_given(config, config.model.name, None, None)
+    check_named(config, config.model.name)
+    try:  # in seconds, as the trainer does
+        probe_servers(config)
     except RewardUnavailable as error:
         found.fail(f"reward: {error}")
         return False
-    check_named(config, config.model.name)
     device, low = resolve_device(config.model.device), policy_dtype(config.model)[1]
     check_output(found, config)
     policy = skeleton(config)

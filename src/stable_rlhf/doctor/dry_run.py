@@ -21,7 +21,7 @@ from stable_rlhf.doctor.findings import Findings
 from stable_rlhf.errors import DivergenceError, OutOfMemoryError, RewardError
 from stable_rlhf.hardware import memory, resolve_device
 from stable_rlhf.text import readable_size
-from stable_rlhf.training import SAFETrainer
+from stable_rlhf.training import GracefulStop, SAFETrainer
 
 STEPS, CUDA_STEPS = 2, 8
 """Dry steps: the first is on the longest prompts. CUDA takes more, because the usual shapes are first compiled and
@@ -32,16 +32,10 @@ PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_
 
 
 class _DryRun(SAFETrainer):
-    """The trainer without its files on disk: after an error there is no run to resume."""
-
-    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
-        return self._train(resume_from_checkpoint)
+    """The trainer without checkpoints: after an error there is no run to resume."""
 
     def save_checkpoint(self) -> Path:
         return self.run_dir
-
-    def save_final(self) -> None:
-        pass
 
 
 class _Order(PromptStream):
@@ -90,8 +84,10 @@ def dry_steps(
                 rows = train.select([*longest, *usual])
                 trainer = _DryRun(config.model.name, functions, args=dry, train_dataset=rows)
                 trainer.stream = _Order(size)
-                with memory.shortage_named("step"):
-                    trainer.train()
+                with GracefulStop(), memory.shortage_named("step"):
+                    for _ in range(dry.max_steps):
+                        trainer.step()
+                trainer.end()
         except (RewardError, DivergenceError) as error:
             found.fail(f"step: {error}")
             return

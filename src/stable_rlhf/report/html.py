@@ -6,6 +6,7 @@ figures. Metrics that a run did not record are named in the report, not drawn as
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def write_report(run_dir: str | Path) -> Path:
         aside.write_text(page, encoding="utf-8")
         return aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk that refused the page may refuse this too
+            aside.unlink(missing_ok=True)
         remedy = NO_ROOM.get(error.errno or 0, "fix that")
         raise SaveError(f"{path} could not be written: {error.strerror or error}; {remedy}") from error
 

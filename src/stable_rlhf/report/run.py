@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def read_run(run_dir: str | Path) -> Run:
     Raises NoRunError without metrics.jsonl, RunError naming file and line for what cannot be read.
     """
     path = Path(run_dir)
-    if not (path / "metrics.jsonl").is_file():
-        begun = (path / "config.yaml").is_file()
+    if not os.path.isfile(path / "metrics.jsonl"):  # False, where Path.is_file raises, for a name too long to be one
+        begun = os.path.isfile(path / "config.yaml")
         remedy = "the run has not done a step yet" if begun else "give the folder of a run"
         raise NoRunError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
     try:
@@ -70,10 +71,6 @@ def read_run(run_dir: str | Path) -> Run:
 
 def _read(path: Path) -> Run:
     notes: list[str] = []
-    if not (path / "metrics.jsonl").is_file():
-        begun = (path / "config.yaml").is_file()
-        remedy = "the run has done no step yet" if begun else "give the folder of a run"
-        raise NoRunError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
     rows, torn = read_rows(path / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{path / 'metrics.jsonl'}:1: no complete row yet: nothing to report before the first step")

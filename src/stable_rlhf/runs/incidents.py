@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.console import tell
+from stable_rlhf.errors import RunError
 from stable_rlhf.files import finite, replace_text
 
 FILE = "incidents.jsonl"
@@ -58,7 +59,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
             incident = json.loads(line, parse_float=finite, parse_constant=finite)
             _check(incident)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not an incident ({error}); repair or remove this line") from error
+            raise RunError(f"{path}:{number}: not an incident ({error}); repair or remove this line") from error
         found.append(incident)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -36,7 +37,8 @@ class RunLock:
                 "another folder"
             ) from error
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}))
+        with contextlib.suppress(OSError):  # only for the sentence that names the process; the lock is taken
+            self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}))
 
     def check(self) -> None:
         """Raises ConfigError, naming the process, if another one has the lock. Leaves no trace."""

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stable_rlhf.errors import RunError
 from stable_rlhf.files import finite, replace_file, replace_text
 from stable_rlhf.runs.names import METRICS, TEXT_METRICS, TIMINGS
 from stable_rlhf.text import valid_unicode
@@ -43,14 +44,17 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
             if torn and number == len(lines):
                 break
-            raise ValueError(f"{path}:{number}: not a JSON object ({error}); repair or remove this line") from error
+            raise RunError(f"{path}:{number}: not a JSON object ({error}); repair or remove this line") from error
         step = row.get("step") if isinstance(row, dict) else None
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise ValueError(f"{path}:{number}: a row needs an integer `step` from 0, found {step!r}; repair this line")
+            raise RunError(f"{path}:{number}: a row needs an integer `step` from 0, found {step!r}; repair this line")
         if rows and step <= rows[-1]["step"]:
-            raise ValueError(f"{path}:{number}: step {step} follows step {rows[-1]['step']}; steps must increase")
+            raise RunError(f"{path}:{number}: step {step} follows step {rows[-1]['step']}; steps must increase")
         for name, value in row.items():
-            check_value(f"{path}:{number}: {name}", value, text=name in TEXT_METRICS)
+            try:
+                check_value(f"{path}:{number}: {name}", value, text=name in TEXT_METRICS)
+            except ValueError as error:
+                raise RunError(str(error)) from error
         rows.append(row)
     return rows, torn
 

@@ -1,10 +1,13 @@
 """The training loop: one step, the trainer around it, recovery, callbacks, stopping."""
 
-from stable_rlhf.training.given import as_given, check_named
+from stable_rlhf.training.given import as_given, check_named, probe_servers
+from stable_rlhf.training.stopping import GracefulStop
 from stable_rlhf.training.trainer import SAFETrainer
 
 __all__ = [
+    "GracefulStop",
     "SAFETrainer",
     "as_given",
     "check_named",
+    "probe_servers",
 ]

@@ -20,8 +20,7 @@ def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Confi
     """Puts the names of the model, rewards and data actually used into the settings, so that config.yaml is true.
 
     An object that was not loaded by name gets a name that cannot be loaded: `stable-rlhf resume` then refuses it
-    instead of taking something else. A reward server is tried here, before a model loads. Raises ConfigError, or
-    RewardError for a server that is not there.
+    instead of taking something else. Raises ConfigError.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
@@ -38,9 +37,14 @@ def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Confi
     servers = [function for function in config.reward.functions if is_url(function)]
     for name in ("timeout", "retries", "max_wait", "token_env", "columns"):
         only_with("reward", config.reward, name, bool(servers), "one of reward.functions is the URL of a server")
-    for server in servers:
-        remote_reward(server, config.reward).function.probe()
     return config
+
+
+def probe_servers(config: Config) -> None:
+    """Tries each reward server, before a model loads. Raises RewardError for one that is not there."""
+    for function in config.reward.functions:
+        if is_url(function):
+            remote_reward(function, config.reward).function.probe()
 
 
 def check_named(config: Config, model: Any) -> None:

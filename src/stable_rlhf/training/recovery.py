@@ -50,6 +50,7 @@ class Recovery:
         """Drops every snapshot: a run that has ended, for whatever reason, is resumed from a checkpoint."""
         if self._began:  # or the folder may be another process's
             self.snapshots.forget()
+        self._began = False
 
     def judge(self, figures: Mapping[str, Any]) -> Verdict:
         """Judges the step just done by its figures; keeps or drops the candidate for the last good state."""

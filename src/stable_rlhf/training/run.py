@@ -51,7 +51,7 @@ from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
 from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents
 from stable_rlhf.training.callbacks import CallbackStates, callback_arguments, callback_handler
-from stable_rlhf.training.given import as_given, check_named
+from stable_rlhf.training.given import as_given, check_named, probe_servers
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.stopping import GracefulStop
@@ -77,6 +77,7 @@ class Run:
         model = str(model) if isinstance(model, Path) else model
         self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset)
         check_named(config, model)
+        probe_servers(config)
         self.controller = controller_of(config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
         train_dataset, eval_dataset = split_datasets(config, train_dataset, eval_dataset)
@@ -199,7 +200,7 @@ class Run:
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved
             self.recovery.begin(*capture(self.parts, self.steps_done))
         self.state.max_steps, self.state.global_step = self.args.max_steps, self.steps_done
-        self._began = True
+        self._saved_at = self.steps_done if resume_from_checkpoint else -1
 
     def end(self) -> None:
         """Releases the run folder and drops the snapshots; a run that has ended is resumed from a checkpoint."""

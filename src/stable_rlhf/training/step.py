@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.config import Config
-from stable_rlhf.control import Controller, Decision, RewardNormaliser
+from stable_rlhf.config import RolloutConfig
+from stable_rlhf.control import Controller, Decision, GuardConfig, RewardNormaliser
 from stable_rlhf.data import EncodedPrompts, PromptStream
 from stable_rlhf.learner import Passes, Preview, check_finite, make_batch, measure, observe, update
 from stable_rlhf.records import Measured, Rollout, StepStats
@@ -21,7 +21,8 @@ from stable_rlhf.training.stopwatch import Stopwatch
 class Loop:
     """The parts of a run that a step reads and changes."""
 
-    config: Config
+    rollout: RolloutConfig
+    guard: GuardConfig
     dataset: Any
     """Training rows; columns other than ``prompt`` reach the reward functions."""
     prompts: EncodedPrompts
@@ -54,8 +55,8 @@ def take_step(loop: Loop, watch: Stopwatch) -> Step:
     The decision comes before the update and rests on figures of the policy that sampled. Raises RewardError where no
     reward can be had, before anything is learned; DivergenceError for a figure that is not finite.
     """
-    config, step = loop.config, loop.counters.step
-    indices = loop.stream.take(config.rollout.batch_size)
+    step = loop.counters.step
+    indices = loop.stream.take(loop.rollout.batch_size)
     rollout, seconds = loop.sampler.collect(loop.dataset, loop.prompts, indices)
     watch.add(seconds)
     measured = measure(loop.passes, rollout, step)
@@ -71,7 +72,7 @@ def take_step(loop: Loop, watch: Stopwatch) -> Step:
     stats = update(loop.passes, loop.optimizer, batch, decision, step, loop.preview)
     watch.lap("update_s")
     check_finite(step, stats.metrics | {"the norm of the weights": loop.passes.model.norm()})
-    if stats.metrics["policy/skipped_steps"] and not config.guard.enabled:
+    if stats.metrics["policy/skipped_steps"] and not loop.guard.enabled:
         check_finite(step, {"the gradient's norm": float("nan")})
     return Step(
         rollout=rollout,

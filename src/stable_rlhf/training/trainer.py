@@ -82,21 +82,35 @@ class SAFETrainer(Run):
         """Takes one whole step: rollout, update, the guard's verdict, callbacks; snapshot and checkpoint where due.
 
         Returns the step's row of metrics.jsonl, None where a figure was not finite (then there is no row). The run is
-        begun first if it has not begun; ``end`` ends it. Raises as ``train`` does.
+        begun first if it has not begun; ``end`` ends it. Raises ConfigError once ``max_steps`` are done.
+
+        A step that fails ends the run, which can be resumed from its last checkpoint. Its errors are those of the call
+        that failed; only ``train`` adds how to resume.
         """
         if not self._began:
             self.begin()
-        row = self._learn()
-        if row is not None and self._progress is not None:
-            self._progress.update(row)
-        self._after_step(row)
+        if self.steps_done >= self.args.max_steps:
+            raise ConfigError(f"max_steps={self.args.max_steps}: all of these steps are done; set a larger max_steps")
+        try:
+            row = self._learn()
+            if row is not None and self._progress is not None:
+                self._progress.update(row)
+            self._after_step(row)
+        except BaseException:
+            self.end()
+            raise
         return row
 
     def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
         """Makes the run folder and evaluates the policy, or loads the checkpoint to resume from."""
-        super().begin(resume_from_checkpoint)
-        if not resume_from_checkpoint:
-            self._evaluate_into("before")
+        try:
+            super().begin(resume_from_checkpoint)
+            if not resume_from_checkpoint:
+                self._evaluate_into("before")
+        except BaseException:
+            self.end()
+            raise
+        self._began = True
 
     def _learn(self) -> dict[str, Any] | None:
         """Learns from one rollout and acts on the guard's verdict; returns the step's row, which is already written."""
@@ -128,7 +142,8 @@ class SAFETrainer(Run):
     @property
     def _loop(self) -> Loop:
         return Loop(
-            config=self.args,
+            rollout=self.args.rollout,
+            guard=self.args.guard,
             dataset=self.train_dataset,
             prompts=self.train_prompts,
             stream=self.stream,

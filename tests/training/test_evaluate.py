@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from stable_rlhf import ConfigError, RewardError
+from stable_rlhf.config import DataConfig
 from stable_rlhf.data import split as data_split
 from stable_rlhf.data.sources import load_prompts
 from stable_rlhf.records import Measured, Rollout
@@ -113,7 +114,9 @@ def test_samples_are_the_first_16_with_no_reward_where_there_is_none(
 ) -> None:
     data = [{"prompt": f"held out {i}"} for i in range(18)]
     run = trainer(settings(tmp_path / "run"), tokenizer, some, eval_dataset=data)
-    figures, samples = evaluate.evaluate(run.passes, run.sampler, run.eval_dataset, run.eval_prompts, run.args)
+    figures, samples = evaluate.evaluate(
+        run.passes, run.sampler, run.eval_dataset, run.eval_prompts, run.args.max_steps
+    )
     assert [sample["prompt"] for sample in samples] == [row["prompt"] for row in data[:16]]
     assert [sample["reward"] for sample in samples] == some(
         [row["prompt"] for row in data[:16]], [sample["completion"] for sample in samples]
@@ -236,7 +239,7 @@ def written(path: Path, prompts: list[Any]) -> str:
 
 
 def split(tmp_path: Path, seed: int = 0, **data: Any) -> tuple[list[Any], list[Any]]:
-    train, held_out = data_split.split_datasets(settings(tmp_path / "run", seed=seed, data=data), None, None)
+    train, held_out = data_split.split_datasets(DataConfig(**data), seed, None, None)
     return train["prompt"][:], held_out["prompt"][:] if held_out is not None else []
 
 

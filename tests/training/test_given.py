@@ -122,7 +122,7 @@ def test_weights_are_one_for_each_of_the_rewards_that_are_given() -> None:
 def test_the_scorer_weighs_what_is_given_and_takes_the_penalty_of_the_settings() -> None:
     reward = {"functions": ["no:such"], "weights": [2.0, -1.0], "missing_eos_penalty": 0.5}
     config = Config.from_preset("safe", reward={**reward, "functions": ["no:such", "no:other"]})
-    scorer = make_scorer(config, [length, Scores()], None, CPU)
+    scorer = make_scorer(config.reward, [length, Scores()], None, CPU)
     scores = scorer.score(["p", "q"], ["abc", "d"], {}, [True, False])
     assert scores.total == [2 * 3 - 10.0, 2 * 1 - 11.0 - 0.5]
     assert scores.per_function == {"length": [3.0, 1.0], "Scores": [10.0, 11.0]}
@@ -130,7 +130,7 @@ def test_the_scorer_weighs_what_is_given_and_takes_the_penalty_of_the_settings()
 
 def test_the_settings_rewards_are_used_where_none_are_given() -> None:
     config = Config.from_preset("safe", reward={"functions": ["tests.training.test_given:length"]})
-    assert make_scorer(config, None, None, CPU).score(["p"], ["abcd"], {}, [True]).total == [4.0]
+    assert make_scorer(config.reward, None, None, CPU).score(["p"], ["abcd"], {}, [True]).total == [4.0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -139,6 +139,6 @@ def test_a_reward_model_is_given_batches_of_the_size_that_is_set(tokenizer, size
     batches: list[int] = []
     model.model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     config = Config.from_preset("safe", reward={"batch_size": size})
-    scorer = make_scorer(config, model, [tokenizer], CPU)
+    scorer = make_scorer(config.reward, model, [tokenizer], CPU)
     scorer.score([f"p{i}" for i in range(5)], ["c"] * 5, {}, [True] * 5)
     assert sorted(batches, reverse=True) == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[size]

@@ -6,18 +6,21 @@ from typing import Any
 
 import datasets
 
-from stable_rlhf.config import Config
+from stable_rlhf.config import DataConfig
 from stable_rlhf.data.sources import load_prompts
 from stable_rlhf.errors import ConfigError
 
 
-def split_datasets(config: Config, train: Any, evaluation: Any) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def split_datasets(
+    data: DataConfig, seed: int, train: Any, evaluation: Any
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """(training prompts, held-out prompts or None).
 
-    ``train`` and ``evaluation`` are data sets or lists of rows; None takes what ``config.data`` names, where rows are
-    held out of the training set if no other are named. Raises ConfigError when the training set is too small for that.
+    ``train`` and ``evaluation`` are data sets or lists of rows; None takes what ``data`` names. If ``data`` names no
+    held-out prompts, rows are held out of the training set, drawn by ``seed``. Raises ConfigError when the training set
+    is too small for that.
     """
-    data, size = config.data, config.data.eval_size
+    size = data.eval_size
     if train is not None:
         return _as_dataset(train), None if evaluation is None else _as_dataset(evaluation)
     train = load_prompts(data.train, format=data.format, split=data.split, limit=data.limit)
@@ -32,7 +35,7 @@ def split_datasets(config: Config, train: Any, evaluation: Any) -> tuple[dataset
         raise ConfigError(
             f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval"
         )
-    held_out = train.train_test_split(test_size=size, seed=config.seed)["test"]
+    held_out = train.train_test_split(test_size=size, seed=seed)["test"]
     # Data sets hold one conversation at several lengths, and prompts twice: none of a held-out one is trained on.
     begun = {_beginning(prompt) for prompt in held_out["prompt"]}
     kept = [row for row, prompt in enumerate(train["prompt"]) if _beginning(prompt) not in begun]

@@ -69,7 +69,7 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
 
     check_disk(found, config, disk := needed(1))
     train, encoded, held_out = check_data(found, config, context_length(policy))
-    scorer = make_scorer(config, None, None, device)
+    scorer = make_scorer(config.reward, None, None, device)
     rewarded = check_reward(found, scorer, train[0])
     longest = max(map(len, encoded.input_ids))
     fits = check_memory(found, needed(longest), device)
@@ -103,7 +103,7 @@ def check_data(found: Findings, config: Config, context: int | None) -> tuple[da
 
     ``context``: positions that the model has.
     """
-    train, held_out = split_datasets(config, None, None)
+    train, held_out = split_datasets(config.data, config.seed, None, None)
     tokenizer = load_tokenizer(config.model)
     encoded, *_ = [
         encode_prompts(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.config import Config, is_url
+from stable_rlhf.config import RewardConfig, is_url
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.rewards.client import remote_reward
 from stable_rlhf.rewards.functions import RewardFunction, resolve_reward
@@ -21,31 +21,31 @@ def listed(reward_funcs: Any) -> list[Any]:
 
 
 def make_scorer(
-    config: Config,
+    settings: RewardConfig,
     reward_funcs: Any,
     tokenizers: Sequence[Any] | None,
     device: torch.device,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Scorer:
-    """The scorer of ``reward_funcs``, or of ``config.reward`` where these are None.
+    """The scorer of ``reward_funcs``, or of ``settings`` where these are None.
 
     ``tokenizers``: one for each reward, None elsewhere. ``stopping``: whether the run is asked to stop; a reward server
     that does not answer is then no longer waited for. Raises ConfigError or RewardInputError.
     """
-    specs = listed(config.reward.functions if reward_funcs is None else reward_funcs)
+    specs = listed(settings.functions if reward_funcs is None else reward_funcs)
     tokenizers = [None] * len(specs) if tokenizers is None else listed(tokenizers)
     if len(tokenizers) != len(specs):
         raise ConfigError(f"reward_processing_classes has {len(tokenizers)} entries for {len(specs)} reward_funcs")
     functions: list[RewardFunction] = [
-        remote_reward(spec, config.reward, stopping)
+        remote_reward(spec, settings, stopping)
         if is_url(spec)
         else resolve_reward(
             spec,
             tokenizer=tokenizer,
             device=device,
-            batch_size=config.reward.batch_size,
-            trust_remote_code=spec in config.reward.trust_remote_code if isinstance(spec, str) else False,
+            batch_size=settings.batch_size,
+            trust_remote_code=spec in settings.trust_remote_code if isinstance(spec, str) else False,
         )
         for spec, tokenizer in zip(specs, tokenizers, strict=True)
     ]
-    return Scorer(functions, config.reward.weights, config.reward.missing_eos_penalty)
+    return Scorer(functions, settings.weights, settings.missing_eos_penalty)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from stable_rlhf.checkpoints import RandomState
-from stable_rlhf.config import Config
 from stable_rlhf.data import EncodedPrompts, prompt_text
 from stable_rlhf.learner import Passes, measure, plain
 from stable_rlhf.ops.masked import distinct_n
@@ -25,13 +24,14 @@ SAMPLES = 16
 
 
 def evaluate(
-    passes: Passes, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, config: Config
+    passes: Passes, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, step: int
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """Samples and scores every held-out prompt; returns (figures over all rows, the first SAMPLES completions).
 
-    The random generators are then put back, so that an evaluation does not change the training after it.
+    ``step``: the measurement is as in this step of training, such as one past the critic's warm-up. The random
+    generators are then put back, so that an evaluation does not change the training after it.
     """
-    size, parts = config.rollout.batch_size, []
+    size, parts = sampler.config.batch_size, []
     draws = RandomState()
     before = draws.state_dict()  # Python's and NumPy's too: a reward function may draw from them
     try:
@@ -41,7 +41,7 @@ def evaluate(
         for start in range(0, len(dataset), size):
             indices = range(start, min(start + size, len(dataset)))
             rollout, _ = sampler.collect(dataset, encoded, indices)
-            parts.append((rollout, measure(passes, rollout, config.max_steps)))
+            parts.append((rollout, measure(passes, rollout, step)))
     finally:
         draws.load_state_dict(before)
     samples = [

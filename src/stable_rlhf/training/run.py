@@ -80,7 +80,7 @@ class Run:
         probe_servers(config)
         self.controller = controller_of(config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
-        train_dataset, eval_dataset = split_datasets(config, train_dataset, eval_dataset)
+        train_dataset, eval_dataset = split_datasets(config.data, config.seed, train_dataset, eval_dataset)
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -103,7 +103,7 @@ class Run:
         self.preview = make_preview(self.passes)
         self._stop = GracefulStop()
         self.scorer = make_scorer(
-            config, reward_funcs, reward_processing_classes, self.model.device, stopping=self._stop.asked
+            config.reward, reward_funcs, reward_processing_classes, self.model.device, stopping=self._stop.asked
         )
         self.sampler = Sampler(
             tokenizer=self.processing_class,

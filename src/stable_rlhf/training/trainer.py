@@ -239,7 +239,9 @@ class SAFETrainer(Run):
     def _evaluate(self) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
         if self.eval_dataset is None or self.eval_prompts is None:
             raise ConfigError("evaluate() needs held-out prompts: give eval_dataset, or set data.eval_size above 0")
-        figures, samples = evaluate(self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args)
+        figures, samples = evaluate(
+            self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args.max_steps
+        )
         self.control = self.handler.on_evaluate(self._arguments, self.state, self.control, figures)
         return figures, samples
 

@@ -23,7 +23,7 @@ check: install
 test: install
 	$(BIN)/pytest
 
-# Every fault in its long form, counted: ten minutes. `make faults SEED=5` has others; tests/faults/test_faults.py a few of each.
+# Every fault in its long form, counted: about five minutes. `make faults SEED=5` has others; tests/faults/test_faults.py a few of each.
 SEED ?= 4
 faults: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --seed $(SEED)

@@ -112,7 +112,7 @@ def test_a_servers_setting_needs_a_server_also_where_rewards_are_given_as_object
 def test_weights_are_one_for_each_of_the_rewards_that_are_given() -> None:
     config = Config.from_preset("safe", reward={"weights": [1.0, 2.0]})
     assert as_given(config, "m", [letters, length], None).reward.weights == [1.0, 2.0]
-    with pytest.raises(ConfigError, match=r"give one weight for each of the 3 rewards"):
+    with pytest.raises(ConfigError, match=r"give a list of 3, one weight for each reward"):
         as_given(config, "m", [letters, length, Scores()], None)
 
 

@@ -194,7 +194,7 @@ def test_rows_keep_every_column_that_any_of_them_has(tokenizer: PreTrainedTokeni
 
 def test_a_weight_too_many_is_named_before_anything_loads(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     config = settings(tmp_path / "run", reward={"weights": [1.0, 2.0]})
-    with pytest.raises(ConfigError, match=r"reward\.weights=\[1\.0, 2\.0\]: give one weight for each of the 1 rewards"):
+    with pytest.raises(ConfigError, match=r"=\[1\.0, 2\.0\]: give a list of 1, one weight for each reward"):
         SAFETrainer("no such model", letters, config)
 
 
@@ -227,3 +227,24 @@ def test_no_held_out_conversation_is_trained_on_at_another_length(tokenizer, tmp
     began = {prompt[0]["content"] for prompt in held_out["prompt"]}
     assert began.isdisjoint(prompt[0]["content"] for prompt in train["prompt"])
     assert len(train) == 20 - 2 * len(began)
+
+
+def test_a_run_steps_without_train_and_its_folder_is_free_once_it_ends_or_fails(tokenizer, tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", max_steps=2, save_steps=0)
+    run = trainer(config, tokenizer)
+    run.step()
+    other = trainer(config, tokenizer)
+    with pytest.raises(ConfigError, match="is in use by process"):
+        other.begin()
+    with pytest.raises(ConfigError, match="has begun its run already"):
+        run.begin()
+    run.step()  # neither of the two has ended the run
+    with pytest.raises(ConfigError, match=r"^max_steps=2: all of these steps are done"):
+        run.step()
+    run.end()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        trainer(config, tokenizer).step()
+    again = trainer(settings(tmp_path / "run", max_steps=3), tokenizer)
+    again.begin(resume_from_checkpoint=True)  # the one that could not begin has left the lock
+    assert again.step()["step"] == 2
+    again.end()

@@ -49,6 +49,9 @@ def parser(preset: str, controller: str, command: str = "train") -> ArgumentPars
     settings = preset_section(preset, "kl", {"controller": controller})["settings"]
     changes |= {f"kl.settings.{name}": value for name, value in settings.items()}
     made.set_defaults({"preset": preset, **changes})
+    for action in made._actions:  # jsonargparse offers a file for each section, which `--config` has already
+        if action.dest in (*SECTIONS, "kl.settings"):
+            action.help = argparse.SUPPRESS
     return made
 
 

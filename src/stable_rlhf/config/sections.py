@@ -126,7 +126,7 @@ class RewardConfig:
     scale and offset do not matter; ``paper`` is the rule of the published code; ``none`` changes nothing."""
     batch_size: int = 64
     """Number of completions that a reward model scores at once, and that one request to a reward server holds. It
-    affects only memory."""
+    does not change the scores."""
     timeout: float = 60.0
     """Seconds that one request to a reward server may take, from first byte to last, before it counts as failed. A
     model of several billion parameters scores a batch in less; a language model as judge may need more."""
@@ -188,7 +188,7 @@ class RolloutConfig:
     """How completions are sampled. A step is one rollout: a batch of prompts with a completion each."""
 
     batch_size: int = 64
-    """Number of prompts in a step, over all devices. Each prompt gets one completion."""
+    """Number of prompts in a step. Each prompt gets one completion."""
     max_completion_length: int = 32
     """Most tokens that are sampled for a completion."""
     temperature: float = 1.0

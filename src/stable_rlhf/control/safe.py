@@ -46,7 +46,7 @@ PID_LIMIT = 0.25  # of the base budget: the PID adjusts what the phase asks for,
 
 @dataclass(frozen=True, kw_only=True)
 class SafeSettings:
-    """Settings of the controller ``safe``. Everything else is a constant with its reason next to it."""
+    """Settings of the controller ``safe``."""
 
     budget: float = setting(0.3, above=0.0)
     """Base KL budget, nats per token: the KL to the reference that the controller allows. The threshold, the budget in

@@ -33,7 +33,7 @@ def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Confi
     config = dataclasses.replace(config, **given)
     weights, count = config.reward.weights, len(config.reward.functions)
     if weights is not None and len(weights) != count:
-        raise ConfigError(f"reward.weights={weights!r}: give one weight for each of the {count} rewards")
+        raise ConfigError(f"reward.weights={weights!r}: give a list of {count}, one weight for each reward")
     servers = [function for function in config.reward.functions if is_url(function)]
     for name in ("timeout", "retries", "max_wait", "token_env", "columns"):
         only_with("reward", config.reward, name, bool(servers), "one of reward.functions is the URL of a server")

@@ -102,7 +102,12 @@ class SAFETrainer(Run):
         return row
 
     def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
-        """Makes the run folder and evaluates the policy, or loads the checkpoint to resume from."""
+        """Makes the run folder and evaluates the policy, or loads the checkpoint to resume from.
+
+        A run that cannot begin leaves the folder free. Raises ConfigError where the run has begun already.
+        """
+        if self._began:
+            raise ConfigError("this trainer has begun its run already: call step(), or end() first")
         try:
             super().begin(resume_from_checkpoint)
             if not resume_from_checkpoint:

@@ -20,7 +20,7 @@ from stable_rlhf.errors import ConfigError, RewardError, RewardUnavailable
 from stable_rlhf.rewards.client import remote_reward
 from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.scorer import Scorer
-from stable_rlhf.training.given import as_given
+from stable_rlhf.training.given import as_given, probe_servers
 from tests.faults import servers
 from tests.faults.servers import answer, misbehaving, score
 from tests.tiny_runs import letters, settings, trainer
@@ -124,7 +124,7 @@ def test_a_server_that_is_not_there_is_said_before_anything_loads(tmp_path: Path
     with misbehaving(answer(b"", 404)) as server:
         config = settings(tmp_path / "run", model={"name": "/no/such/model"}, reward={"url": server.url})
         with pytest.raises(RewardUnavailable, match=r"1 try .*\(a trial before the run begins.*HTTP 404"):
-            as_given(config, "/no/such/model", None, None)
+            probe_servers(as_given(config, "/no/such/model", None, None))
     assert server.requests == [{"query": ["The soup was good."], "prompts": ["The soup was"]}]
     assert not (tmp_path / "run").exists()
 
@@ -132,11 +132,13 @@ def test_a_server_that_is_not_there_is_said_before_anything_loads(tmp_path: Path
 def test_a_trial_without_the_data_sets_columns_needs_no_score() -> None:
     given = {"columns": ["labels"], "retries": 0}
     with misbehaving(answer(b"labels must not be null", 422)) as server:
-        as_given(Config.from_preset(reward={"url": server.url, **given}), "builtin", None, None)
+        probe_servers(as_given(Config.from_preset(reward={"url": server.url, **given}), "builtin", None, None))
         assert server.requests[0]["labels"] == [None]
     for columns, status in ((["labels"], 404), ([], 422)):
         with misbehaving(answer(b"", status)) as server, pytest.raises(RewardUnavailable, match=f"HTTP {status}"):
-            as_given(Config.from_preset(reward={"url": server.url, "columns": columns}), "builtin", None, None)
+            probe_servers(
+                as_given(Config.from_preset(reward={"url": server.url, "columns": columns}), "builtin", None, None)
+            )
 
 
 def test_a_run_is_rewarded_by_the_server_as_by_the_function_itself(

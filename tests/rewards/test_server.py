@@ -272,6 +272,8 @@ def test_one_batch_is_scored_at_a_time_and_a_bounded_number_waits() -> None:
             time.sleep(0.005)
         refused = [one.result() for one in sent if one.done()]
         assert [(one.status_code, one.headers["Retry-After"]) for one in refused] == [(503, "1")] * 2
+        waiting = f"{rewards_server.QUEUE + 1} batches are already waiting"  # the one that is scored among them
+        assert all(waiting in one.text for one in refused)
         go_on.set()
         statuses = sorted(one.result().status_code for one in sent)
     assert statuses == [200] * (rewards_server.QUEUE + 1) + [503] * 2

@@ -94,6 +94,7 @@ TURNED: dict[str, Turn | str] = {
     "model.lora_target_modules": Turn(to=["q_proj"], shows_in="weights", given=LORA),
     "model.cuda_graphs": "learner/test_passes.py::test_graphs_are_captured_where_they_are_asked_for",
     "model.torch_compile": "learner/test_passes.py::test_a_compiled_model_gives_the_figures_of_the_plain_one",
+    "model.self_check": "policy/test_self_check.py::test_a_run_tries_its_model_unless_the_check_is_off",
     "model.gradient_checkpointing": Turn(to=True, shows_in="passes", same=("rows", "weights")),
     "data.train": Turn(to="{other_prompts}"),
     "data.split": Turn(to="eval", given=BUILTIN),

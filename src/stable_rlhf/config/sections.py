@@ -51,6 +51,11 @@ class ModelConfig:
     """Fuse the operations of each layer with torch.compile. Compiling takes a minute or two at the start; afterwards a
     step takes less time and memory. Figures differ by the rounding of the model's dtype."""
 
+    self_check: bool = True
+    """Try the model on a few tokens when it is loaded: each row alone and beside others, a changed last token, the
+    tokens that are sampled, gradient checkpointing, the reference. It takes a few forward passes; a model that fails is
+    refused, or sampled in a slower way that passes."""
+
     def __post_init__(self) -> None:
         check_types("model", self)
         not_negative("model", self, "lora_r")

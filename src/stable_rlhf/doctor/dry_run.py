@@ -84,6 +84,8 @@ def dry_steps(
                 rows = train.select([*longest, *usual])
                 trainer = _DryRun(config.model.name, functions, args=dry, train_dataset=rows)
                 trainer.stream = _Order(size)
+                if config.model.self_check:
+                    found.ok("model: a few tokens have the same log-probs alone, side by side and as they are sampled")
                 with GracefulStop(), memory.shortage_named("step"):
                     for _ in range(dry.max_steps):
                         trainer.step()

@@ -9,18 +9,18 @@ from stable_rlhf.policy.actor_critic import (
     compile_layers,
     detached,
 )
+from stable_rlhf.policy.adapter import lora_config, with_adapter
 from stable_rlhf.policy.loading import (
     check_model,
     given_policy,
     load_policy,
     load_tokenizer,
-    lora_config,
     model_named,
     policy_dtype,
     policy_source,
     prepare_tokenizer,
-    with_adapter,
 )
+from stable_rlhf.policy.self_check import apart, check_checkpointing, foreign_errors, probe, tolerance
 from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_length, eos_token_ids, layers, lm_head
 
 __all__ = [
@@ -29,13 +29,16 @@ __all__ = [
     "Reference",
     "TrainedState",
     "ValueHead",
+    "apart",
     "causal_lm",
+    "check_checkpointing",
     "check_model",
     "compile_layer",
     "compile_layers",
     "context_length",
     "detached",
     "eos_token_ids",
+    "foreign_errors",
     "given_policy",
     "layers",
     "lm_head",
@@ -46,5 +49,7 @@ __all__ = [
     "policy_dtype",
     "policy_source",
     "prepare_tokenizer",
+    "probe",
+    "tolerance",
     "with_adapter",
 ]

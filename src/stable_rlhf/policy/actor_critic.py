@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]
 from transformers import PreTrainedModel
 
 from stable_rlhf.config import CriticConfig
@@ -20,8 +21,13 @@ from stable_rlhf.errors import CheckpointError, ConfigError
 from stable_rlhf.hardware import UNBOUNDED, UNMASKED, attending, attention_span
 from stable_rlhf.ops.logprobs import token_statistics
 from stable_rlhf.ops.objective import soft_min
-from stable_rlhf.policy.transformer import causal_lm, compile_layer, layers, lm_head
+from stable_rlhf.policy.adapter import adapter_is_new
+from stable_rlhf.policy.self_check import forward_fault, reference_fault
+from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_length, layers, lm_head
 from stable_rlhf.records import Tokens
+
+NOISE = ("drop", "jitter")
+"""Parts of the names under which Transformers' layers keep what they drop or add at random while they train."""
 
 
 class ValueHead(nn.Module):
@@ -56,11 +62,20 @@ class Output:
 class ActorCritic(nn.Module):
     """Policy, value heads and Polyak target heads. Dropout is always off, so that a ratio is of one policy.
 
-    ``policy`` is a causal language model or a PEFT model around one. With PEFT the reference is the policy with its
-    adapter off; otherwise it is a frozen copy of the policy as given.
+    ``policy`` is a causal language model or a PEFT model around one. The reference is the policy as given: with a new
+    adapter the policy with its adapter off, otherwise a copy whose trained weights are frozen.
+
+    ``self_check`` tries the forward on a few tokens. Raises ConfigError where it is not the model's own.
     """
 
-    def __init__(self, policy: PreTrainedModel | PeftModel, critic: CriticConfig, *, autocast: bool = False) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        critic: CriticConfig,
+        *,
+        autocast: bool = False,
+        self_check: bool = True,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
@@ -71,16 +86,31 @@ class ActorCritic(nn.Module):
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
         self.peft = isinstance(policy, PeftModel)
         self.span = attention_span(causal_lm(policy))
-        own = causal_lm(policy).config._attn_implementation
-        self.attention = UNMASKED if own == "sdpa" and self.span == UNBOUNDED else own
+        self.context = context_length(policy)
+        switch_dropout_off(policy)
         for module in policy.modules():
             if autocast and hasattr(module, "cast_input_dtype_enabled"):
                 # PEFT would widen an adapter's input to the float32 of its weights, and autocast narrow it again.
                 setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010
         # A list hides the copy from state dicts, optimisers and wrappers: it never changes.
         self._policy_parameters = [p for p in policy.parameters() if p.requires_grad]
-        self._reference = [] if self.peft else [copy.deepcopy(policy).requires_grad_(False).eval()]
+        self._reference = [] if self.peft and adapter_is_new(policy) else [frozen_copy(policy)]
         self.eval()
+        own = causal_lm(policy).config._attn_implementation
+        ways = [UNMASKED, own] if own == "sdpa" and self.span == UNBOUNDED else [own]
+        self.attention = self._first_sound(ways) if self_check else ways[0]
+
+    def _first_sound(self, ways: list[str]) -> str:
+        """The first of these attention functions with which the forward is the model's own."""
+        fault: str | None = None
+        for way in ways:
+            self.attention = way
+            fault = forward_fault(self)
+            if fault is None:
+                break
+        if fault := fault or reference_fault(self):
+            raise ConfigError(f"{type(causal_lm(self.policy)).__name__}: {fault}; choose another model")
+        return self.attention
 
     @property
     def device(self) -> torch.device:
@@ -127,6 +157,11 @@ class ActorCritic(nn.Module):
     def _hidden(self, policy: nn.Module, tokens: Tokens) -> Tensor:
         """[B, T, h]: the last hidden state at s_0 .. s_{T-1}; position t has not seen a_t."""
         ids, lm = tokens.ids, causal_lm(policy)
+        if self.context is not None and ids.shape[1] > self.context:
+            raise ConfigError(
+                f"{type(lm).__name__}: {ids.shape[1]} tokens in a row, but the model reads {self.context}; lower "
+                "data.max_prompt_length or rollout.max_completion_length"
+            )
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast), attending(lm, self.attention):
             # No mask and no positions: padding is on the right, where a causal model does not look.
             out = lm.get_decoder()(input_ids=ids, use_cache=False)
@@ -138,11 +173,11 @@ class ActorCritic(nn.Module):
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
         """The reference policy, for as long as the context lasts."""
-        if self.peft:
+        if self._reference:
+            yield self._reference[0]
+        else:
             with self.policy.disable_adapter():  # pyright: ignore[reportCallIssue]
                 yield self.policy
-        else:
-            yield self._reference[0]
 
     @contextlib.contextmanager
     def checkpointing(self, enabled: bool) -> Iterator[None]:
@@ -219,11 +254,30 @@ class ActorCritic(nn.Module):
         digest = hashlib.sha256()
         with self.reference() as model:
             for name, parameter in sorted(causal_lm(model).named_parameters()):
-                if "lora_" not in name and ".modules_to_save." not in name:
+                if self._reference or ("lora_" not in name and ".modules_to_save." not in name):
                     values = parameter.detach().flatten()
                     sample = values[:: max(1, len(values) // 1024)].float().cpu()  # 1,024 a tensor: fast at any size
                     digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()
+
+
+def frozen_copy(policy: Any) -> Any:
+    """A copy whose trained weights never change; weights that are not trained are shared."""
+    shared: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False).eval()
+
+
+def switch_dropout_off(policy: nn.Module) -> None:
+    """Sets every dropout, layer drop and router noise to 0, in modules and in the numbers that layers keep.
+
+    The mode alone would not do: a layer that is recomputed is in training mode, and a callback may call ``train()``.
+    """
+    for module in policy.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and any(part in name.lower() for part in NOISE):
+                setattr(module, name, 0.0)
 
 
 def compile_layers(model: ActorCritic) -> None:

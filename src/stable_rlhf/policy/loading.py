@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -18,6 +17,16 @@ from stable_rlhf.config import ModelConfig
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import ASSETS
 from stable_rlhf.hardware import resolve_device
+from stable_rlhf.policy.adapter import (
+    adapter_base,
+    adapter_folder,
+    check_adapter,
+    check_base,
+    load_adapter,
+    own_logits,
+    with_adapter,
+)
+from stable_rlhf.policy.self_check import foreign_errors
 from stable_rlhf.policy.transformer import causal_lm
 
 HEAD_TOLERANCE = 1e-3
@@ -32,9 +41,8 @@ def check_model(config: ModelConfig) -> None:
     if not config.name or (config.name.startswith((".", "/", "~")) and not Path(config.name).is_dir()):
         raise _not_a_model(config, "there is no such folder")
     with model_named(config):
-        AutoConfig.from_pretrained(
-            config.name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
-        )
+        name, arguments = policy_source(config)
+        AutoConfig.from_pretrained(name, **arguments)
 
 
 @contextlib.contextmanager
@@ -60,6 +68,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The policy's tokenizer. Raises ConfigError where the model has none."""
     name, arguments = policy_source(config)
     with model_named(config):
+        folder = adapter_folder(config)
+        if folder and (folder / "tokenizer_config.json").is_file():
+            name, arguments = str(folder), {"trust_remote_code": config.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     return prepare_tokenizer(tokenizer)
 
@@ -90,18 +101,21 @@ def load_policy(config: ModelConfig, peft_config: LoraConfig | None = None) -> t
     dtype, low = policy_dtype(config, adapter=peft_config is not None)
     with model_named(config):
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
+        folder = adapter_folder(config)
     if config.gguf_file is not None:  # dequantised on loading, but it still calls itself quantised: no saving then
         model.hf_quantizer = None
         model.is_quantized = False
         model.config.__dict__.pop("quantization_config", None)
-    return wrap_policy(model.to(device), config, peft_config), low
+    model = model.to(device)
+    return wrap_policy(load_adapter(model, folder, config) if folder else model, config, peft_config), low
 
 
 def policy_dtype(config: ModelConfig, adapter: bool = False) -> tuple[torch.dtype, bool]:
     """(dtype in which weights are loaded, whether to run under bfloat16 autocast)."""
     low = config.dtype == "bfloat16" or (config.dtype == "auto" and resolve_device(config.device).type == "cuda")
     # Weights that are trained stay float32: bfloat16 has 8 bits of mantissa, and a step of 1e-5 would round away.
-    return torch.bfloat16 if low and (adapter or config.lora_r > 0) else torch.float32, low
+    adapter = adapter or config.lora_r > 0 or (low and adapter_folder(config) is not None)
+    return torch.bfloat16 if low and adapter else torch.float32, low
 
 
 def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> Any:
@@ -109,47 +123,22 @@ def wrap_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None 
 
     Raises ConfigError for a model or an adapter that cannot be trained.
     """
-    check_lm_head(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
-            f"model.name={config.name!r}: is an adapter, which would stay frozen under a new one; merge it "
-            "(merge_and_unload, save_pretrained) and name the merged folder, or pass a PeftModel with is_trainable=True"
+            f"model.name={config.name!r}: Transformers has loaded an adapter into it, which would stay frozen; give "
+            "the folder, or PeftModel.from_pretrained(..., is_trainable=True)"
         )
+    with foreign_errors(causal_lm(model), "a forward of a few tokens"):
+        check_lm_head(model)
+        before = own_logits(model)
     if isinstance(model, PeftModel):
         return check_adapter(model)
     adapted = with_adapter(model, config, peft_config)
-    return check_adapter(adapted) if isinstance(adapted, PeftModel) else adapted
-
-
-def with_adapter(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> Any:
-    """The model with the adapter that the settings or ``peft_config`` ask for, as it is where neither does.
-
-    Raises ConfigError where the model has none of the adapter's target modules.
-    """
-    adapter = peft_config or lora_config(config)
-    if adapter is None:
-        return model
-    try:
-        return get_peft_model(model, adapter)
-    except ValueError as error:
-        if "arget modules" not in str(error):
-            raise
-        setting = f"model.lora_target_modules={config.lora_target_modules!r}"
-        setting = setting if peft_config is None else f"peft_config: target_modules={adapter.target_modules!r}"
-        raise ConfigError(f"{setting}: {error}; name linear layers of the model, or leave it out") from error
-
-
-def lora_config(config: ModelConfig) -> LoraConfig | None:
-    """The adapter that the settings ask for; None for ``model.lora_r=0``."""
-    if config.lora_r == 0:
-        return None
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha or 2 * config.lora_r,  # pyright: ignore[reportArgumentType]
-        lora_dropout=0.0,  # dropout would make the ratio of two different policies
-        target_modules=config.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
+    if not isinstance(adapted, PeftModel):
+        return adapted
+    check_adapter(adapted)
+    check_base(adapted, before)
+    return adapted
 
 
 def given_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> tuple[Any, bool]:
@@ -165,23 +154,6 @@ def given_policy(model: Any, config: ModelConfig, peft_config: LoraConfig | None
     return model, low
 
 
-def check_adapter(model: PeftModel) -> PeftModel:
-    """Raises ConfigError for an adapter that would not train, or whose "off" would not be the reference."""
-    for name, adapter in model.peft_config.items():
-        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
-        if kind != "LORA":
-            raise ConfigError(f"the adapter {name!r} is {kind}: the forward applies only LoRA; give a LoRA adapter")
-        if (bias := getattr(adapter, "bias", "none")) != "none":
-            raise ConfigError(
-                f"the adapter {name!r} trains biases (bias={bias!r}), which stay on in the reference; set none"
-            )
-    if isinstance(causal_lm(model).get_output_embeddings(), LoraLayer):
-        raise ConfigError("the adapter is on the LM head, whose weight is read without it: leave the LM head out")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("no weight of the policy is trainable: load the adapter with is_trainable=True")
-    return model
-
-
 @torch.no_grad()
 def check_lm_head(model: Any) -> None:
     """Raises ConfigError unless logits = hidden @ lm_head.weight.T, which is what the chunked head computes."""
@@ -189,7 +161,7 @@ def check_lm_head(model: Any) -> None:
     head = lm.get_output_embeddings()
     device = next(lm.parameters()).device
     ids = torch.arange(2, 10, device=device)[None] % head.weight.shape[0]
-    own = lm(input_ids=ids).logits
+    own = lm(input_ids=ids, use_cache=False).logits
     hidden = lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     ours = nn.functional.linear(hidden, head.weight)  # in the model's own precision: the very product, or another head
     difference = (own.float().log_softmax(-1) - ours.float().log_softmax(-1)).abs().amax().item()
@@ -202,9 +174,13 @@ def check_lm_head(model: Any) -> None:
 
 
 def policy_source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """(name, arguments) of the model's own weights: of ``model.name``, or of the model that an adapter belongs to."""
     if config.name == "builtin":
         return str(ASSETS / "policy"), {}
     arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if folder := adapter_folder(config):
+        name, own = adapter_base(folder)
+        return name, arguments | own
     if config.revision is not None:
         arguments["revision"] = config.revision
     if config.gguf_file is not None:

@@ -39,5 +39,16 @@ def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def context_length(model: Any) -> int | None:
-    """Positions that the model can attend to, or None where its configuration sets no bound."""
-    return getattr(causal_lm(model).config, "max_position_embeddings", None)
+    """Positions that the model can attend to, or None where its configuration sets no bound.
+
+    Some rotary embeddings (LongRoPE) have other frequencies for a text that is longer than the original context. There
+    a row's log-probs would depend on the longest row beside it, so the bound is the original context.
+    """
+    config = causal_lm(model).config.get_text_config(decoder=True)
+    bounds = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for kind in [rotary, *(part for part in rotary.values() if isinstance(part, dict))]:
+        if kind.get("rope_type") == "longrope":
+            bounds += [kind.get("original_max_position_embeddings")]
+            bounds += [getattr(config, "original_max_position_embeddings", None)]
+    return min((bound for bound in bounds if bound is not None), default=None)

@@ -14,67 +14,34 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, GenerationConfig
-from transformers.cache_utils import StaticLayer
+from transformers import Cache, GenerationConfig, LogitsProcessorList
 
 from stable_rlhf.hardware import attention, cpu_matmul, cuda_graphs
 from stable_rlhf.hardware import cuda_graphs as hardware_cuda_graphs
 from stable_rlhf.ops.logprobs import logits
 from stable_rlhf.ops.sampling import draw
 from stable_rlhf.policy import ActorCritic, compile_layer, layers, lm_head
+from stable_rlhf.rollout.agreement import Forced, choose_ways
+from stable_rlhf.rollout.attend import ATTENTION
 from stable_rlhf.rollout.backend import Sampling
 from stable_rlhf.rollout.merged_weights import decoding_model, merge
-
-CHECK_EVERY = 16
-"""Steps between two checks whether every row has ended, where a check waits for the device. At 3.6 ms a step
-(3B on one H200) a rollout runs on for 58 ms at most after the last row's end, half of it on average."""
+from stable_rlhf.rollout.slots import Slots
 
 ROOMS = 8
 """Most shapes (rows and prompt width) whose keys, values and graphs are kept; the least recently used goes first."""
-
-LEAVE_AT = 0.75
-"""Share of rows still running at which those that have ended leave the batch, where shapes are free: copying the rest
-then saves a quarter of every later step."""
 
 SHORTEST = 64
 """Least room for a prompt in a graph's cache; longer ones have the next power of two, so that prompts of any length up
 to P need log2(P / 64) graphs."""
 
 
-class Slots(StaticLayer):
-    """One layer's keys and values [B, heads, L, d]: the prompt's in columns 0 .. P-1, a new token's at ``position``."""
+CHECK_EVERY = 16
+"""Steps between two checks whether every row has ended, where a check waits for the device. At 3.6 ms a step
+(3B on one H200) a rollout runs on for 58 ms at most after the last row's end, half of it on average."""
 
-    def __init__(self, length: int, position: Tensor) -> None:
-        super().__init__(max_cache_len=length)
-        self.position = position
-        self.filled = length  # columns that are shown: those beyond hold nothing yet, and cost time
-
-    keys: Tensor
-    values: Tensor
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Plain tensors: StaticLayer would mark their addresses, and each layer be a program of its own to compile."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self.max_cache_len, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        count = key_states.shape[2]
-        if count > 1:  # the prompt, which sees only itself
-            self.keys[:, :, :count].copy_(key_states)
-            self.values[:, :, :count].copy_(value_states)
-            return key_states, value_states
-        self.keys.index_copy_(2, self.position, key_states)
-        self.values.index_copy_(2, self.position, value_states)
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
-
-    def keep(self, rows: Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
+LEAVE_AT = 0.75
+"""Share of rows still running at which those that have ended leave the batch, where shapes are free: copying the rest
+then saves a quarter of every later step."""
 
 
 class Decoder:
@@ -82,9 +49,14 @@ class Decoder:
 
     A policy with an adapter, or that computes in bfloat16, is sampled from a copy of its adapted or narrowed weights.
     The copy is updated for every rollout: W + scale B A in the dtype that the forward computes in.
+
+    ``self_check`` tries each way of sampling on a few tokens, and keeps those whose log-probs are the ones that are
+    trained. Raises ConfigError where there is none.
     """
 
-    def __init__(self, model: ActorCritic, *, cuda_graphs: bool = False, torch_compile: bool = False) -> None:
+    def __init__(
+        self, model: ActorCritic, *, cuda_graphs: bool = False, torch_compile: bool = False, self_check: bool = True
+    ) -> None:
         self.model = model
         self.lm, self._refreshed = decoding_model(model)
         # What a setting leaves open (min_p, no_repeat_ngram_size, ...) would come from the model's own.
@@ -92,7 +64,15 @@ class Decoder:
         # Where all is bfloat16, as with an adapter on a model of that dtype, there is nothing for it to do.
         self.autocast = model.autocast and any(p.dtype == torch.float32 for p in self.lm.parameters())
         self.graphs = cuda_graphs
-        if torch_compile and model.span == attention.UNBOUNDED:  # otherwise a rollout may be left to Transformers
+        self.loops = model.span > 0
+        """Whether our loop samples, up to the model's span; Transformers' does otherwise."""
+        self.pads = True
+        """Whether Transformers' loop takes prompts of different lengths together."""
+        if self_check:
+            choose_ways(self)
+        if (
+            torch_compile and self.loops and model.span == attention.UNBOUNDED
+        ):  # otherwise a rollout may be left to Transformers
             _compile_layers(self.lm)
         self._pool = hardware_cuda_graphs.pool() if cuda_graphs else None
         self._rooms: OrderedDict[tuple[Any, ...], Room] = OrderedDict()
@@ -114,7 +94,7 @@ class Decoder:
         autocast = torch.autocast(prompt.device.type, torch.bfloat16, enabled=self.autocast)
         with cpu_matmul.exact_products(prompt.device), autocast:
             self.refresh()
-            if room + sampling.max_new_tokens > self.model.span:
+            if not self.loops or room + sampling.max_new_tokens > self.model.span:
                 return self._generate(prompt, prompt_mask, sampling)
             uniform = torch.rand(sampling.max_new_tokens, rows, dtype=torch.float64, device=prompt.device)
             with attention.attending(self.lm, ATTENTION):
@@ -130,6 +110,30 @@ class Decoder:
 
     def _generate(self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling) -> Tensor:
         """Samples by Transformers' own loop, for layers that do not keep every key; it is slower."""
+        out = prompt.new_full((len(prompt), sampling.max_new_tokens), sampling.pad_token_id)
+        longest = 0
+        for rows in self.groups(prompt_mask):
+            wide = prompt_mask[rows].any(0)  # False: padding of all these rows
+            tokens = self.generate_tokens(prompt[rows][:, wide], prompt_mask[rows][:, wide], sampling)
+            out[rows, : tokens.shape[1]] = tokens
+            longest = max(longest, tokens.shape[1])
+        return out[:, :longest]
+
+    def forced(self, width: int, sampling: Sampling, response: Tensor) -> ForcedRoom:
+        """Our loop on given responses [B, T], for prompts of this width."""
+        room = ForcedRoom(self.lm, len(response), width, sampling)
+        room.response = response
+        return room
+
+    def groups(self, prompt_mask: Tensor) -> list[Tensor]:
+        """Rows that Transformers' loop may take together; ``prompt_mask`` [B, P] is True for tokens."""
+        lengths = prompt_mask.sum(1)
+        together = torch.zeros_like(lengths) if self.pads else lengths
+        return [(together == length).nonzero().squeeze(1) for length in together.unique()]
+
+    def generate_tokens(
+        self, prompt: Tensor, prompt_mask: Tensor, sampling: Sampling, forced: Forced | None = None
+    ) -> Tensor:
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=True,
@@ -138,10 +142,13 @@ class Decoder:
             top_k=0,
             top_p=1.0,
             repetition_penalty=1.0,
-            eos_token_id=list(sampling.eos_token_ids),
+            eos_token_id=list(sampling.eos_token_ids) or None,
             pad_token_id=sampling.pad_token_id,
         )
-        out = self.lm.generate(input_ids=prompt, attention_mask=prompt_mask.long(), generation_config=settings)
+        forcing: dict[str, Any] = {"logits_processor": LogitsProcessorList([forced])} if forced else {}
+        out = self.lm.generate(
+            input_ids=prompt, attention_mask=prompt_mask.long(), generation_config=settings, **forcing
+        )
         return out[:, prompt.shape[1] :]
 
     @torch.no_grad()
@@ -259,8 +266,11 @@ class Room:
         return out.last_hidden_state[:, -1]
 
     def choose(self, hidden: Tensor) -> None:
+        """Draws each row's next token from its distribution."""
         uniform = self.uniform.index_select(0, self.turn).squeeze(0)
-        drawn = draw(logits(hidden, lm_head(self.lm)), uniform, self.sampling.temperature)
+        self.take(draw(logits(hidden, lm_head(self.lm)), uniform, self.sampling.temperature))
+
+    def take(self, drawn: Tensor) -> None:
         drawn = torch.where(self.done, self.sampling.pad_token_id, drawn)
         self.out.index_copy_(1, self.turn, drawn[:, None])
         self.done.logical_or_((drawn[:, None] == self.eos).any(1))
@@ -285,31 +295,19 @@ class Room:
         return out[:, : int(running.any(0).sum())]
 
 
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of one new token, without copying keys for each query head.
+class ForcedRoom(Room):
+    """The loop on completions that are given, whose log-probs it keeps: `response` [B, T], `logp` T times [B]."""
 
-    Query heads that share a key head are read as positions of one head. Prompts, and arguments that this does not
-    support, go to Transformers' own function.
-    """
-    known = {"scaling", "dropout", "sliding_window", "is_causal", "position_ids", "use_cache"}
-    odd = [name for name, argument in kwargs.items() if name not in known and argument is not None]
-    batch, heads, length, _ = query.shape
-    if length > 1 or odd:
-        return attention.attend(module, query, key, value, attention_mask, **kwargs)
-    groups = key.shape[1]
-    query = query.reshape(batch, groups, heads // groups, -1)
-    with attention.kernel(query.device, query.dtype, length, key.shape[2]):
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
-        )
-    return out.reshape(batch, 1, heads, -1), None
+    def __init__(self, lm: Any, rows: int, width: int, sampling: Sampling) -> None:
+        super().__init__(lm, rows, width, sampling)
+        self.response = self.out
+        self.logp: list[Tensor] = []
 
-
-ATTENTION = "stable_rlhf_decoding"
-
-AttentionInterface.register(ATTENTION, attend)
+    def choose(self, hidden: Tensor) -> None:
+        token = self.response[:, len(self.logp)]
+        scores = logits(hidden, lm_head(self.lm)).float().log_softmax(-1)
+        self.logp.append(scores.gather(1, token[:, None])[:, 0])
+        self.take(token)
 
 
 class _Block(nn.Module):

@@ -40,6 +40,7 @@ from stable_rlhf.policy import (
     ActorCritic,
     Reference,
     TrainedState,
+    check_checkpointing,
     context_length,
     eos_token_ids,
     given_policy,
@@ -91,7 +92,10 @@ class Run:
         policy, low = (
             load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
         )
-        self.model = ActorCritic(policy, config.critic, autocast=low)
+        tried = config.model.self_check
+        self.model = ActorCritic(policy, config.critic, autocast=low, self_check=tried)
+        if tried and config.model.gradient_checkpointing:
+            check_checkpointing(self.model)
         learning = Learning(
             optim=config.optim,
             critic=config.critic,
@@ -114,6 +118,7 @@ class Run:
                 self.model,
                 cuda_graphs=replays_graphs(config.model.cuda_graphs, self.model.device),
                 torch_compile=config.model.torch_compile,
+                self_check=tried,
             ),
         )
         self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)

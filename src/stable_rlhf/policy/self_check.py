@@ -124,6 +124,6 @@ def check_checkpointing(model: Any) -> None:
     difference = apart(ours, again, tokens.mask)
     if difference > tolerance(model.policy, model.autocast):
         raise ConfigError(
-            f"model.gradient_checkpointing=true: changes the log-probs of {type(lm).__name__} by {difference:.2g} nats; "
+            f"model.gradient_checkpointing=true: changes log-probs of {type(lm).__name__} by {difference:.2g} nats; "
             "set model.gradient_checkpointing=false"
         )

@@ -146,10 +146,8 @@ def main() -> None:
     print("# Models\n")
     print(f"Every family of causal language models in Transformers {transformers.__version__}, tried in tiny form:")
     print(f"{total['right']} are trained and sampled as their own forward says, {total['refused']} are refused by a")
-    print(
-        f"sentence, {total['wrong']} are wrong, {total['not built']} could not be made so small. The oracle is each family's own"
-    )
-    print("forward on one row alone: its log-probs, and its likeliest tokens one by one.\n")
+    print(f"sentence, {total['wrong']} are wrong, {total['not built']} could not be made so small. The oracle is each")
+    print("family's own forward on one row alone: its log-probs, and its likeliest tokens one by one.\n")
     print("    python -m tests.policy.families > docs/models.md\n")
     print(
         "A model is tried in the same way whenever it is loaded (`model.self_check`), so that a model of your own that"

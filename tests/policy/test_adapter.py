@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from stable_rlhf import Config, SAFETrainer
 from stable_rlhf.config.algorithm import CriticConfig
 from stable_rlhf.config.sections import ModelConfig
+from stable_rlhf.doctor.memory import estimate, skeleton
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.policy.actor_critic import ActorCritic
 from stable_rlhf.policy.loading import check_model, load_policy, load_tokenizer, wrap_policy
@@ -138,3 +139,12 @@ def test_dora_keeps_its_reference(llama: LlamaForCausalLM) -> None:
     learn(model)
     with model.reference() as reference:
         assert logp_of(reference, torch.arange(3, 12)[None]).equal(before)
+
+
+def test_doctor_counts_an_adapter_folder_as_the_run_holds_it(learned: Path) -> None:
+    config = Config.from_preset("safe", model={"name": str(learned), "device": "cpu"})
+    policy, _ = load_policy(config.model)
+    trained = 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    estimated = estimate(skeleton(config), config, device=torch.device("cpu"), low=False, prompt=8)
+    assert estimated.held["policy"] == sum(4 * p.numel() for p in policy.parameters())
+    assert estimated.held["reference"] == trained

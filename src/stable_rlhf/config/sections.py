@@ -21,7 +21,8 @@ class ModelConfig:
     """The policy to train, and how it is held in memory."""
 
     name: str = "builtin"
-    """The policy to train: ``builtin`` (the small model that ships with the package), a folder, or a hub name."""
+    """The policy to train: ``builtin`` (the small model that ships with the package), a folder, or a hub name. A LoRA
+    adapter, named like a model, is trained further, and its reference is the adapter as it was."""
     revision: str | None = None
     """Commit, tag or branch of a hub model; None is the default branch."""
     gguf_file: str | None = None

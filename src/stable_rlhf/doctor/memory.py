@@ -20,6 +20,8 @@ from stable_rlhf.hardware import SHORT, replays_graphs
 from stable_rlhf.ops.logprobs import CHUNK_BYTES
 from stable_rlhf.policy import (
     ValueHead,
+    adapter_folder,
+    adapter_settings,
     causal_lm,
     layers,
     lm_head,
@@ -69,8 +71,9 @@ def skeleton(config: Config) -> Any:
         known = AutoConfig.from_pretrained(name, **arguments)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(known, dtype=policy_dtype(config.model)[0], **trust)
+    folder = adapter_folder(config.model)
     with torch.device("meta"):
-        return with_adapter(model, config.model)
+        return with_adapter(model, config.model, None if folder is None else adapter_settings(folder))
 
 
 def estimate(policy: Any, config: Config, *, device: torch.device, low: bool, prompt: int) -> Memory:
@@ -88,7 +91,8 @@ def estimate(policy: Any, config: Config, *, device: torch.device, low: bool, pr
     element = 2 if low else FLOAT
     held = {
         "policy": weights,
-        "reference": 0 if peft else weights,  # with an adapter it is the policy with the adapter off
+        # With a new adapter it is the policy with the adapter off; one that has learned has a frozen copy.
+        "reference": weights if not peft else trained if adapter_folder(config.model) else 0,
         "value heads and their targets": 2 * heads,
         "gradients": trained + heads,
         "AdamW's two moments": 2 * (trained + heads),

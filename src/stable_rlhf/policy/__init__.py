@@ -9,7 +9,7 @@ from stable_rlhf.policy.actor_critic import (
     compile_layers,
     detached,
 )
-from stable_rlhf.policy.adapter import lora_config, with_adapter
+from stable_rlhf.policy.adapter import adapter_folder, adapter_settings, lora_config, with_adapter
 from stable_rlhf.policy.loading import (
     check_model,
     given_policy,
@@ -29,6 +29,8 @@ __all__ = [
     "Reference",
     "TrainedState",
     "ValueHead",
+    "adapter_folder",
+    "adapter_settings",
     "apart",
     "causal_lm",
     "check_checkpointing",

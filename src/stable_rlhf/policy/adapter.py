@@ -108,6 +108,16 @@ def adapter_base(folder: Path) -> tuple[str, dict[str, Any]]:
     return name, {} if revision is None or Path(name).is_dir() else {"revision": revision}
 
 
+def adapter_settings(folder: Path) -> LoraConfig:
+    """The settings of the adapter in the folder, to be trained further. Raises ConfigError."""
+    try:
+        settings = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.name={str(folder)!r}: adapter_config.json is not LoRA's: {error}") from error
+    settings.inference_mode = False
+    return settings
+
+
 def load_adapter(model: Any, folder: Path, config: ModelConfig) -> PeftModel:
     """The model with its adapter, which is trained further. Raises ConfigError."""
     if config.lora_r > 0:

@@ -16,7 +16,7 @@ from stable_rlhf.errors import ConfigError, Exit, Interrupted, StableRLHFError
 USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    resume a run from its newest checkpoint
-stable-rlhf report RUN                                          write RUN/report.html
+stable-rlhf report RUN [--watch]                                write RUN/report.html, or show it while the run goes on
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
 stable-rlhf doctor [FILE] [--section.field VALUE ...]           check a run before it starts, forecast its time
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -30,6 +32,23 @@ def resolve_device(name: str, setting: str = "model.device") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(f"{setting}={name!r}: this machine has {count} CUDA devices; give auto")
     return device
+
+
+def described(device: torch.device) -> str:
+    """The device in words: `cuda:0, NVIDIA H100 80GB HBM3`; `cpu, AMD EPYC 7763, 2 threads`."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    parts = [str(device), _cpu_model(), f"{torch.get_num_threads()} threads"]
+    return ", ".join(part for part in parts if part)
+
+
+def _cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name; on systems other than Linux its architecture."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
 
 
 def replays_graphs(cuda_graphs: bool | None, device: torch.device) -> bool:

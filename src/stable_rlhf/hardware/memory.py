@@ -60,6 +60,11 @@ def free(device: torch.device, cgroup: Path = CGROUP) -> int:
     return left
 
 
+def taken(device: torch.device) -> int:
+    """Bytes that this process holds on the device: what PyTorch reserves there; on the CPU the process's memory."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
 class Peak:
     """The most memory, in bytes, that was taken inside `measured` on top of that before; None where not known."""
 

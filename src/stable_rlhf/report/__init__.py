@@ -1,11 +1,13 @@
-"""The report of one run: crashes, plots, tables, an HTML page. Needs no torch."""
+"""The report of one run: crashes, plots, a verdict, tables, an HTML page. Needs no torch."""
 
 from stable_rlhf.report.html import write_report
 from stable_rlhf.report.run import read_run
 from stable_rlhf.report.summary import print_summary
+from stable_rlhf.report.watch import watch
 
 __all__ = [
     "print_summary",
     "read_run",
+    "watch",
     "write_report",
 ]

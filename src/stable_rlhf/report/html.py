@@ -1,27 +1,41 @@
-"""Writes report.html: no scripts, no network, no torch; all text of models and data is escaped.
+"""The page of a report: one file that needs no network and no torch; all text of models and data is escaped.
 
-Reading (report/run.py) and figures (report/crashes.py) are separate, so that a comparison of runs uses the same
-figures. Metrics that a run did not record are named in the report, not drawn as an empty plot.
+Its only script is our own (assets/report.js), named by its hash in the page's Content-Security-Policy, so that no other
+script runs. Reading (report/run.py) and figures (report/crashes.py) are separate, so that a comparison of runs uses the
+same figures.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import datetime
+import hashlib
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from stable_rlhf.control import WINDOW
 from stable_rlhf.errors import SaveError
 from stable_rlhf.files import ASSETS, NO_ROOM
-from stable_rlhf.report.plots import draw_plots
-from stable_rlhf.report.run import headline, read_run
+from stable_rlhf.report.facts import facts_of
+from stable_rlhf.report.plots import draw_plots, figure
+from stable_rlhf.report.run import Run, headline, read_run
+from stable_rlhf.report.verdict import verdict
 from stable_rlhf.runs import METRICS, evaluation
 from stable_rlhf.text import excerpt
 
 SAMPLES, COMPLETIONS, TEXT_LIMIT = 12, 8, 1500  # rows shown, and characters of each text: the file stays small
+INCIDENTS = 200  # the newest that are shown; a run that skips at every step has one for each
+NAME_LIMIT = 200  # characters of a name at the top: a path or a hub name fits
+
+STYLE = Markup((ASSETS / "report.css").read_text(encoding="utf-8"))
+SCRIPT = Markup((ASSETS / "report.js").read_text(encoding="utf-8"))
+SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -30,21 +44,7 @@ def write_report(run_dir: str | Path) -> Path:
     Raises as `read_run` does, and SaveError where the file cannot be written.
     """
     run = read_run(run_dir)
-    head = headline(run)
-    folder = jinja2.FileSystemLoader(ASSETS)
-    environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["shown"] = _shown
-    environment.filters["number"] = lambda value, form=".3f": "-" if value is None else format(float(value), form)
-    page = environment.get_template("report.html.j2").render(
-        run=run,
-        head=head,
-        window=WINDOW,
-        evaluation=evaluation.evaluation_rows(run.evaluation) if run.evaluation else [],
-        samples=(run.evaluation or {}).get("samples", [])[:SAMPLES],
-        completions=run.completions[:COMPLETIONS],
-        plots=draw_plots(run.rows, head.crashes, run.incidents),
-        metrics=METRICS,
-    )
+    page = rendered(run)
     aside, path = run.path / "report.html.tmp", run.path / "report.html"
     try:
         aside.write_text(page, encoding="utf-8")
@@ -54,6 +54,90 @@ def write_report(run_dir: str | Path) -> Path:
             aside.unlink(missing_ok=True)
         remedy = NO_ROOM.get(error.errno or 0, "fix that")
         raise SaveError(f"{path} could not be written: {error.strerror or error}; {remedy}") from error
+
+
+def rendered(run: Run, live: str | None = None) -> str:
+    """The page. A live one has the version of its figures, and asks its server for newer ones (report/watch.py)."""
+    head = headline(run)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            name=run.path.resolve().name,
+            live=live,
+            head=head,
+            verdict=verdict(facts_of(run, head)),
+            about=about(run),
+            window=WINDOW,
+            evaluation=evaluation.evaluation_rows(run.evaluation) if run.evaluation else [],
+            samples=(run.evaluation or {}).get("samples", [])[:SAMPLES],
+            completions=run.completions[:COMPLETIONS],
+            incidents=run.incidents[-INCIDENTS:],
+            sections=draw_plots(run.rows, run.timings, head.crashes, run.incidents),
+            metrics=METRICS,
+        )
+    )
+
+
+def waiting(name: str, sentence: str, live: str) -> str:
+    """The live page of a run that cannot be shown yet, with the sentence that says why."""
+    return _environment().get_template("report_waiting.html.j2").render(name=name, sentence=sentence, live=live)
+
+
+def about(run: Run) -> list[tuple[str, str]]:
+    """(name, value) of what a reader asks first: model, data, reward, preset, when, how long, on what."""
+    model = _setting(run.config, "model", "name")
+    if (rank := _setting(run.config, "model", "lora_r")) and model is not None:
+        model = f"{_text(model)} (LoRA, rank {_text(rank)})"
+    data = _setting(run.config, "data", "train")
+    rewards = _setting(run.config, "reward", "functions")
+    start = run.starts[0] if run.starts else None
+    began = None if start is None else datetime.datetime.fromisoformat(start["time"]).strftime("%Y-%m-%d %H:%M %Z")
+    seconds = sum(row.get("total_s") or 0 for row in run.timings)
+    devices = list(dict.fromkeys(each["device"] for each in run.starts))
+    given = {
+        "model": model,
+        "data": data,
+        "reward": ", ".join(map(_text, rewards[:4])) if isinstance(rewards, list) and len(rewards) < 5 else rewards,
+        "preset": run.config.get("preset"),
+        "begun": began,
+        "time in steps": duration(seconds) if seconds else None,
+        "device": ", then ".join(map(_text, devices[:4])) or _setting(run.config, "model", "device"),
+    }
+    return [(name, "not recorded" if value is None else _text(value)) for name, value in given.items()]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them, in two units at most."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
+    return f"{minutes[0]} min {minutes[1]} s" if minutes[0] < 60 else f"{hours[0]} h {hours[1]} min"
+
+
+def _environment() -> jinja2.Environment:
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["shown"] = _shown
+    made.filters["number"] = lambda value, form=".3f": "-" if value is None else format(float(value), form)
+    made.filters["figure"] = figure
+    made.globals |= {"style": STYLE, "script": SCRIPT, "script_hash": SCRIPT_HASH}
+    return made
+
+
+def _setting(config: Mapping[str, Any], section: str, name: str) -> Any:
+    found = config.get(section)
+    return found.get(name) if isinstance(found, Mapping) else None
+
+
+def _text(value: Any) -> str:
+    return _shown(value, NAME_LIMIT)
 
 
 def _shown(value: Any, limit: int = TEXT_LIMIT) -> str:

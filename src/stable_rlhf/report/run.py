@@ -18,8 +18,8 @@ from stable_rlhf.errors import NoRunError, RunError
 from stable_rlhf.files import finite
 from stable_rlhf.report.crashes import RewardCrash, moving_average, reward_crashes, step_errors
 from stable_rlhf.report.plots import series
+from stable_rlhf.runs import RunLock, incidents, read_rows, starts
 from stable_rlhf.runs import evaluation as runs_evaluation
-from stable_rlhf.runs import incidents, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,10 @@ class Run:
 
     path: Path
     rows: tuple[dict[str, Any], ...]
+    timings: tuple[dict[str, Any], ...]
+    starts: tuple[dict[str, Any], ...]
+    running: bool
+    """Whether a process is training in the folder."""
     config_text: str | None
     config: dict[str, Any]
     evaluation: dict[str, Any] | None
@@ -79,11 +83,13 @@ def _read(path: Path) -> Run:
     config_text, config = _read_config(path / "config.yaml", notes)
     evaluation = _read_evaluation(path / "evaluation.json", notes)
     step, completions = _read_completions(path / "completions", notes)
-    if isinstance(planned := config.get("max_steps"), int) and (done := rows[-1]["step"] + 1) < planned:
-        notes.append(f"The run has not finished: {done} of {planned} steps.")
+    timings = read_rows(path / "timings.jsonl")[0] if (path / "timings.jsonl").is_file() else []
     return Run(
         path=path,
         rows=tuple(rows),
+        timings=tuple(timings),
+        starts=tuple(starts.read(path)),
+        running=RunLock(path).held_elsewhere(),
         config_text=config_text,
         config=config,
         evaluation=evaluation,

@@ -1,6 +1,6 @@
-"""The files of a run: metrics, incidents, evaluation, lock. Needs no torch."""
+"""The files of a run: metrics, incidents, evaluation, starts, lock. Needs no torch."""
 
-from stable_rlhf.runs import evaluation, incidents
+from stable_rlhf.runs import evaluation, incidents, starts
 from stable_rlhf.runs.evaluation import evaluation_rows, read
 from stable_rlhf.runs.lock import RunLock
 from stable_rlhf.runs.metrics import MetricsWriter, read_rows, write_completions
@@ -18,5 +18,6 @@ __all__ = [
     "incidents",
     "read",
     "read_rows",
+    "starts",
     "write_completions",
 ]

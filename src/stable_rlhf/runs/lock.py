@@ -46,6 +46,19 @@ class RunLock:
             self.take()
             self.release()
 
+    def held_elsewhere(self) -> bool:
+        """Whether another process is training in the folder."""
+        if not self._owner.exists():
+            return False
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        except PermissionError:  # the run of another user, of which only the note can be read
+            return True
+        self._lock.release()
+        return False
+
     def release(self) -> None:
         if self._lock.is_locked:
             self._owner.unlink(missing_ok=True)

@@ -73,4 +73,5 @@ TIMINGS: dict[str, str] = {
     "update_s": "seconds spent in the optimiser steps",
     "total_s": "seconds for the whole step",
     "tokens_per_s": "response tokens sampled / total_s",
+    "memory_gb": "memory taken at the end of the step, GB",
 }

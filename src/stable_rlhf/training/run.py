@@ -34,7 +34,7 @@ from stable_rlhf.control import Guard, RewardNormaliser, controller_of
 from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import replace_text
-from stable_rlhf.hardware import refuse_many_processes, replays_graphs, shortage_named
+from stable_rlhf.hardware import described, refuse_many_processes, replays_graphs, shortage_named
 from stable_rlhf.learner import Learning, make_passes, make_preview, optimizer_groups
 from stable_rlhf.policy import (
     ActorCritic,
@@ -50,7 +50,7 @@ from stable_rlhf.policy import (
 )
 from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
-from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents
+from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, starts
 from stable_rlhf.training.callbacks import CallbackStates, callback_arguments, callback_handler
 from stable_rlhf.training.given import as_given, check_named, probe_servers
 from stable_rlhf.training.recovery import STAYS, Recovery
@@ -204,6 +204,7 @@ class Run:
             RandomState().load_state_dict(self._random)
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved
             self.recovery.begin(*capture(self.parts, self.steps_done))
+        starts.record(self.run_dir, self.steps_done, described(self.model.device))
         self.state.max_steps, self.state.global_step = self.args.max_steps, self.steps_done
         self._saved_at = self.steps_done if resume_from_checkpoint else -1
 

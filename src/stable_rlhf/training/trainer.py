@@ -12,6 +12,7 @@ from stable_rlhf.checkpoints import capture, restore
 from stable_rlhf.console import Progress, said_if_lost
 from stable_rlhf.control import Action, Verdict
 from stable_rlhf.errors import CheckpointError, ConfigError, DivergenceError, GuardStop, Interrupted, RewardError
+from stable_rlhf.hardware import memory
 from stable_rlhf.runs import evaluation, incidents, write_completions
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.failures import failures_named, misfits_named
@@ -166,7 +167,8 @@ class SAFETrainer(Run):
         number, every = self.steps_done, self.args.log.completions_steps
         rollbacks = self.guard.state.rollbacks if self.args.guard.enabled else None
         row = step_row(step, self.counters, self.normaliser, rollbacks)
-        self.writer.write(row, {"step": number, **watch.timing(int(step.rollout.tokens.mask.sum()))})
+        timing = watch.timing(int(step.rollout.tokens.mask.sum()))
+        self.writer.write(row, {"step": number, **timing, "memory_gb": memory.taken(self.model.device) / 1e9})
         if every and number % every == 0:
             write_completions(self.run_dir, number, completion_rows(step.rollout, step.measured))
         return row

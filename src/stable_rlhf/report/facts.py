@@ -1,0 +1,115 @@
+"""The facts that a verdict on a run rests on."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stable_rlhf.control import WINDOW
+from stable_rlhf.report.plots import series
+from stable_rlhf.report.run import Headline, Run
+
+FEW = 5
+"""Steps of which a mean is taken where a run's end is compared with its start or its budget: a single step is noisy,
+and more would lag behind a KL that still rises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a verdict rests on. None: not known. Pairs are (at the start, at the end)."""
+
+    steps: int
+    planned: int | None = None
+    running: bool = False
+    """Whether a process is training in the run's folder."""
+    gave_up_at: int | None = None
+    """The step at which the guard gave up the run."""
+    reward_change: float | None = None
+    """In the scorer's units, with its standard error `reward_error`."""
+    reward_error: float | None = None
+    crashes: int = 0
+    kl: float | None = None
+    """At the end, nats per token; `budget` is the KL threshold in force there."""
+    budget: float | None = None
+    variety: tuple[float, float] | None = None
+    """distinct-2, a share."""
+    entropy: tuple[float, float] | None = None
+    """Nats per token."""
+    skips: int = 0
+    rollbacks: int = 0
+
+
+def facts_of(run: Run, head: Headline) -> Facts:
+    """The facts of a run: of the held-out prompts where both sides are known, otherwise of the steps that were not
+    rolled back."""
+    acted = Counter(incident["action"] for incident in run.incidents)
+    last = run.incidents[-1] if run.incidents else None
+    stopped = last is not None and last["action"] == "stop" and last["step"] >= run.rows[-1]["step"]
+    planned = run.config.get("max_steps")
+    undone = {incident["step"] for incident in run.incidents if incident["action"] != "skip"}
+    kept = [row for row in run.rows if row["step"] not in undone]
+    rewards, variety, entropy, kl, budgets = (
+        series(kept, name)[1]
+        for name in (
+            "objective/scores",
+            "completions/distinct_2",
+            "objective/entropy",
+            "objective/kl",
+            "safe/threshold",
+        )
+    )
+    reward = _held_out_reward(run.evaluation) or change(rewards, WINDOW, FEW)
+    return Facts(
+        steps=head.steps,
+        planned=planned if isinstance(planned, int) and not isinstance(planned, bool) else None,
+        running=run.running,
+        gave_up_at=last["step"] if last is not None and stopped else None,
+        reward_change=reward[0] if reward else None,
+        reward_error=reward[1] if reward else None,
+        crashes=len(head.crashes),
+        kl=_mean(kl[-FEW:]) if kl else None,
+        budget=budgets[-1] if budgets else None,
+        variety=_held_out(run.evaluation, "distinct_2") or _ends(variety),
+        entropy=_held_out(run.evaluation, "entropy") or _ends(entropy),
+        skips=acted["skip"],
+        rollbacks=acted["roll back"] + acted["stop"],
+    )
+
+
+def _held_out(evaluation: dict[str, Any] | None, name: str) -> tuple[float, float] | None:
+    before, after = (((evaluation or {}).get(side) or {}).get(name) for side in ("before", "after"))
+    return None if before is None or after is None else (before, after)
+
+
+def _held_out_reward(evaluation: dict[str, Any] | None) -> tuple[float, float] | None:
+    """(change of the reward, its standard error). The same prompts are on both sides, so the error is rather too
+    large."""
+    rewards, errors = _held_out(evaluation, "reward"), _held_out(evaluation, "reward_se")
+    return None if rewards is None or errors is None else (rewards[1] - rewards[0], math.hypot(*errors))
+
+
+def _ends(values: list[float]) -> tuple[float, float] | None:
+    """Means of the first and of the last FEW values; None where these would overlap."""
+    return None if len(values) < 2 * FEW else (_mean(values[:FEW]), _mean(values[-FEW:]))
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def change(values: Sequence[float], most: int, least: int) -> tuple[float, float] | None:
+    """(change, its standard error) from the first to the last n values, n = half of them, at most `most`.
+
+    The error comes from the scatter of the values: sqrt(s1^2 / n + s2^2 / n), s^2 with denominator n - 1. None for
+    fewer than `least` values a side.
+    """
+    n = min(most, len(values) // 2)
+    if n < max(2, least):
+        return None
+    sides = (values[:n], values[-n:])
+    means = [math.fsum(side) / n for side in sides]
+    spreads = [math.hypot(*(value - mean for value in side)) for side, mean in zip(sides, means, strict=True)]
+    return means[1] - means[0], math.hypot(*spreads) / math.sqrt(n * (n - 1))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401  here, not in each child
 import torch
 
 from stable_rlhf.learner import passes

@@ -362,7 +362,18 @@ def test_no_payload_adds_a_tag_or_a_character_that_acts_to_the_report(
         "colgroup",
         "col",
         "figure",
-        "img",
+        "h4",
+        "main",
+        "dl",
+        "dt",
+        "dd",
+        "i",
+        "output",
+        "small",
+        "svg",
+        "rect",
+        "path",
+        "script",
         "code",
         "pre",
         "footer",
@@ -371,7 +382,7 @@ def test_no_payload_adds_a_tag_or_a_character_that_acts_to_the_report(
         page, text = Page(path), path.read_text(encoding="utf-8")
         assert {tag for tag, _ in page.tags} <= allowed
         assert {name for _, attributes in page.tags for name in attributes if name.startswith("on")} == set()
-        assert all((image["src"] or "").startswith("data:image/svg+xml;base64,") for image in page.named("img"))
+        assert page.named("script") == [{}]  # our own, whose hash the policy names
         assert [m["http-equiv"] for m in page.named("meta") if "http-equiv" in m] == ["Content-Security-Policy"]
         assert acting(text) == []
         assert not flooded(text)

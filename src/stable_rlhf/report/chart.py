@@ -16,6 +16,9 @@ SIZE = 1000
 POINTS = 600
 """Most points of a line. A plot is at most about 560 pixels wide, and a bin has two points."""
 
+LARGEST = 1e300
+"""Values beyond it are drawn on the edge: the difference of two that are larger is not finite."""
+
 MARGIN = 0.06
 """Share of the values' range that is left free above and below them, so that no line lies on an edge."""
 
@@ -40,7 +43,7 @@ class Axis:
 
     def place(self, value: float) -> float:
         """The coordinate of a value, to a tenth of a unit; values outside are put on the edge."""
-        share = (value / 2 - self.low / 2) / (self.high / 2 - self.low / 2)  # halves: 1e308 - -1e308 is not finite
+        share = (value - self.low) / (self.high - self.low)
         return round(SIZE * min(1.0, max(0.0, share)), 1)
 
 
@@ -61,15 +64,15 @@ def thinned(series: Series, points: int = POINTS) -> Series:
 
 
 def value_axis(values: Iterable[float], least: float | None = None) -> Axis:
-    """An axis around finite values, with MARGIN on both sides; `least` bounds it from below."""
-    values = list(values)
+    """An axis around values, with MARGIN on both sides; `least` bounds it from below, and LARGEST on both sides."""
+    values = [max(-LARGEST, min(LARGEST, value)) for value in values]
     low, high = min(values), max(values)
     if low == high == 0:
         high = 1.0  # a count that stays 0
     if least is not None:
         low, high = max(low, least), max(high, least)
-    margin = MARGIN * (high / 2 - low / 2) * 2 or abs(high) * 0.1  # of a constant line: a tenth of it
-    return Axis(max(low - margin, -1e308), min(high + margin, 1e308))
+    margin = MARGIN * (high - low) or abs(high) * 0.1 or 1.0  # of a constant line: a tenth of it
+    return Axis(low - margin, high + margin)
 
 
 def step_axis(steps: Sequence[int]) -> Axis:
@@ -79,8 +82,7 @@ def step_axis(steps: Sequence[int]) -> Axis:
 
 def ticks(axis: Axis, most: int, *, whole: bool = False) -> list[float]:
     """At most `most` round numbers (1, 2 or 5 times a power of ten apart) on the axis; `whole` ones where asked."""
-    span = axis.high / 2 - axis.low / 2
-    power = 10.0 ** math.floor(math.log10(max(span / most * 2, 1e-300)))
+    power = 10.0 ** math.floor(math.log10(max((axis.high - axis.low) / most, 1 / LARGEST)))
     for step in (factor * power * scale for scale in (1, 10) for factor in (1, 2, 5)):
         if whole and step < 1:
             continue

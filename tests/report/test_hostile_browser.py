@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import http.server
-import os
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -15,20 +13,6 @@ from typing import Any
 import pytest
 
 from tests.report.test_hostile_text import ACTED, MARKUP, everywhere
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-REQUIRED = "STABLE_RLHF_REQUIRE_CHROMIUM"
-"""Set by .ci/run: without Chromium the browser's tests then fail, instead of being passed over."""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    if CHROMIUM is None:
-        message = "Chromium is not installed, so no browser has opened the report: `apt-get install chromium`"
-        pytest.fail(message) if os.environ.get(REQUIRED) else pytest.skip(message)
-    return CHROMIUM
 
 
 @pytest.fixture
@@ -53,14 +37,14 @@ def requests() -> Iterator[tuple[int, list[str]]]:
         thread.join()
 
 
-def opened(chromium: str, page: Path, profile: Path) -> str:
+def opened(chromium: str, page: Path, profile: Path, *more: str) -> str:
     """The page as the browser has it after two seconds of its own time, scripts and requests done."""
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
         "--disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
     )
     done = subprocess.run(
-        [chromium, *flags.split(), f"--user-data-dir={profile}", page.as_uri()],
+        [chromium, *flags.split(), *more, f"--user-data-dir={profile}", page.as_uri()],
         capture_output=True, timeout=120, check=True,
     )  # fmt: skip
     return done.stdout.decode("utf-8", "replace")

@@ -38,7 +38,8 @@ def described(device: torch.device) -> str:
     """The device in words: `cuda:0, NVIDIA H100 80GB HBM3`; `cpu, AMD EPYC 7763, 2 threads`."""
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
-    parts = [str(device), _cpu_model(), f"{torch.get_num_threads()} threads"]
+    threads = torch.get_num_threads()
+    parts = [str(device), _cpu_model(), f"{threads} thread{'' if threads == 1 else 's'}"]
     return ", ".join(part for part in parts if part)
 
 

@@ -22,7 +22,7 @@ PHASE_STYLES = 6
 INCIDENTS = {"skip": "skip", "roll back": "back", "stop": "stop"}
 """How the line of an incident is drawn, by its action: a class of assets/report.css."""
 
-TICKS_UP, TICKS_ACROSS = 4, 6
+TICKS_UP, TICKS_ACROSS = 5, 6
 """Most numbers on an axis: more would touch each other at 400 pixels' width."""
 
 

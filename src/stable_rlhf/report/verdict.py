@@ -17,7 +17,8 @@ FAR_OVER = 0.5
 """Share of the threshold by which the KL is far above it: the regulation is not holding it."""
 
 VARIETY_LOST = 0.2
-"""Share of distinct-2 whose loss asks for a look at the samples. A good run of the built-in pair loses a tenth."""
+"""Share of distinct-2 whose loss asks for a look at the samples. The built-in pair loses a third in 60 steps, and then
+`amazing` and `beautiful` are in most of its samples; after 12 steps it has lost a seventh, and they differ."""
 
 VARIETY_GONE = 0.5
 """Share of distinct-2 whose loss means that the answers have become alike."""
@@ -89,7 +90,8 @@ def share_in_words(share: float) -> str:
 
 def _state(facts: Facts) -> Finding:
     done = f"{facts.steps} step{'' if facts.steps == 1 else 's'}"
-    if facts.planned is not None and facts.steps < facts.planned:
+    unfinished = facts.planned is not None and facts.steps < facts.planned
+    if unfinished:
         done = f"{facts.steps} of {facts.planned} steps"
     if facts.running:
         return Finding(Tone.FINE, f"Still running: {done}.")
@@ -97,7 +99,7 @@ def _state(facts: Facts) -> Finding:
         return Finding(Tone.BAD, f"Ended by the guard: {done}.")
     if facts.planned is None:
         return Finding(Tone.FINE, f"{done}; how many were planned is not recorded.")
-    if facts.steps < facts.planned:
+    if unfinished:
         return Finding(Tone.LOOK, f"Stopped before its end: {done}.")
     return Finding(Tone.FINE, f"Finished: {done}.")
 

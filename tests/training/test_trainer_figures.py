@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -147,6 +148,7 @@ def test_the_seconds_of_a_part_are_spent_in_that_part(
         "update_s": 400.0,
         "total_s": 7441.25,
         "tokens_per_s": pytest.approx(rows(run.run_dir)[0]["completions/mean_length"] * 8 / 7441.25, rel=1e-12),
+        "memory_gb": pytest.approx(psutil.Process().memory_info().rss / 1e9, rel=0.5),  # of this process
     }
 
 

@@ -256,6 +256,7 @@ def test_missing_run_is_named(tmp_path: Path):
         ("evaluation.json", '{"before":\n {"reward": oops}}', r"evaluation\.json:2: "),
         ("evaluation.json", '{"before": {"reward": Infinity}}', r"evaluation\.json:1: Infinity is not a finite number"),
         ("evaluation.json", '{"after": {"reward": 1}}', r"evaluation\.json:1: .*no `before`"),
+        ("evaluation.json", '{"before": {}, "after": [1]}', r"evaluation\.json:1: .*`after` is not an object"),
         ("evaluation.json", '{"before": {"reward": "1"}}', r"evaluation\.json:1: reward of `before`"),
         ("evaluation.json", '{"before": {}, "samples": ["x"]}', r"evaluation\.json:1: `samples`"),
         ("completions/step-000002.parquet", "PAR1", r"step-000002\.parquet: not a file of completions"),

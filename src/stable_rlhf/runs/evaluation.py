@@ -71,6 +71,8 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, 
     if not isinstance(evaluation.get("before"), Mapping):
         raise ValueError("evaluation.json has no `before`: evaluate the policy before training, or remove the file")
     before, after = evaluation["before"], evaluation.get("after") or {}
+    if not isinstance(after, Mapping):
+        raise ValueError("evaluation.json: `after` is not an object of figures; remove the file")
     rows = []
     for name, (label, form) in EVALUATION.items():
         shown, values = [], []

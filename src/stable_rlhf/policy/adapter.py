@@ -111,7 +111,7 @@ def adapter_base(folder: Path) -> tuple[str, dict[str, Any]]:
 def adapter_settings(folder: Path) -> LoraConfig:
     """The settings of the adapter in the folder, to be trained further. Raises ConfigError."""
     try:
-        settings = LoraConfig.from_pretrained(str(folder))
+        settings: Any = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.name={str(folder)!r}: adapter_config.json is not LoRA's: {error}") from error
     settings.inference_mode = False

@@ -101,7 +101,7 @@ def test_an_older_and_a_newer_format_are_named(tmp_path: Path, version: int) -> 
     made = saved(tmp_path / "a")
     content = json.loads(made.encoded()) | {"version": version}
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(content, indent=1))
-    assert fault(tmp_path / "a", hashed=True) == f"it has format {version}, but this release reads format 3"
+    assert fault(tmp_path / "a", hashed=True) == f"it has format {version}, but this release reads format 4"
 
 
 @pytest.mark.parametrize(("spare", "longer"), [(0, False), (-1, True)])

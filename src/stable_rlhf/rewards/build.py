@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.config import RewardConfig, is_url
+from stable_rlhf.config import RewardConfig, is_url, only_with
 from stable_rlhf.errors import ConfigError
-from stable_rlhf.rewards.client import remote_reward
+from stable_rlhf.rewards.client import RemoteReward, remote_reward
 from stable_rlhf.rewards.functions import RewardFunction, resolve_reward
+from stable_rlhf.rewards.model import RewardModel
 from stable_rlhf.rewards.scorer import Scorer
 from stable_rlhf.user_code import RandomStream, Shield
 
@@ -55,6 +56,10 @@ def make_scorer(
         )
         for spec, tokenizer in zip(specs, tokenizers, strict=True)
     ]
+    models = any(isinstance(function.function, RewardModel) for function in functions)
+    only_with("reward", settings, "append_eos", models, "one of the rewards is a reward model")
+    own = any(not isinstance(function.function, RewardModel | RemoteReward) for function in functions)
+    only_with("reward", settings, "skip_special_tokens", own, "one of the rewards is a function")
     return Scorer(
         functions,
         settings.weights,

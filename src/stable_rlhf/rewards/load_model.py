@@ -55,7 +55,7 @@ def load_reward_model(
 
 def load_reward_tokenizer(path: str, name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer at a reward model's path. Raises RewardInputError where there is none."""
-    what = f"the reward model {name!r} needs its tokenizer"
+    what = f"the reward model {name} needs its tokenizer"
     if not path:
         raise RewardInputError(f"{what}: set reward_processing_classes.")
     try:

@@ -43,7 +43,8 @@ class Scorer:
     missing_eos_penalty: subtracted from the total of every completion without its end token, in reward units, >= 0;
         None for none. It keeps a policy from learning never to stop.
     shield: keeps user code and a run apart; None where there is no run. random: the random numbers of user code then.
-    trainer_state: makes the run's state for the functions that accept it.
+    trainer_state: gives the run's state. Functions get a copy of it, ``log_metric`` and ``log_extra``; None where there
+        is no run.
     """
 
     def __init__(
@@ -106,11 +107,11 @@ class Scorer:
         if not prompts or wrong:
             raise ValueError(f"{len(prompts)} prompts to score, but {wrong or 'at least 1 is needed'}")
         log = RewardLog(len(prompts))
-        run: dict[str, Any] = {"log_metric": log.log_metric, "log_extra": log.log_extra}
+        run: dict[str, Any] = {}
         if completion_ids is not None:
-            run["completion_ids"] = [list(ids) for ids in completion_ids]
+            run["completion_ids"] = completion_ids
         if self._trainer_state is not None:
-            run["trainer_state"] = self._trainer_state()
+            run |= {"trainer_state": self._trainer_state(), "log_metric": log.log_metric, "log_extra": log.log_extra}
         if taken := {"prompts", "completions", *run} & set(columns):
             raise RewardError(f"the data set's column {taken.pop()!r} has the name of a reward argument. Rename it.")
         samples = Samples(prompts=prompts, completions=completions, whole=whole, columns=dict(columns), run=run)

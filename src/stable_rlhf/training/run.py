@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import shutil
 import time
@@ -118,7 +117,7 @@ class Run:
             stopping=self._stop.asked,
             shield=self.shield,
             random=RandomStream(config.seed),
-            trainer_state=lambda: copy.deepcopy(self.state),
+            trainer_state=lambda: self.state,
         )
         self.sampler = Sampler(
             tokenizer=self.processing_class,

@@ -58,6 +58,27 @@ class Setting(NamedTuple):
     set: Callable[[Any], Any]
 
 
+_BACKENDS: Any = torch.backends
+_PRECISIONS = (_BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul, _BACKENDS.cudnn.conv)
+"""Of float32, for each library."""
+
+
+def _precision() -> tuple[str | None, ...]:
+    try:
+        every = torch.get_float32_matmul_precision()
+    except RuntimeError:  # one library's has been set by itself
+        every = None
+    return every, *(library.fp32_precision for library in _PRECISIONS)
+
+
+def _set_precision(value: tuple[str | None, ...]) -> None:
+    every, *single = value
+    if every is not None:
+        torch.set_float32_matmul_precision(every)  # writes those of the libraries too
+    for library, precision in zip(_PRECISIONS, single, strict=True):
+        library.fp32_precision = precision
+
+
 def _attributes(place: Any, *names: str) -> Setting:
     def put(values: tuple[Any, ...]) -> None:
         for name, value in zip(names, values, strict=True):
@@ -119,24 +140,20 @@ def _set_folder(folder: str | None) -> None:
         os.chdir(folder)
 
 
-_backends: Any = torch.backends
 SETTINGS = {
     "grad mode": Setting(torch.is_grad_enabled, torch.set_grad_enabled),
     "default dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
     "default device": Setting(torch.get_default_device, _set_default_device),
     "deterministic algorithms": Setting(_deterministic, _set_deterministic),
-    "cuDNN": _attributes(_backends.cudnn, "enabled", "deterministic", "benchmark"),
-    "float32 products": Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    "float32 products on CUDA": _attributes(_backends.cuda.matmul, "fp32_precision"),
-    "float32 products on the CPU": _attributes(_backends.mkldnn.matmul, "fp32_precision"),
-    "float32 convolutions": _attributes(_backends.cudnn.conv, "fp32_precision"),
+    "cuDNN": _attributes(_BACKENDS.cudnn, "enabled", "deterministic", "benchmark"),
+    "float32 precision": Setting(_precision, _set_precision),
     "attention kernels": Setting(_attention_kernels, _set_attention_kernels),
     "threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "CUDA device": Setting(_cuda_device, _set_cuda_device),
     "environment": Setting(lambda: dict(os.environ), _set_environment),
     "working directory": Setting(_folder, _set_folder),
 }
-"""Name -> setting. The precision of all products comes first, since it also writes those of single libraries."""
+"""Name -> setting."""
 
 
 @contextlib.contextmanager

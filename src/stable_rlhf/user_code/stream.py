@@ -34,7 +34,7 @@ class RandomStream:
         before = generators.state_dict()
         if self._state is None:
             # Not the seed itself: torch would then give user code the numbers that the run samples with.
-            (number,) = np.random.SeedSequence(self._seed).generate_state(1).tolist()
+            (number,) = np.random.SeedSequence((len(self._seed), *self._seed)).generate_state(1).tolist()
             random.seed(number)
             np.random.seed(number)
             torch.manual_seed(number)

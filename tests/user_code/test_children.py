@@ -99,26 +99,13 @@ def test_a_pool_and_a_terminated_process_are_not_waited_for_forever() -> None:
 
 
 def test_a_signal_that_comes_while_the_run_forks_is_noted() -> None:
-    with GracefulStop() as stop, stop_is_looked_at(stop):
+    with GracefulStop() as stop, stop.waiting():
+        run = os.getpid()
         for _ in range(20):
-            stop.signum = None
-            pid = os.getpid()
-            child = forked(lambda: os.kill(pid, signal.SIGTERM))
+            child = forked(lambda: os.kill(run, signal.SIGTERM))
             status_of(child)
             assert stop.signum == signal.SIGTERM
-
-
-class stop_is_looked_at:  # noqa: N801
-    """`GracefulStop.waiting` without the exception at its end."""
-
-    def __init__(self, stop: GracefulStop) -> None:
-        self.stop = stop
-
-    def __enter__(self) -> None:
-        self.stop._waits = True
-
-    def __exit__(self, *error: object) -> None:
-        self.stop._waits, self.stop.signum = False, None
+            stop.signum = None
 
 
 def test_a_stop_that_is_over_leaves_children_alone() -> None:

@@ -34,7 +34,9 @@ def serve(arguments: Sequence[str]) -> int:
     made.add_argument("--max-batch", type=int, default=1024, help="most texts in one request")
     made.add_argument("--max-body-bytes", type=int, default=16 * 2**20, help="most bytes in one request")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
-    made.add_argument("--append-eos", action="store_true", help="end every text that the model reads with its end token")
+    made.add_argument(
+        "--append-eos", action="store_true", help="end every text that the model reads with its end token"
+    )
     made.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     given = made.parse_args(list(arguments))
     for name in ("batch_size", "max_batch", "max_body_bytes"):

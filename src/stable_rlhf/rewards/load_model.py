@@ -100,5 +100,6 @@ def _loaded(path: str, config: Any, dtype: torch.dtype, trust: dict[str, bool]) 
 
 
 def _said(error: Exception) -> str:
-    """The last line of an exception's traceback; OSErrors and ValueErrors of Transformers are sentences already."""
-    return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}."
+    """An exception's name and text on one line. OSErrors and ValueErrors of Transformers are sentences already."""
+    text = " ".join(str(error).split()).rstrip(".") + "."
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"

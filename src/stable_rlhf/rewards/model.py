@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +64,7 @@ class RewardModel:
         self._eos = tokenizer.eos_token_id if append_eos else None
         if append_eos and self._eos is None:
             raise RewardInputError(f"{name}: reward.append_eos=true, but its tokenizer has no end token. Set it false.")
-        self._rows = model.get_input_embeddings().weight.shape[0]
+        self._rows = _embeddings(model)
         pad = _pad_token_id(model.config, tokenizer, name)
         self._pad = None if pad == self._eos or not 0 <= pad < self._rows else pad
 
@@ -117,20 +119,30 @@ class RewardModel:
             longest, pad = len(rows[0]), self._pad_of(rows)
             input_ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
             mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows], device=device)  # real tokens
-            with exact_products(device), kernel(device, self.model.dtype, longest, longest):
+            products, attention = exact_products(device), kernel(device, self.model.dtype, longest, longest)
+            with products, attention, _padding(self.model.config, pad):
                 logits = self.model(input_ids=input_ids, attention_mask=mask.long()).logits
             for index, value in zip(indexes, logits.float().flatten().tolist(), strict=True):
                 scores[index] = value
         return scores
 
     def _pad_of(self, rows: list[list[int]]) -> int:
-        """The id to pad these rows with, by which the model finds the last token of each."""
+        """The id to pad these rows with: the model's, or one that ends none of them."""
         if self._pad is not None:
             return self._pad
         ends = {row[-1] for row in rows}
-        pad = next(number for number in range(len(ends) + 1) if number not in ends)
-        self.model.config.get_text_config().pad_token_id = pad
-        return pad
+        return next(number for number in range(len(ends) + 1) if number not in ends)
+
+
+@contextmanager
+def _padding(config: Any, pad: int) -> Iterator[None]:
+    """Sets the id by which a decoder classifier finds the last token of each row, inside the context."""
+    text_config = config.get_text_config()
+    before, text_config.pad_token_id = text_config.pad_token_id, pad
+    try:
+        yield
+    finally:
+        text_config.pad_token_id = before
 
 
 def _sample_text(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[str, bool]:
@@ -153,6 +165,14 @@ def require_one_label(config: Any, name: str) -> None:
         raise RewardInputError(
             f"reward model {name!r} ({kind}) has {config.num_labels} outputs, not num_labels=1. {remedy}"
         )
+
+
+def _embeddings(model: Any) -> int:
+    """The number of ids that the model has an embedding for."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):  # its own code does not say
+        return sys.maxsize
 
 
 def _length_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:

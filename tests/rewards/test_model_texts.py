@@ -109,7 +109,7 @@ def test_a_template_that_refuses_a_chat_is_an_error_with_sample_and_remedy() -> 
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     model = resolve_reward(tiny_model(), tokenizer=tokenizer, name="judge")
     with pytest.raises(
-        RewardError, match=r"judge: its chat template refuses sample 1 \(no system role\).*Give prompts"
+        RewardError, match=r"judge: its chat template refuses sample 1 \(TemplateError: no system role\).*Give prompts"
     ):
         score([model], prompts=[CHAT], completions=["c"], ended=[True])
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM, TrainerState
-from trl.rewards import get_soft_overlong_punishment
 
 from stable_rlhf.config import RewardConfig
 from stable_rlhf.errors import RewardError, RewardInputError
@@ -84,7 +83,8 @@ def a_function() -> None:
 
 
 def completion_ids() -> None:
-    punished = get_soft_overlong_punishment(max_completion_len=3, soft_punish_cache=2)  # one of TRL's own
+    trl = pytest.importorskip("trl.rewards", reason="trl is not installed: pip install 'stable-rlhf[reward]'")
+    punished = trl.get_soft_overlong_punishment(max_completion_len=3, soft_punish_cache=2)  # one of TRL's own
     assert scored(punished).total == [-0.5, -1.0]
     assert given()["completion_ids"] == IDS
 

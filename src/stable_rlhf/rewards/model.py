@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from stable_rlhf.data import Text, plain_text
 from stable_rlhf.errors import RewardError, RewardInputError
 from stable_rlhf.hardware import exact_products, kernel
 from stable_rlhf.rewards.checks import shown
+from stable_rlhf.text import QUOTED, printable
 
 # Tokenizers without a limit say 10^30; no model here reads a million tokens.
 _NO_LENGTH_LIMIT = 1_000_000
@@ -74,10 +74,13 @@ class RewardModel:
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
             try:
                 text, specials = _sample_text(self.tokenizer, prompt, completion)
-            except TemplateError as error:
+            except RewardError:
+                raise
+            except Exception as error:  # templates raise errors of any kind
+                why = printable(f"{type(error).__name__}: {error}", 2 * QUOTED)
                 raise RewardError(
-                    f"{self.name}: its chat template refuses sample {number} ({error}), whose prompt is "
-                    f"{shown(prompt)}. Give prompts that it accepts, or another chat_template."
+                    f"{self.name}: its chat template refuses sample {number} ({why}), whose prompt is {shown(prompt)}. "
+                    "Give prompts that it accepts, or another chat_template."
                 ) from error
             # verbose=False: what is longer than the model reads is cut here.
             ids: Any = self.tokenizer(text, add_special_tokens=specials, verbose=False)["input_ids"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import processors
 from transformers import LlamaForCausalLM
 
 from stable_rlhf.config import RewardConfig
@@ -44,13 +45,26 @@ def test_a_text_has_one_bos_and_keeps_it_when_it_is_cut(prompt: Any, completion:
     assert encoded(prompt, completion, max_length=9) == ids(expected)
 
 
+def test_the_tokens_that_a_tokenizer_adds_at_both_ends_stay_when_a_text_is_cut() -> None:
+    tokenizer = word_tokenizer()
+    pieces = processors.TemplateProcessing(
+        single="<s> <unk> $A </s>", special_tokens=[("<s>", 1), ("<unk>", 0), ("</s>", 2)]
+    )
+    tokenizer.backend_tokenizer.post_processor = pieces
+    for append_eos in (False, True):
+        model = RewardModel(tiny_model(), tokenizer, max_length=6, append_eos=append_eos)
+        tail = "c d e </s>" if not append_eos else "d e </s>"
+        assert model.encode(["a b "], ["c d e"])[0] == ids(f"<s> <unk> {tail}")
+
+
 def test_a_text_without_bos_gets_none() -> None:
     assert encoded("a b ", "c", bos=False, max_length=2) == ids("b c")
     assert encoded(CHAT, "c", bos=False, template=TEMPLATE.removeprefix("<s> ")) == ids("user a b assistant c")
 
 
 def test_where_there_is_room_for_one_token_it_is_the_last() -> None:
-    assert encoded("a b ", "c", max_length=1) == ids("c")
+    assert encoded(CHAT, "c", max_length=1) == ids("c")
+    assert encoded("a b ", "c", max_length=2) == ids("<s> c")
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,25 @@ def test_a_resumed_run_gives_user_code_the_numbers_of_an_uninterrupted_one(
     assert len(set(numbers)) == len(numbers)
 
 
+def test_a_checkpoint_that_a_callback_saves_has_the_random_numbers_of_the_run(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    class Saves(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.global_step == 1:
+                run.save_checkpoint()
+                run.load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000001")
+
+    run = trainer(settings(tmp_path / "run", max_steps=2, save_steps=0), tokenizer, callbacks=[Saves()])
+    run.train()
+    whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    trainer(settings(tmp_path / "quiet", max_steps=2, save_steps=0), tokenizer).train()
+    assert (tmp_path / "quiet" / "metrics.jsonl").read_bytes() == whole
+    again = trainer(settings(tmp_path / "run", max_steps=2, save_steps=0), tokenizer)
+    again.train(resume_from_checkpoint=tmp_path / "run" / "checkpoints" / "step-000001")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == whole
+
+
 def test_an_evaluation_leaves_the_numbers_of_the_rewards_as_they_were(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

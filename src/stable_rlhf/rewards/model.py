@@ -59,6 +59,7 @@ class RewardModel:
         require_one_label(model.config, name)
         self.name, self.model = name, model
         self.tokenizer = copy.deepcopy(tokenizer)  # the caller's may be the policy's, whose side must not change
+        self.tokenizer.truncation_side = "left"
         self._batch_size = batch_size
         self.max_length = max_length or _length_limit(model.config, tokenizer)
         self._eos = tokenizer.eos_token_id if append_eos else None
@@ -82,8 +83,10 @@ class RewardModel:
                     f"{self.name}: its chat template refuses sample {number} ({why}), whose prompt is {shown(prompt)}. "
                     "Give prompts that it accepts, or another chat_template."
                 ) from error
-            # verbose=False: what is longer than the model reads is cut here.
-            ids: Any = self.tokenizer(text, add_special_tokens=specials, verbose=False)["input_ids"]
+            # The tokenizer cuts between the special tokens that it adds; a template's are cut by `_cut`.
+            room = None if self.max_length is None else max(1, self.max_length - (self._eos is not None))
+            cut = {"truncation": specials and room is not None, "max_length": room}
+            ids: Any = self.tokenizer(text, add_special_tokens=specials, verbose=False, **cut)["input_ids"]
             if not ids:
                 raise RewardError(f"{self.name}: sample {number} has no tokens, so there is nothing to score.")
             if (last := max(ids)) >= self._rows:
@@ -97,8 +100,7 @@ class RewardModel:
 
     def _cut(self, ids: list[int]) -> list[int]:
         """One BOS at the beginning, the end token at the end where it is wanted, at most max_length tokens."""
-        bos = self.tokenizer.bos_token_id
-        head = ids[:1] if bos is not None and ids[0] == bos else []
+        head = ids[:1] if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
         body = ids[len(head) :]
         while head and body[:1] == head:
             body = body[1:]

@@ -56,7 +56,7 @@ from stable_rlhf.training.given import as_given, check_named, probe_servers
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.stopping import GracefulStop
-from stable_rlhf.user_code import RandomStream, Shield
+from stable_rlhf.user_code import RandomStream, RunRandom, Shield
 
 
 class Run:
@@ -188,7 +188,7 @@ class Run:
             "prompts": self.stream,
             "callbacks": self.callback_states,
             "counters": self.counters,
-            "random": RandomState(),
+            "random": RunRandom(self.shield),
             "reward_random": self.scorer.random,
         }
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stable_rlhf.checkpoints import RandomState
 from stable_rlhf.user_code.children import children_end_here
 from stable_rlhf.user_code.stream import RandomStream
 
@@ -28,14 +29,18 @@ class Shield:
     def __init__(self, modes: Callable[[], None] = lambda: None) -> None:
         self._modes = modes
         self._own: dict[str, Any] = {}
+        self.runs_random: dict[str, Any] | None = None
+        """The state of the run's random generators while user code runs; None otherwise."""
 
     @contextlib.contextmanager
     def around(self, stream: RandomStream) -> Iterator[None]:
         """User code runs inside the context and draws random numbers from ``stream``."""
-        with children_end_here(), stream.drawn(), _handlers_kept(), self._settings():
+        with children_end_here(), stream.drawn() as before, _handlers_kept(), self._settings():
+            outer, self.runs_random = self.runs_random, self.runs_random or before
             try:
                 yield
             finally:
+                self.runs_random = outer
                 self._modes()
 
     @contextlib.contextmanager
@@ -49,6 +54,23 @@ class Shield:
             self._own = {name: value for name, setting in SETTINGS.items() if (value := setting.get()) != runs[name]}
             for name in self._own:
                 SETTINGS[name].set(runs[name])
+
+
+class RunRandom:
+    """The random generators of the run, as a part of it: also where user code, which has others, saves the run."""
+
+    def __init__(self, shield: Shield) -> None:
+        self._shield, self._generators = shield, RandomState()
+
+    def state_dict(self) -> dict[str, Any]:
+        runs = self._shield.runs_random
+        return self._generators.state_dict() if runs is None else dict(runs)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if (runs := self._shield.runs_random) is None:
+            self._generators.load_state_dict(state)
+        else:
+            runs.update(state)  # put back once user code returns
 
 
 class Setting(NamedTuple):

@@ -28,8 +28,9 @@ class RandomStream:
         self._seed, self._state = seed, None
 
     @contextlib.contextmanager
-    def drawn(self) -> Iterator[None]:
-        """Makes the process's generators this stream, inside the context; those of before are put back."""
+    def drawn(self) -> Iterator[dict[str, Any]]:
+        """Makes the process's generators this stream, inside the context; gives their state before, which is put back
+        afterwards."""
         generators = RandomState()
         before = generators.state_dict()
         if self._state is None:
@@ -41,7 +42,7 @@ class RandomStream:
         else:
             generators.load_state_dict(self._state)
         try:
-            yield
+            yield before
         finally:
             self._state = generators.state_dict()
             generators.load_state_dict(before)

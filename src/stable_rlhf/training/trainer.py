@@ -35,7 +35,8 @@ class SAFETrainer(Run):
             functions. None: ``args.data``.
         eval_dataset: held-out prompts for ``evaluate``. None: ``args.data``, when that names the training set too.
         processing_class: the policy's tokenizer; None loads it by the model's name.
-        reward_processing_classes: a tokenizer for each reward model given as an object, None elsewhere.
+        reward_processing_classes: a tokenizer for each reward model given as an object (None: that of its name or
+            folder), None elsewhere.
         callbacks: ``transformers.TrainerCallback`` objects.
         peft_config: adapter for a model that has none.
 

@@ -5,7 +5,7 @@ Shapes: B rows (prompts of this step), P prompt positions, T response positions,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -75,11 +75,15 @@ class Rollout:
     scores: list[float]
     """B rewards in the scorer's units, weighted and penalised; 0.0 where not valid."""
     valid: list[bool]
-    """B flags: False where a reward function gave None; such rows are not learned from."""
+    """B flags: False where every reward function gave None; such rows are not learned from."""
     per_function: dict[str, list[float | None]]
     """Each reward function's own B values."""
     truncated: int
     """Prompts of this step that were cut on the left."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Figures that reward functions recorded, by name."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns of B texts, numbers or None that reward functions recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)

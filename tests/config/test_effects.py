@@ -110,6 +110,8 @@ TURNED: dict[str, Turn | str] = {
     "reward.missing_eos_penalty": Turn(to=1.0, of="objective/scores"),
     "reward.normalise": Turn(to="none", of="val/returns_mean"),
     "reward.batch_size": Turn(to=1, shows_in="passes", given=REWARD_MODEL),
+    "reward.append_eos": "rewards/test_model_texts.py::test_the_settings_of_texts_reach_the_rewards",
+    "reward.skip_special_tokens": "rewards/test_model_texts.py::test_the_settings_of_texts_reach_the_rewards",
     "reward.timeout": "rewards/test_client_runs.py::test_a_servers_settings_act",
     "reward.retries": "rewards/test_client_runs.py::test_a_servers_settings_act",
     "reward.max_wait": "rewards/test_client_runs.py::test_a_servers_settings_act",

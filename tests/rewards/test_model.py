@@ -53,8 +53,8 @@ def test_a_total_is_the_weighted_sum_of_three_rewards_with_a_negative_weight() -
     )
     given = {"prompts": "abc", "completions": "xyz", "ended": [False, False, True]}
     scores = score(functions, weights=[3.0, -0.5, 0.25], missing_eos_penalty=2.0, **given)
-    assert scores.total == [3.0 - 5.0 + 25.0 - 2.0, 0.0, 0.0]  # no penalty either where a score is missing
-    assert scores.valid == [True, False, False]
+    assert scores.total == [3.0 - 5.0 + 25.0 - 2.0, -10.0 + 50.0 - 2.0, 9.0 - 15.0]
+    assert scores.valid == [True, True, True]
 
 
 def test_no_penalty_and_a_penalty_of_nothing_are_the_same() -> None:

@@ -100,17 +100,29 @@ def test_total_is_the_weighted_sum_minus_the_penalty_of_unfinished_samples():
     assert scores.per_function == {"length": [1.0, 2.0], "constant": [10.0, 20.0]}
 
 
-def test_none_makes_a_sample_invalid_whatever_the_others_say():
+def test_a_function_that_returns_none_leaves_a_sample_to_the_others():
     functions = named(length=length, some=lambda prompts, completions: [None, 5])
-    scores = score(functions, ended=[False, True], missing_eos_penalty=1.0)
-    assert scores.total == [0.0, 7.0]
-    assert scores.valid == [False, True]
+    scores = score(functions, completions=("xyz", "yy"), ended=[False, True], missing_eos_penalty=1.0)
+    assert scores.total == [3 - 1, 2 + 5]
+    assert scores.valid == [True, True]
     assert scores.per_function["some"] == [None, 5.0]
 
 
+def test_a_sample_that_no_function_scores_is_invalid_and_has_no_penalty():
+    functions = named(first=lambda prompts, completions: [None, 3], second=lambda prompts, completions: [None, None])
+    scores = score(functions, ended=[False, False], missing_eos_penalty=1.0)
+    assert (scores.total, scores.valid) == ([0.0, 2.0], [False, True])
+
+
+def test_a_sample_scored_only_with_weight_0_has_the_reward_0():
+    functions = named(watched=lambda prompts, completions: [7, 7], some=lambda prompts, completions: [None, 5])
+    scores = score(functions, weights=[0.0, 1.0])
+    assert (scores.total, scores.valid) == ([0.0, 5.0], [True, True])
+
+
 def test_a_batch_without_any_score_is_an_error():
-    functions = named(first=lambda prompts, completions: [None, 1], second=lambda prompts, completions: [1, None])
-    with pytest.raises(RewardError, match=r"none of 2 samples was scored by every reward \(first, second\)"):
+    functions = named(first=lambda prompts, completions: [None, None], second=lambda prompts, completions: [None] * 2)
+    with pytest.raises(RewardError, match=r"none of 2 samples was scored by any reward \(first, second\)"):
         score(functions)
 
 
@@ -251,7 +263,7 @@ def test_calls_that_cannot_be_meant_are_refused():
 def test_a_callable_is_named_after_itself():
     assert resolve_reward(length).name == "length"
     assert resolve_reward(length, name="size").name == "size"
-    assert resolve_reward(functools.partial(length)).name == "partial"
+    assert resolve_reward(functools.partial(functools.partial(length))).name == "length"
 
 
 def test_an_import_path_is_imported_from_the_current_directory(tmp_path, monkeypatch):

@@ -65,7 +65,8 @@ def test_what_is_kept_comes_back_byte_for_byte_and_is_not_changed_by_what_follow
     for _ in range(2):  # what was put back is trained on, and must not be the snapshot itself
         scramble(run)
         after = prints(*captured(run))
-        untouched = {"random.cpu", "random", "reference", "settings", "callbacks"}
+        draws = {"random.cpu", "random", "reward_random.cpu", "reward_random"}
+        untouched = {*draws, "reference", "settings", "callbacks"}
         assert {name for name in before if before[name] == after[name]} <= untouched
         state.restore(run.parts, *snapshots.load())
         assert prints(*captured(run)) == before
@@ -114,7 +115,7 @@ def test_a_candidate_is_good_once_it_is_confirmed_and_only_then(tokenizer, tmp_p
 
 
 def by_chance(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-    """A reward that draws from every global generator there is."""
+    """A reward that draws from every generator there is."""
     noise = [random.random() + float(np.random.rand()) + torch.rand(()).item() for _ in completions]
     return [score + draw for score, draw in zip(letters(prompts, completions), noise, strict=True)]
 
@@ -134,7 +135,7 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     run.train()
     good, back = happens.seen[4], happens.seen[6]
     moved = {name for name in good if good[name] != back[name]}
-    drawn = {"random.cpu", "random"}
+    drawn = {"random.cpu", "reward_random.cpu", "reward_random"}  # Python's and NumPy's are only the reward's
     assert moved == {"counters", "prompts", "scheduler", "optimizer", "controller", "guard", *drawn}
     was, now = ({name: json.loads(found[name]) for name in moved if "." not in name} for found in (good, back))
     assert (now["counters"], now["prompts"]["epoch"], now["prompts"]["position"]) == ({"step": 6, "episode": 48}, 5, 8)

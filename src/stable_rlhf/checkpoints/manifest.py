@@ -14,9 +14,9 @@ from pathlib import Path
 
 from stable_rlhf.files import parsed
 
-VERSION = 3
+VERSION = 4
 """Version of the format of checkpoints; older ones are refused. 1 had no digest of the manifest and no lengths; 2, of
-release 0.1.0, did not keep the state in named parts."""
+release 0.1.0, did not keep the state in named parts; 3 had no random numbers of the rewards' own."""
 
 NAME = "manifest.json"
 

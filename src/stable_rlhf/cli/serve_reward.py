@@ -19,6 +19,7 @@ from stable_rlhf.hardware import resolve_device, shortage_named
 from stable_rlhf.rewards import resolve_reward
 from stable_rlhf.rewards.server import CONNECTIONS, SHOWN, STOP_SECONDS, Limits, RewardServer, is_loopback, listening
 from stable_rlhf.text import printable
+from stable_rlhf.user_code import ours_only
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -33,6 +34,9 @@ def serve(arguments: Sequence[str]) -> int:
     made.add_argument("--max-batch", type=int, default=1024, help="most texts in one request")
     made.add_argument("--max-body-bytes", type=int, default=16 * 2**20, help="most bytes in one request")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
+    made.add_argument(
+        "--append-eos", action="store_true", help="end every text that the model reads with its end token"
+    )
     made.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     given = made.parse_args(list(arguments))
     for name in ("batch_size", "max_batch", "max_body_bytes"):
@@ -50,6 +54,7 @@ def serve(arguments: Sequence[str]) -> int:
                 given.model,
                 device=resolve_device(given.device, "--device"),
                 batch_size=given.batch_size,
+                append_eos=given.append_eos,
                 trust_remote_code=given.trust_remote_code,
             )
         limits = Limits(max_body_bytes=given.max_body_bytes, max_batch=given.max_batch, token=token)
@@ -83,7 +88,8 @@ def _serve(listener: socket.socket, app: Starlette, name: str) -> int:
         number: signal.signal(number, lambda n, _: stopped.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        with ours_only(before):
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -122,8 +122,9 @@ class RewardConfig:
     url: str | None = None
     """URL of a reward server that is the only reward; a short form of ``functions`` with one entry."""
     weights: list[float] | None = None
-    """Weights of the rewards in their sum, one for each entry of ``functions``; None gives each the weight 1. The
-    trainer checks the number, because functions may also be given as Python objects."""
+    """Weights of the rewards in their sum, one for each entry of ``functions``; None gives each the weight 1. A reward
+    that gives a sample no score is left out of its sum. The trainer checks the number, because functions may also be
+    given as Python objects."""
     missing_eos_penalty: float | None = None
     """Amount subtracted from the reward, in the scorer's units, if a completion did not end within
     max_completion_length; None subtracts nothing."""
@@ -133,6 +134,14 @@ class RewardConfig:
     batch_size: int = 64
     """Number of completions that a reward model scores at once, and that one request to a reward server holds. It
     does not change the scores."""
+    append_eos: bool = False
+    """End every text that a reward model reads with its end token, where it does not end so. True for a model that was
+    trained so (OpenRLHF trains all, TRL those on text that is not chats). False is what model cards and TRL's GRPO do;
+    chat templates mostly end the answer themselves."""
+    skip_special_tokens: bool = True
+    """Give reward functions completions without special tokens. False shows the policy's end token and its other
+    special tokens. A function's attribute ``skip_special_tokens`` says it for one function. Reward models and servers
+    never get them."""
     timeout: float = 60.0
     """Seconds that one request to a reward server may take, from first byte to last, before it counts as failed. A
     model of several billion parameters scores a batch in less; a language model as judge may need more."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import torch
+from transformers import TrainerState
 
 from stable_rlhf.config import Config
 from stable_rlhf.data import EncodedPrompts, encode_prompts, split_datasets
@@ -69,8 +70,9 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
 
     check_disk(found, config, disk := needed(1))
     train, encoded, held_out = check_data(found, config, context_length(policy))
-    scorer = make_scorer(config.reward, None, None, device)
-    rewarded = check_reward(found, scorer, train[0])
+    state = TrainerState(max_steps=config.max_steps)
+    scorer = make_scorer(config.reward, None, None, device, trainer_state=lambda: state)
+    rewarded = check_reward(found, scorer, train[0], load_tokenizer(config.model))
     longest = max(map(len, encoded.input_ids))
     fits = check_memory(found, needed(longest), device)
     if rewarded and fits:
@@ -164,11 +166,13 @@ def check_disk(found: Findings, config: Config, needed: Memory) -> None:
 # -- what is loaded -------------------------------------------------------------------------------------------------
 
 
-def check_reward(found: Findings, scorer: Scorer, row: dict[str, Any]) -> bool:
+def check_reward(found: Findings, scorer: Scorer, row: dict[str, Any], tokenizer: Any) -> bool:
     """Scores a pleasant and an unpleasant answer to the first prompt. Returns False if that failed."""
     columns = {name: [value, value] for name, value in row.items() if name != "prompt"}
+    answers = [PLEASANT, UNPLEASANT]
+    ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
     try:
-        scores = scorer.score([row["prompt"]] * 2, [PLEASANT, UNPLEASANT], columns, [True, True])
+        scores = scorer.score([row["prompt"]] * 2, answers, columns, [True, True], ids)
     except RewardError as error:
         found.fail(f"reward: {error}")
         return False

@@ -75,6 +75,7 @@ def dry_steps(
                 weights=config.reward.weights,
                 missing_eos_penalty=config.reward.missing_eos_penalty,
                 normalise=config.reward.normalise,
+                skip_special_tokens=config.reward.skip_special_tokens,
             ),
             guard=GuardConfig(enabled=False),  # a figure that is not finite is to be named, not rolled back
             log=dataclasses.replace(config.log, report_to=[], completions_steps=0, progress=False),

@@ -95,7 +95,7 @@ class ActorCritic(nn.Module):
         # A list hides the copy from state dicts, optimisers and wrappers: it never changes.
         self._policy_parameters = [p for p in policy.parameters() if p.requires_grad]
         self._reference = [] if self.peft and adapter_is_new(policy) else [frozen_copy(policy)]
-        self.eval()
+        self.dropout_off()
         own = causal_lm(policy).config._attn_implementation
         ways = [UNMASKED, own] if own == "sdpa" and self.span == UNBOUNDED else [own]
         self.attention = self._first_sound(ways) if self_check else ways[0]
@@ -111,6 +111,11 @@ class ActorCritic(nn.Module):
         if fault := fault or reference_fault(self):
             raise ConfigError(f"{type(causal_lm(self.policy)).__name__}: {fault}; choose another model")
         return self.attention
+
+    def dropout_off(self) -> None:
+        """Puts policy, reference and heads into evaluation mode; code of the user's may have put them into another."""
+        for module in (self, *self._reference):
+            module.eval()
 
     @property
     def device(self) -> torch.device:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.config import RewardConfig, is_url
+from stable_rlhf.config import RewardConfig, is_url, only_with
 from stable_rlhf.errors import ConfigError
-from stable_rlhf.rewards.client import remote_reward
+from stable_rlhf.rewards.client import RemoteReward, remote_reward
 from stable_rlhf.rewards.functions import RewardFunction, resolve_reward
+from stable_rlhf.rewards.model import RewardModel
 from stable_rlhf.rewards.scorer import Scorer
+from stable_rlhf.user_code import RandomStream, Shield
 
 
 def listed(reward_funcs: Any) -> list[Any]:
@@ -26,11 +28,15 @@ def make_scorer(
     tokenizers: Sequence[Any] | None,
     device: torch.device,
     stopping: Callable[[], bool] = lambda: False,
+    shield: Shield | None = None,
+    random: RandomStream | None = None,
+    trainer_state: Callable[[], Any] | None = None,
 ) -> Scorer:
     """The scorer of ``reward_funcs``, or of ``settings`` where these are None.
 
     ``tokenizers``: one for each reward, None elsewhere. ``stopping``: whether the run is asked to stop; a reward server
-    that does not answer is then no longer waited for. Raises ConfigError or RewardInputError.
+    that does not answer is then no longer waited for. ``shield``, ``random``, ``trainer_state``: see Scorer. Raises
+    ConfigError or RewardInputError.
     """
     specs = listed(settings.functions if reward_funcs is None else reward_funcs)
     tokenizers = [None] * len(specs) if tokenizers is None else listed(tokenizers)
@@ -44,8 +50,21 @@ def make_scorer(
             tokenizer=tokenizer,
             device=device,
             batch_size=settings.batch_size,
+            append_eos=settings.append_eos,
+            skip_special_tokens=settings.skip_special_tokens,
             trust_remote_code=spec in settings.trust_remote_code if isinstance(spec, str) else False,
         )
         for spec, tokenizer in zip(specs, tokenizers, strict=True)
     ]
-    return Scorer(functions, settings.weights, settings.missing_eos_penalty)
+    models = any(isinstance(function.function, RewardModel) for function in functions)
+    only_with("reward", settings, "append_eos", models, "one of the rewards is a reward model")
+    own = any(not isinstance(function.function, RewardModel | RemoteReward) for function in functions)
+    only_with("reward", settings, "skip_special_tokens", own, "one of the rewards is a function")
+    return Scorer(
+        functions,
+        settings.weights,
+        settings.missing_eos_penalty,
+        shield=shield,
+        random=random,
+        trainer_state=trainer_state,
+    )

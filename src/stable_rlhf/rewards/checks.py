@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numbers
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import stable_rlhf
 from stable_rlhf.data import Text
 from stable_rlhf.errors import RewardError, RewardInputError
-from stable_rlhf.text import quoted
+from stable_rlhf.text import quoted, visible
 
 LARGEST = 1e30
 """Largest size of a score: deviations are sums of squares, which must stay far below the largest float64."""
@@ -24,12 +27,23 @@ def failures_named(name: str, prompts: Sequence[Text]) -> Iterator[None]:
         raise RewardError(str(error)) from error
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        cause: BaseException = error
+        while isinstance(cause, BaseExceptionGroup):  # of tasks that ran at the same time
+            cause = cause.exceptions[0]
         raise RewardError(
-            f"reward function {name!r} raised {type(error).__name__}: {str(error)!r} on {len(prompts)} samples, the "
-            f"first prompt being {shown(prompts[0])}. It must accept prompts, completions and every other column of "
-            "the data set (**columns), and return None where it cannot score."
+            f"reward function {name!r} raised {type(cause).__name__}: {str(cause)!r}{_place(cause)} on "
+            f"{len(prompts)} samples, the first prompt being {shown(prompts[0])}. It must accept prompts, completions "
+            "and every other column of the data set (**columns), and return None where it cannot score."
         ) from error
+
+
+def _place(error: BaseException) -> str:
+    """The line of the reward's own file that an exception came through last, as " in FILE, line N"."""
+    ours = str(Path(stable_rlhf.__file__).parent)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    of_file = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" in {visible(Path(of_file[-1].filename).name)}, line {of_file[-1].lineno}" if of_file else ""
 
 
 def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | None]:
@@ -44,12 +58,16 @@ def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | Non
     checked: list[float | None] = []
     for number, (value, prompt) in enumerate(zip(values, prompts, strict=True), start=1):
         value = value.tolist() if hasattr(value, "tolist") else value
-        if value is not None and not (isinstance(value, numbers.Real) and abs(float(value)) <= LARGEST):
+        if value is not None and not _is_score(value):
             got = f"returned {shown(value)} for sample {number}, whose prompt is {shown(prompt)}"
             wanted = "A score is a finite number, at most 1e30 in size, or None for no score."
             raise RewardError(f"reward function {name!r} {got}. {wanted}")
         checked.append(None if value is None else float(value))
     return checked
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and bool(-LARGEST <= value <= LARGEST)  # pyright: ignore[reportOperatorIssue]
 
 
 def shown(value: Any) -> str:

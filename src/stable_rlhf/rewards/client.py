@@ -53,7 +53,7 @@ PROBE_PROMPT, PROBE_COMPLETION = "The soup was", " good."
 
 
 class RemoteReward:
-    """An async reward function whose scores come from a server.
+    """An async reward function whose scores come from a server. Texts go to it without special tokens.
 
     url: where batches are POSTed, without a password in it. batch_size: samples per request; one request follows
     another. timeout: seconds per request. retries: further tries of a request whose failure may pass: connection,
@@ -65,6 +65,8 @@ class RemoteReward:
     Calling it raises RewardUnavailable where it gets no scores; the message has the URL, tries, seconds, cause and
     remedy.
     """
+
+    skip_special_tokens = True
 
     def __init__(
         self,

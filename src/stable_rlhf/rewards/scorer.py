@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stable_rlhf.data import Text
 from stable_rlhf.errors import RewardError, RewardInputError
+from stable_rlhf.rewards.calls import Samples, call
 from stable_rlhf.rewards.checks import checked, failures_named, shown
 from stable_rlhf.rewards.functions import RewardFunction
-from stable_rlhf.rewards.run_async import waited_for
+from stable_rlhf.rewards.log import RewardLog
+from stable_rlhf.user_code import RandomStream, Shield
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """The scores of a batch, in its order and in the reward functions' own units.
 
-    total: sum_i weight_i * score_i, minus missing_eos_penalty where the completion did not end; 0.0 where not valid.
-    valid: False where at least one reward function returned None: the sample has no score and must not be learned from.
+    total: sum_i weight_i * score_i over the functions that gave a score, minus missing_eos_penalty where the completion
+        did not end; 0.0 where not valid.
+    valid: False where every reward function returned None: the sample has no score and must not be learned from.
     per_function: the scores of each reward function by its name, unweighted, None where it gave none.
+    metrics: figures that functions recorded by log_metric. extra: columns that they recorded by log_extra.
     """
 
     total: list[float]
     valid: list[bool]
     per_function: dict[str, list[float | None]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
 class Scorer:
@@ -37,6 +42,9 @@ class Scorer:
     weights: one finite factor per function, all 1.0 by default.
     missing_eos_penalty: subtracted from the total of every completion without its end token, in reward units, >= 0;
         None for none. It keeps a policy from learning never to stop.
+    shield: keeps user code and a run apart; None where there is no run. random: the random numbers of user code then.
+    trainer_state: gives the run's state. Functions get a copy of it, ``log_metric`` and ``log_extra``; None where there
+        is no run.
     """
 
     def __init__(
@@ -44,6 +52,10 @@ class Scorer:
         functions: Sequence[RewardFunction],
         weights: Sequence[float] | None = None,
         missing_eos_penalty: float | None = None,
+        *,
+        shield: Shield | None = None,
+        random: RandomStream | None = None,
+        trainer_state: Callable[[], Any] | None = None,
     ) -> None:
         if not functions:
             raise RewardInputError("there is no reward function: name at least one.")
@@ -59,18 +71,33 @@ class Scorer:
         self.functions = _with_unique_names(functions)
         self._weights = weights
         self._penalty = missing_eos_penalty or 0.0
+        self._shield, self._trainer_state = shield, trainer_state
+        self.random = random or RandomStream(0)
 
     @property
     def names(self) -> list[str]:
         """The names of the reward functions, unique, in the order of the weights."""
         return [function.name for function in self.functions]
 
+    @property
+    def special_tokens(self) -> bool:
+        """Whether a function asks for completions with their special tokens."""
+        return any(function.special_tokens for function in self.functions)
+
     def score(
-        self, prompts: Sequence[Text], completions: Sequence[str], columns: dict[str, list[Any]], ended: Sequence[bool]
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[str],
+        columns: dict[str, list[Any]],
+        ended: Sequence[bool],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        whole: Sequence[str] | None = None,
     ) -> Scores:
         """Score `completions[i]` as the answer to `prompts[i]`.
 
         columns: the data set's other columns, one value per sample. ended[i]: True where completion i ends with EOS.
+        completion_ids[i]: the policy's tokens of completion i, EOS included. whole[i]: completion i with its special
+        tokens. None where there are none: functions do not get them then.
 
         Raises RewardError if a function raises, returns the wrong number of scores or a score that is neither None nor
         a finite number, or if no sample is left with a score; ValueError if the arguments differ in length.
@@ -79,62 +106,45 @@ class Scorer:
         wrong = {name: length for name, length in lengths.items() if length != len(prompts)}
         if not prompts or wrong:
             raise ValueError(f"{len(prompts)} prompts to score, but {wrong or 'at least 1 is needed'}")
-        if taken := {"prompts", "completions"} & set(columns):
+        log = RewardLog(len(prompts))
+        run: dict[str, Any] = {}
+        if completion_ids is not None:
+            run["completion_ids"] = completion_ids
+        if self._trainer_state is not None:
+            run |= {"trainer_state": self._trainer_state(), "log_metric": log.log_metric, "log_extra": log.log_extra}
+        if taken := {"prompts", "completions", *run} & set(columns):
             raise RewardError(f"the data set's column {taken.pop()!r} has the name of a reward argument. Rename it.")
-        per_function = self.answers(prompts, completions, columns)
-        samples = list(zip(*per_function.values(), strict=True))
-        valid = [None not in sample for sample in samples]
+        samples = Samples(prompts=prompts, completions=completions, whole=whole, columns=dict(columns), run=run)
+        per_function = self._answers(samples)
+        rows = list(zip(*per_function.values(), strict=True))
+        valid = [any(score is not None for score in row) for row in rows]
         if not any(valid):
-            unscored = f"none of {len(samples)} samples was scored by every reward ({', '.join(self.names)})"
+            unscored = f"none of {len(rows)} samples was scored by any reward ({', '.join(self.names)})"
             raise RewardError(f"{unscored}: nothing to learn from. The first prompt was {shown(prompts[0])}.")
-        total = [self._total(sample, end) for sample, end in zip(samples, ended, strict=True)]
-        return Scores(total=total, valid=valid, per_function=per_function)
+        total = [self._total(row, end) for row, end in zip(rows, ended, strict=True)]
+        return Scores(total=total, valid=valid, per_function=per_function, metrics=log.metrics, extra=log.columns)
 
     def answers(
         self, prompts: Sequence[Text], completions: Sequence[str], columns: dict[str, list[Any]]
     ) -> dict[str, list[float | None]]:
         """The validated scores of each reward function by its name; `score` adds them up."""
-        texts = [
-            completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        outputs = self._call(prompts, texts, columns)
-        named = zip(self.functions, outputs, strict=True)
-        return {function.name: checked(function.name, output, prompts) for function, output in named}
+        return self._answers(Samples(prompts=prompts, completions=completions, columns=dict(columns)))
 
-    def _total(self, sample: tuple[float | None, ...], ended: bool) -> float:
-        known = [score for score in sample if score is not None]
-        if len(known) < len(sample):
+    def _answers(self, samples: Samples) -> dict[str, list[float | None]]:
+        scores: dict[str, list[float | None]] = {}
+        for function, output in zip(self.functions, call(self.functions, samples, self._shielded), strict=True):
+            with failures_named(function.name, samples.prompts):  # of an output that cannot be read
+                scores[function.name] = checked(function.name, output, samples.prompts)
+        return scores
+
+    def _shielded(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._shield is None else self._shield.around(self.random)
+
+    def _total(self, scores: tuple[float | None, ...], ended: bool) -> float:
+        known = [(w, score) for w, score in zip(self._weights, scores, strict=True) if score is not None]
+        if not known:
             return 0.0
-        return math.fsum(w * x for w, x in zip(self._weights, known, strict=True)) - (0.0 if ended else self._penalty)
-
-    def _call(self, prompts: Sequence[Text], answers: Sequence[Text], columns: dict[str, list[Any]]) -> list[Any]:
-        """The raw answers, in order: plain functions one after the other, then all async ones at the same time."""
-
-        def arguments() -> dict[str, Any]:  # new lists each time: a function may change its own
-            return {"prompts": list(prompts), "completions": list(answers)} | {k: list(v) for k, v in columns.items()}
-
-        async def one(function: RewardFunction) -> Any:
-            with failures_named(function.name, prompts):
-                return await function.function(**arguments())
-
-        async def gather() -> list[Any]:
-            # return_exceptions: let the others finish instead of leaving their requests open behind an error
-            return await asyncio.gather(*map(one, waiting), return_exceptions=True)
-
-        outputs: dict[str, Any] = {}
-        waiting = [function for function in self.functions if _is_async(function.function)]
-        for function in self.functions:
-            if function not in waiting:
-                with failures_named(function.name, prompts):
-                    outputs[function.name] = function.function(**arguments())
-        if waiting:
-            results = waited_for(gather)
-            for result in results:
-                if isinstance(result, BaseException):
-                    raise result
-            outputs |= zip((function.name for function in waiting), results, strict=True)
-        return [outputs[name] for name in self.names]
+        return math.fsum(w * score for w, score in known) - (0.0 if ended else self._penalty)
 
 
 def _with_unique_names(functions: Sequence[RewardFunction]) -> list[RewardFunction]:
@@ -142,9 +152,5 @@ def _with_unique_names(functions: Sequence[RewardFunction]) -> list[RewardFuncti
     for function in functions:
         names = (f"{function.name}-{copy}" if copy > 1 else function.name for copy in itertools.count(1))
         name = next(name for name in names if name not in unique)
-        unique[name] = RewardFunction(name=name, function=function.function)
+        unique[name] = replace(function, name=name)
     return list(unique.values())
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

@@ -210,7 +210,8 @@ def _require_readable(model: RewardModel, batch: _Batch) -> None:
         try:
             model.encode([prompt], [completion])
         except Exception as error:
-            field, what = "query" if isinstance(prompt, str) else "messages", f"{type(error).__name__}: {error}"
+            cause = error.__cause__ or error
+            field, what = "query" if isinstance(prompt, str) else "messages", f"{type(cause).__name__}: {cause}"
             raise _Refusal(422, f"{field!r}, row {row}, cannot be written for the model: {shown(what)}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,10 +41,13 @@ class Sampler:
         response = self.generate(prompt, prompt_mask)
         mask, ended = response_mask(response, self.eos_token_ids)
         completions = self.decode(prompt, prompt_mask, response, mask)
+        asked = self.scorer.special_tokens
+        whole = self.decode(prompt, prompt_mask, response, mask, skip_special_tokens=False) if asked else None
+        ids = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]
         sampled = time.perf_counter()
         rows = dataset[list(indices)]
         columns = {name: values for name, values in rows.items() if name != "prompt"}
-        scores = self.scorer.score(rows["prompt"], completions, columns, ended.tolist())
+        scores = self.scorer.score(rows["prompt"], completions, columns, ended.tolist(), ids, whole)
         rollout = Rollout(
             indices=list(indices),
             prompts=rows["prompt"],
@@ -53,6 +57,8 @@ class Sampler:
             scores=scores.total,
             valid=scores.valid,
             per_function=scores.per_function,
+            metrics=scores.metrics,
+            extra=scores.extra,
             truncated=sum(encoded.truncated[i] for i in indices),
         )
         return rollout, {"rollout_s": sampled - started, "scoring_s": time.perf_counter() - sampled}
@@ -75,19 +81,20 @@ class Sampler:
         device = self.decoder.device
         return self.decoder.sample(prompt.to(device), prompt_mask.to(device), sampling).cpu()
 
-    def decode(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> list[str]:
-        """Decodes completions without special tokens, each as the text it adds to its prompt.
+    def decode(
+        self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor, skip_special_tokens: bool = True
+    ) -> list[str]:
+        """Decodes completions, without special tokens unless told otherwise, each as the text it adds to its prompt.
 
         Decoded by itself, a completion would lose the space it begins with under SentencePiece tokenizers. Both masks
         are True for tokens.
         """
         before = [row[keep].tolist() for row, keep in zip(prompt, prompt_mask, strict=True)]
         after = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]
-        heads = self.tokenizer.batch_decode(before, skip_special_tokens=True)
-        whole = self.tokenizer.batch_decode(
-            [p + r for p, r in zip(before, after, strict=True)], skip_special_tokens=True
-        )
-        alone = self.tokenizer.batch_decode(after, skip_special_tokens=True)
+        texts = partial(self.tokenizer.batch_decode, skip_special_tokens=skip_special_tokens)
+        heads = texts(before)
+        whole = texts([p + r for p, r in zip(before, after, strict=True)])
+        alone = texts(after)
         # A prompt that was cut inside a character has no text to take away: there the completion is decoded by itself.
         return [
             text[len(head) :] if text.startswith(head) else own

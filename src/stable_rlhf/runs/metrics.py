@@ -22,7 +22,7 @@ from stable_rlhf.files import finite, replace_file, replace_text
 from stable_rlhf.runs.names import METRICS, TEXT_METRICS, TIMINGS
 from stable_rlhf.text import valid_unicode
 
-_REWARD_NAME = re.compile(r"rewards/[^/]+/mean")
+_REWARD_NAME = re.compile(r"rewards/[^/]+/mean|user/.+")
 
 _COMPLETIONS = pa.schema(
     [("prompt", "string"), ("completion", "string"), ("score", "float64"), ("length", "int32"), ("kl", "float64")]
@@ -127,19 +127,24 @@ class MetricsWriter:
 def write_completions(run_dir: str | Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write completions/step-000010.parquet: prompt, completion (text), score, kl (nats per token), length (tokens).
 
-    Characters that are not valid Unicode (lone surrogates) become U+FFFD. `score` and `kl` may be None; a missing or
-    additional key, or a value that is not finite, raises with the row's number. The file appears whole or not at all.
+    Further keys are columns of numbers or texts that reward functions recorded. Characters that are not valid Unicode
+    (lone surrogates) become U+FFFD. `score` and `kl` may be None; a missing key, or a value that is not finite, raises
+    with the row's number. The file appears whole or not at all.
     """
     clean = []
     for number, row in enumerate(rows):
-        if set(row) != set(_COMPLETIONS.names):
+        if not set(row) >= set(_COMPLETIONS.names) or row.keys() != rows[0].keys():
             raise ValueError(f"completion {number}: keys {sorted(row)}, expected {sorted(_COMPLETIONS.names)}")
         for name in ("score", "length", "kl"):
             check_value(f"{name} of completion {number}", row[name])
-        clean.append({**row, **{name: valid_unicode(row[name]) for name in ("prompt", "completion")}})
+        clean.append({name: valid_unicode(value) if isinstance(value, str) else value for name, value in row.items()})
     path = Path(run_dir) / "completions" / f"step-{step:06d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, partial(pq.write_table, pa.Table.from_pylist(clean, schema=_COMPLETIONS)))
+    schema = _COMPLETIONS
+    for name in sorted(set(rows[0] if rows else ()) - set(_COMPLETIONS.names)):
+        text = any(isinstance(row[name], str) for row in rows)
+        schema = schema.append(pa.field(valid_unicode(name), "string" if text else "float64"))
+    replace_file(path, partial(pq.write_table, pa.Table.from_pylist(clean, schema=schema)))
     return path
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 
 from stable_rlhf.config import Config
 from stable_rlhf.errors import ConfigError
+from stable_rlhf.user_code import RandomStream, Shield
 
 
 def callback_arguments(config: Config, run_dir: Path, on_cpu: bool) -> TrainingArguments:
@@ -33,7 +35,28 @@ def callback_arguments(config: Config, run_dir: Path, on_cpu: bool) -> TrainingA
     )
 
 
+class ShieldedCallbacks(CallbackHandler):
+    """Transformers' handler of callbacks, with the callbacks shielded from the run and the run from them.
+
+    Each event draws from a random stream of its own, given by seed, event and step: a resumed run gives a callback the
+    same numbers, whichever events (a checkpoint more, the beginning again) came between.
+    """
+
+    def __init__(self, shield: Shield, seed: int, *arguments: Any) -> None:
+        self.shield, self.seed = shield, seed
+        super().__init__(*arguments)
+
+    def call_event(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        stream = RandomStream(self.seed, zlib.crc32(event.encode()), state.global_step)
+        with self.shield.around(stream):
+            return super().call_event(event, args, state, control, **kwargs)
+
+
 def callback_handler(
+    shield: Shield,
+    seed: int,
     trackers: list[str],
     callbacks: Sequence[TrainerCallback],
     model: Any,
@@ -43,7 +66,8 @@ def callback_handler(
 ) -> CallbackHandler:
     """A handler that calls the trackers, then the user's callbacks, in the order given."""
     reporting = get_reporting_integration_callbacks(trackers)
-    return CallbackHandler([DefaultFlowCallback, *reporting, *callbacks], model, tokenizer, optimizer, scheduler)
+    called = [DefaultFlowCallback, *reporting, *callbacks]
+    return ShieldedCallbacks(shield, seed, called, model, tokenizer, optimizer, scheduler)
 
 
 class CallbackStates:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,21 +27,22 @@ def evaluate(
     """Samples and scores every held-out prompt; returns (figures over all rows, the first SAMPLES completions).
 
     ``step``: the measurement is as in this step of training, such as one past the critic's warm-up. The random
-    generators are then put back, so that an evaluation does not change the training after it.
+    generators, those of the reward functions too, are then put back, so that an evaluation does not change the training
+    after it.
     """
     size, parts = sampler.config.batch_size, []
-    draws = RandomState()
-    before = draws.state_dict()  # Python's and NumPy's too: a reward function may draw from them
+    draws = {"run": RandomState(), "rewards": sampler.scorer.random}
+    before = {name: part.state_dict() for name, part in draws.items()}
     try:
-        random.seed(SEED)
-        np.random.seed(SEED)
         torch.manual_seed(SEED)
+        sampler.scorer.random.seed(SEED)
         for start in range(0, len(dataset), size):
             indices = range(start, min(start + size, len(dataset)))
             rollout, _ = sampler.collect(dataset, encoded, indices)
             parts.append((rollout, measure(passes, rollout, step)))
     finally:
-        draws.load_state_dict(before)
+        for name, part in draws.items():
+            part.load_state_dict(before[name])
     samples = [
         {"prompt": prompt_text(prompt), "completion": completion, "reward": score if valid else None}
         for rollout, _ in parts

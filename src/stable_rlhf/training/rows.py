@@ -29,6 +29,7 @@ def step_row(step: Step, counters: Counters, normaliser: RewardNormaliser, rollb
         "lr": step.learning_rates[0],
         "lr_critic": step.learning_rates[1],
     }
+    row |= {f"user/{name}": value for name, value in step.rollout.metrics.items()}
     if rollbacks is not None:
         row["safe/rollbacks"] = rollbacks
     row["objective/non_score_reward"] *= normaliser.unit  # back in the scorer's units
@@ -53,6 +54,7 @@ def completion_rows(rollout: Rollout, measured: Measured) -> list[dict[str, Any]
             "score": rollout.scores[row] if valid else None,
             "length": int(rollout.tokens.mask[row].sum()),
             "kl": float(kl[row]) if valid else None,
+            **{name: values[row] for name, values in rollout.extra.items()},
         }
         for row, valid in enumerate(rollout.valid)
     ]

@@ -56,6 +56,7 @@ from stable_rlhf.training.given import as_given, check_named, probe_servers
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.stopping import GracefulStop
+from stable_rlhf.user_code import RandomStream, RunRandom, Shield
 
 
 class Run:
@@ -106,8 +107,17 @@ class Run:
         self.passes = make_passes(self.model, config.model, learning)
         self.preview = make_preview(self.passes)
         self._stop = GracefulStop()
+        self.shield = Shield(self.model.dropout_off)
+        self.state, self.control = TrainerState(), TrainerControl()
         self.scorer = make_scorer(
-            config.reward, reward_funcs, reward_processing_classes, self.model.device, stopping=self._stop.asked
+            config.reward,
+            reward_funcs,
+            reward_processing_classes,
+            self.model.device,
+            stopping=self._stop.asked,
+            shield=self.shield,
+            random=RandomStream(config.seed),
+            trainer_state=lambda: self.state,
         )
         self.sampler = Sampler(
             tokenizer=self.processing_class,
@@ -137,8 +147,9 @@ class Run:
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
         self._arguments = callback_arguments(config, self.run_dir, on_cpu=self.model.device.type == "cpu")
-        self.state, self.control = TrainerState(), TrainerControl()
         self.handler = callback_handler(
+            self.shield,
+            config.seed,
             config.log.report_to,
             callbacks or [],
             self.model.policy,
@@ -177,7 +188,8 @@ class Run:
             "prompts": self.stream,
             "callbacks": self.callback_states,
             "counters": self.counters,
-            "random": RandomState(),
+            "random": RunRandom(self.shield),
+            "reward_random": self.scorer.random,
         }
 
     def _parts_named(self, *names: str) -> dict[str, Part]:

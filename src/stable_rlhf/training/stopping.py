@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from stable_rlhf.errors import Interrupted, RewardUnavailable
+from stable_rlhf.user_code import ours_only
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -18,7 +19,8 @@ class GracefulStop:
     """Turns SIGINT and SIGTERM into Interrupted inside the context.
 
     Inside ``waiting`` a signal waits for the end of the step in progress; a second one raises KeyboardInterrupt at once
-    if it is SIGINT. Only the main thread can have signal handlers: in any other thread this does nothing.
+    if it is SIGINT. Processes forked inside the context get the handlers from before it. Only the main thread can have
+    signal handlers: in any other thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -26,6 +28,7 @@ class GracefulStop:
         """The signal that came."""
         self._waits = False
         self._before: dict[signal.Signals, Any] = {}
+        self._ours = contextlib.ExitStack()
 
     def asked(self) -> bool:
         """Whether a signal waits for the end of the step in progress, so that nothing else should be waited for."""
@@ -34,12 +37,16 @@ class GracefulStop:
     def __enter__(self) -> GracefulStop:
         self.signum = None
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            self._ours.enter_context(ours_only(self._before))
+            for number in SIGNALS:
+                signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._ours.close()
         self._before = {}
 
     @contextlib.contextmanager

@@ -36,7 +36,8 @@ class SAFETrainer(Run):
             functions. None: ``args.data``.
         eval_dataset: held-out prompts for ``evaluate``. None: ``args.data``, when that names the training set too.
         processing_class: the policy's tokenizer; None loads it by the model's name.
-        reward_processing_classes: a tokenizer for each reward model given as an object, None elsewhere.
+        reward_processing_classes: a tokenizer for each reward model given as an object (None: that of its name or
+            folder), None elsewhere.
         callbacks: ``transformers.TrainerCallback`` objects.
         peft_config: adapter for a model that has none.
 
@@ -92,6 +93,7 @@ class SAFETrainer(Run):
             self.begin()
         if self.steps_done >= self.args.max_steps:
             raise ConfigError(f"max_steps={self.args.max_steps}: all of these steps are done; set a larger max_steps")
+        self.model.dropout_off()  # a loop of the user's own may have changed it since the last step
         try:
             row = self._learn()
             if row is not None and self._progress is not None:
@@ -120,7 +122,7 @@ class SAFETrainer(Run):
 
     def _learn(self) -> dict[str, Any] | None:
         """Learns from one rollout and acts on the guard's verdict; returns the step's row, which is already written."""
-        before = self._parts_named("prompts", "callbacks", "random")
+        before = self._parts_named("prompts", "callbacks", "random", "reward_random")
         boundary = capture(before, self.steps_done)
         self.control = self.handler.on_step_begin(self._arguments, self.state, self.control)
         watch = Stopwatch()
@@ -246,6 +248,7 @@ class SAFETrainer(Run):
     def _evaluate(self) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
         if self.eval_dataset is None or self.eval_prompts is None:
             raise ConfigError("evaluate() needs held-out prompts: give eval_dataset, or set data.eval_size above 0")
+        self.model.dropout_off()
         figures, samples = evaluate(
             self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args.max_steps
         )

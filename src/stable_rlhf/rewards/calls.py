@@ -1,0 +1,104 @@
+"""Calls of reward functions: the arguments of each, and async ones at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from stable_rlhf.data import Text
+from stable_rlhf.errors import RewardError
+from stable_rlhf.rewards.checks import failures_named
+from stable_rlhf.rewards.functions import RewardFunction
+from stable_rlhf.rewards.model import RewardModel
+from stable_rlhf.rewards.run_async import waited_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A batch for reward functions; every list has one entry a sample."""
+
+    prompts: Sequence[Text]
+    completions: Sequence[str]
+    """Decoded without special tokens."""
+    whole: Sequence[str] | None = None
+    """Decoded with special tokens, for the functions that ask for them; None where none does."""
+    columns: dict[str, Sequence[Any]]
+    """The data set's other columns."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """More arguments of TRL's, for the functions that accept them (``completion_ids``, ``trainer_state``, ...)."""
+
+    def arguments(self, function: RewardFunction) -> dict[str, Any]:
+        """The keyword arguments of a call. They are copies of its own: a function may change them."""
+        completions = self.whole if function.special_tokens and self.whole is not None else self.completions
+        answers = [
+            completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+            for prompt, completion in zip(self.prompts, completions, strict=True)
+        ]
+        given: dict[str, Any] = {"prompts": list(self.prompts), "completions": answers, **self.columns}
+        given |= {name: value for name, value in self.run.items() if _accepts(function, name)}
+        return {name: value if callable(value) else copy.deepcopy(value) for name, value in given.items()}
+
+
+def call(
+    functions: Sequence[RewardFunction], samples: Samples, shield: Callable[[], AbstractContextManager[Any]]
+) -> list[Any]:
+    """The raw answers, in order: plain functions one after the other, then all async ones at the same time.
+
+    ``shield``: the context in which user code runs. Raises RewardError for a function that raises.
+    """
+    outputs: dict[str, Any] = {}
+    waiting: dict[str, Callable[[], Any]] = {}
+
+    async def one(name: str, start: Callable[[], Any]) -> Any:
+        with failures_named(name, samples.prompts):
+            return await start()
+
+    async def gather() -> list[Any]:
+        # return_exceptions: let the others finish instead of leaving their requests open behind an error
+        return await asyncio.gather(*(one(*item) for item in waiting.items()), return_exceptions=True)
+
+    for function in functions:
+        arguments = samples.arguments(function)
+        if _is_async(function.function):
+            waiting[function.name] = lambda call=function.function, arguments=arguments: call(**arguments)
+        elif isinstance(function.function, RewardModel):
+            with failures_named(function.name, samples.prompts):
+                outputs[function.name] = function.function(**arguments)
+        else:
+            with failures_named(function.name, samples.prompts), shield():
+                output = function.function(**arguments)
+            if inspect.isawaitable(output):  # of a lambda around an async function
+                waiting[function.name] = lambda output=output: output
+            outputs[function.name] = output
+    if waiting:
+        with shield():
+            results = waited_for(gather)
+        for name, result in zip(waiting, results, strict=True):
+            if isinstance(result, asyncio.CancelledError):
+                raise RewardError(f"reward function {name!r} was cancelled before it gave scores") from result
+            if isinstance(result, BaseException):
+                raise result
+            outputs[name] = result
+    return [outputs[function.name] for function in functions]
+
+
+def _accepts(function: RewardFunction, name: str) -> bool:
+    """Whether a function has a parameter of this name, or takes any."""
+    try:
+        parameters = inspect.signature(function.function).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return False
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD or (parameter.kind in by_name and parameter.name == name)
+        for parameter in parameters
+    )
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

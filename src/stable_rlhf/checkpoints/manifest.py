@@ -14,9 +14,10 @@ from pathlib import Path
 
 from stable_rlhf.files import parsed
 
-VERSION = 3
+VERSION = 4
 """Version of the format of checkpoints; older ones are refused. 1 had no digest of the manifest and no lengths; 2, of
-release 0.1.0, did not keep the state in named parts."""
+release 0.1.0, did not keep the state in named parts; 3 did not know the prompts, the tokenizer and the rewards by their
+content, nor the best evaluation."""
 
 NAME = "manifest.json"
 

@@ -51,7 +51,7 @@ from stable_rlhf.policy import (
 from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
 from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, starts
-from stable_rlhf.training.callbacks import CallbackStates, callback_arguments, callback_handler
+from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
 from stable_rlhf.training.given import as_given, check_named, probe_servers
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
@@ -124,6 +124,11 @@ class Run:
         self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)
         self.eval_dataset = eval_dataset
         self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
+        if config.eval_steps and eval_dataset is None:
+            raise ConfigError(
+                f"eval_steps={config.eval_steps!r}: there are no held-out prompts; give eval_dataset, or set "
+                "data.eval_size above 0 and data.train or data.eval"
+            )
         self.stream = PromptStream(len(train_dataset), config.seed)
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
         course = config.optim.lr_scheduler_type
@@ -136,25 +141,38 @@ class Run:
         self.reference = Reference(self.model)
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
-        self._arguments = callback_arguments(config, self.run_dir, on_cpu=self.model.device.type == "cpu")
-        self.state, self.control = TrainerState(), TrainerControl()
-        self.handler = callback_handler(
-            config.log.report_to,
+        self.events = Events(
+            callback_arguments(config, self.settings, self.run_dir, on_cpu=self.model.device.type == "cpu"),
             callbacks or [],
-            self.model.policy,
-            self.processing_class,
-            self.optimizer,
-            self.scheduler,
+            model=self.model.policy,
+            tokenizer=self.processing_class,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
         )
-        self.callback_states = CallbackStates(self.handler)
+        self.callback_states = CallbackStates(self.events.handler)
         self._progress: Progress | None = None
         self._began, self._saved_at = False, -1
+        self._to_log: dict[str, Any] | None = None
+        """Figures of the last step that the callbacks have not been given yet."""
+        self._evaluated: tuple[int, dict[str, Any], list[dict[str, Any]]] | None = None
+        """Of the last evaluation in training: steps done, figures, samples."""
         self._random = RandomState().state_dict()  # where `train` begins, whatever is drawn until then
+        self.events.init_end()
 
     @property
     def steps_done(self) -> int:
         """Steps that the run has made, those that were rolled back included."""
         return self.counters.step
+
+    @property
+    def state(self) -> TrainerState:
+        """What callbacks see of the run."""
+        return self.events.state
+
+    @property
+    def control(self) -> TrainerControl:
+        """What callbacks ask of the run: to log, evaluate, save or stop."""
+        return self.events.control
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -189,6 +207,7 @@ class Run:
         """Makes the run folder, or loads the checkpoint to resume from."""
         self._lock.take()
         self.callback_states.check()
+        self.events.check()
         self.writer = MetricsWriter(self.run_dir)
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
@@ -205,7 +224,8 @@ class Run:
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved
             self.recovery.begin(*capture(self.parts, self.steps_done))
         starts.record(self.run_dir, self.steps_done, described(self.model.device))
-        self.state.max_steps, self.state.global_step = self.args.max_steps, self.steps_done
+        self.events.begin(self.counters, len(self.train_dataset))
+        self._to_log = self._evaluated = None
         self._saved_at = self.steps_done if resume_from_checkpoint else -1
 
     def end(self) -> None:
@@ -235,7 +255,7 @@ class Run:
         self.recovery.resume(tensors, state)
         if self.steps_done < self.args.max_steps:  # the final model is no longer the last
             shutil.rmtree(self.run_dir / "final", ignore_errors=True)
-            evaluation.forget_after(self.run_dir)
+        evaluation.forget_after(self.run_dir, self.steps_done)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -246,10 +266,10 @@ class Run:
         """
         tensors, state = capture(self.parts, self.steps_done)
         self.recovery.snapshots.into(tensors, state)
-        kept = self.args.save_total_limit
-        path = store.save(self.run_dir / "checkpoints", self.steps_done, tensors, state, kept)
+        kept, best = self.args.save_total_limit, self.counters.best_step
+        path = store.save(self.run_dir / "checkpoints", self.steps_done, tensors, state, kept, best)
         self._saved_at = self.steps_done
-        self.control = self.handler.on_save(self._arguments, self.state, self.control)
+        self.events.saved()
         return path
 
     def load_checkpoint(self, path: Path) -> tuple[Tensors, dict[str, Any]]:

@@ -8,6 +8,7 @@ from stable_rlhf.policy.actor_critic import (
     ValueHead,
     compile_layers,
     detached,
+    weights_digest,
 )
 from stable_rlhf.policy.adapter import adapter_folder, adapter_settings, lora_config, with_adapter
 from stable_rlhf.policy.loading import (
@@ -53,5 +54,6 @@ __all__ = [
     "prepare_tokenizer",
     "probe",
     "tolerance",
+    "weights_digest",
     "with_adapter",
 ]

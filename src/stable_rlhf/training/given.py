@@ -23,7 +23,7 @@ def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Confi
     instead of taking something else. Raises ConfigError.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
+    name = model if isinstance(model, str) else base.config._name_or_path or f"<{type(base).__name__}>"
     given: dict[str, Any] = {"model": dataclasses.replace(config.model, name=name)}
     if reward_funcs is not None:
         functions = [_reward_name(function) for function in listed(reward_funcs)]

@@ -52,6 +52,7 @@ from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
 from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, starts
 from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
+from stable_rlhf.training.fingerprints import SameInputs
 from stable_rlhf.training.given import as_given, check_named, probe_servers
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
@@ -139,6 +140,13 @@ class Run:
         self.guard = Guard(config.guard)
         self.recovery = Recovery(self.guard, Snapshots(None if self.model.peft else self.run_dir / "snapshot"))
         self.reference = Reference(self.model)
+        held_out = None if self.eval_prompts is None else (eval_dataset, self.eval_prompts)
+        self.inputs = SameInputs(
+            self.processing_class,
+            {"train_dataset": (train_dataset, self.train_prompts), "eval_dataset": held_out},
+            lambda: self.scorer.functions,
+            config.reward.accept_changed,
+        )
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
         self.events = Events(
@@ -181,10 +189,11 @@ class Run:
 
     @property
     def parts(self) -> dict[str, Part]:
-        """Everything that the run's future depends on, by name. The first two only check that the run is the same."""
+        """Everything that the run's future depends on, by name. The first three only check that the run is the same."""
         return {
             "reference": self.reference,
             "settings": SameSettings(lambda: self.settings),
+            "inputs": self.inputs,
             "model": TrainedState(self.model),
             "optimizer": OptimizerState(self.optimizer),
             "scheduler": self.scheduler,

@@ -21,10 +21,12 @@ from stable_rlhf.policy.loading import (
     policy_source,
     prepare_tokenizer,
 )
+from stable_rlhf.policy.saving import HEADS, save_description, save_heads, save_policy, saved_fault
 from stable_rlhf.policy.self_check import apart, check_checkpointing, foreign_errors, probe, tolerance
 from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_length, eos_token_ids, layers, lm_head
 
 __all__ = [
+    "HEADS",
     "ActorCritic",
     "Output",
     "Reference",
@@ -53,6 +55,10 @@ __all__ = [
     "policy_source",
     "prepare_tokenizer",
     "probe",
+    "save_description",
+    "save_heads",
+    "save_policy",
+    "saved_fault",
     "tolerance",
     "weights_digest",
     "with_adapter",

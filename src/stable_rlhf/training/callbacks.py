@@ -164,6 +164,9 @@ class Events:
     def saved(self) -> None:
         self._call("on_save")
 
+    def uploading(self) -> None:
+        self._call("on_push_begin")
+
     def best(self, counters: Counters) -> None:
         """Says in ``state`` which evaluation is the best so far."""
         self.state.best_metric, self.state.best_global_step = counters.best, counters.best_step

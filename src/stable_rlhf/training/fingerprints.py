@@ -9,7 +9,7 @@ import inspect
 import json
 import textwrap
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stable_rlhf.console import tell
@@ -75,7 +75,7 @@ class SameInputs:
         self,
         tokenizer: Any,
         data: Mapping[str, tuple[Any, EncodedPrompts] | None],
-        rewards: Callable[[], Iterable[RewardFunction]],
+        rewards: Iterable[RewardFunction],
         accept_changed: bool,
     ) -> None:
         """``data``: data sets with their token ids, by the name of SAFETrainer's argument."""
@@ -87,7 +87,7 @@ class SameInputs:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "chat template": _digest([json.dumps(self.tokenizer.chat_template)]),
             "data": {name: None if given is None else data_fingerprint(*given) for name, given in self.data.items()},
-            "rewards": {reward.name: reward_fingerprint(reward.function) for reward in self.rewards()},
+            "rewards": {reward.name: reward_fingerprint(reward.function) for reward in self.rewards},
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -63,6 +63,15 @@ def check_named(config: Config, model: Any) -> None:
         check_model(config.model)
 
 
+def check_held_out(config: Config, held_out: Any) -> None:
+    """Raises ConfigError where training is to be evaluated and there are no held-out prompts."""
+    if config.eval_steps and held_out is None:
+        raise ConfigError(
+            f"eval_steps={config.eval_steps!r}: there are no held-out prompts; give eval_dataset, or name data.train "
+            "with data.eval_size above 0"
+        )
+
+
 def _reward_name(function: Any) -> str:
     if isinstance(function, str):
         return function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 import yaml
 from peft import LoraConfig
 from rich.console import Console
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import get_scheduler as make_scheduler
 
@@ -28,7 +28,7 @@ from stable_rlhf.checkpoints import (
     restore,
     store,
 )
-from stable_rlhf.config import Config, complete_settings
+from stable_rlhf.config import Config, complete_settings, flat_settings
 from stable_rlhf.console import Progress, tell
 from stable_rlhf.control import Guard, RewardNormaliser, controller_of
 from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
@@ -47,13 +47,16 @@ from stable_rlhf.policy import (
     load_policy,
     load_tokenizer,
     prepare_tokenizer,
+    save_description,
+    save_policy,
 )
 from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
-from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, starts
+from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, model_card, starts
 from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
 from stable_rlhf.training.fingerprints import SameInputs
-from stable_rlhf.training.given import as_given, check_named, probe_servers
+from stable_rlhf.training.given import as_given, check_held_out, check_named, probe_servers
+from stable_rlhf.training.hub import prepare_upload, upload
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.stopping import GracefulStop
@@ -83,6 +86,7 @@ class Run:
         self.controller = controller_of(config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
         train_dataset, eval_dataset = split_datasets(config.data, config.seed, train_dataset, eval_dataset)
+        check_held_out(config, eval_dataset)
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -125,11 +129,6 @@ class Run:
         self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)
         self.eval_dataset = eval_dataset
         self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
-        if config.eval_steps and eval_dataset is None:
-            raise ConfigError(
-                f"eval_steps={config.eval_steps!r}: there are no held-out prompts; give eval_dataset, or set "
-                "data.eval_size above 0 and data.train or data.eval"
-            )
         self.stream = PromptStream(len(train_dataset), config.seed)
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
         course = config.optim.lr_scheduler_type
@@ -141,12 +140,8 @@ class Run:
         self.recovery = Recovery(self.guard, Snapshots(None if self.model.peft else self.run_dir / "snapshot"))
         self.reference = Reference(self.model)
         held_out = None if self.eval_prompts is None else (eval_dataset, self.eval_prompts)
-        self.inputs = SameInputs(
-            self.processing_class,
-            {"train_dataset": (train_dataset, self.train_prompts), "eval_dataset": held_out},
-            lambda: self.scorer.functions,
-            config.reward.accept_changed,
-        )
+        data = {"train_dataset": (train_dataset, self.train_prompts), "eval_dataset": held_out}
+        self.inputs = SameInputs(self.processing_class, data, self.scorer.functions, config.reward.accept_changed)
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
         self.events = Events(
@@ -217,6 +212,7 @@ class Run:
         self._lock.take()
         self.callback_states.check()
         self.events.check()
+        self.repository = prepare_upload(self.args, self.run_dir)
         self.writer = MetricsWriter(self.run_dir)
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
@@ -226,6 +222,7 @@ class Run:
                 f"{self.run_dir}`, or choose another folder"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        save_description(self.model, self.processing_class, self.run_dir / "model")
         # Written again by a resume, which may train longer.
         replace_text(self.run_dir / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
         if not resume_from_checkpoint:
@@ -323,15 +320,7 @@ class Run:
         The value heads are in value_heads.safetensors next to the weights.
         """
         folder = Path(output_dir or self.run_dir / "final")
-        policy: Any = self.model.policy
-        policy.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
-        heads = {
-            name: tensor.cpu().contiguous()
-            for name, tensor in self.model.trained_state().items()
-            if name.startswith(("heads.", "target_heads."))
-        }
-        save_file(heads, folder / "value_heads.safetensors")
+        save_policy(self.model, self.processing_class, folder)
         return folder
 
     def save_final(self) -> None:
@@ -340,11 +329,20 @@ class Run:
         shutil.rmtree(self.run_dir / "final", ignore_errors=True)
         aside.rename(self.run_dir / "final")
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Uploads the policy and its tokenizer (``PreTrainedModel.push_to_hub`` takes the same arguments)."""
-        self.processing_class.push_to_hub(repo_id, **kwargs)
-        policy: Any = self.model.policy
-        return policy.push_to_hub(repo_id, **kwargs)
+    def write_card(self, folder: Path) -> None:
+        """Writes the model card, README.md, into a folder with the policy."""
+        replace_text(folder / "README.md", model_card(self.run_dir, flat_settings(self.settings), self.model.peft))
+
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> str:
+        """Uploads policy or adapter, tokenizer, value heads and model card as they are now; returns the address.
+
+        ``repo_id``: None is ``hub_model_id``, or the name of the run's folder. ``kwargs``: ``private``, ``token``, and
+        the options of huggingface_hub's ``upload_folder``, such as ``commit_message`` and ``revision``. Raises
+        UploadError.
+        """
+        with tempfile.TemporaryDirectory(prefix="stable-rlhf-upload-") as folder:
+            self.write_card(self.save_model(folder))
+            return upload(Path(folder), repo_id or self.args.hub_model_id or self.run_dir.name, **kwargs)
 
     def _encode(self, dataset: Any) -> EncodedPrompts:
         return encode_prompts(

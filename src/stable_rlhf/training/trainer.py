@@ -12,11 +12,21 @@ from transformers import TrainerCallback
 from stable_rlhf.checkpoints import capture, restore, store
 from stable_rlhf.console import Progress, said_if_lost, tell
 from stable_rlhf.control import Action, Verdict
-from stable_rlhf.errors import CheckpointError, ConfigError, DivergenceError, GuardStop, Interrupted, RewardError
+from stable_rlhf.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    GuardStop,
+    Interrupted,
+    RewardError,
+    UploadError,
+)
 from stable_rlhf.hardware import memory
+from stable_rlhf.policy import saved_fault
 from stable_rlhf.runs import evaluation, incidents, write_completions
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.failures import failures_named, misfits_named
+from stable_rlhf.training.hub import upload
 from stable_rlhf.training.recovery import incident
 from stable_rlhf.training.result import TrainResult
 from stable_rlhf.training.rows import completion_rows, step_row
@@ -89,9 +99,26 @@ class SAFETrainer(Run):
                 result = TrainResult(evaluated, self.state.log_history, self._rollbacks, seconds, steps, samples)
                 self.events.log(result.training)
                 self.events.train_end()
+                self._finish()
                 return result
         finally:
             self.end()
+
+    def _finish(self) -> None:
+        """Checks that final/ loads to the policy, describes it, and uploads it where ``push_to_hub`` asks for it."""
+        final = self.run_dir / "final"
+        if (fault := saved_fault(self.model, final)) is not None:
+            tell(f"{final}: {fault}")
+        self.write_card(final)
+        if self.repository is not None:
+            try:
+                self.events.uploading()
+                upload(final, self.repository)
+            except UploadError as error:
+                raise UploadError(
+                    f"{error}; training is finished and all is in {final}: upload it with `hf upload {self.repository} "
+                    f"{final}`, or with push_to_hub() of the trainer"
+                ) from error
 
     def step(self) -> dict[str, Any] | None:
         """Takes one whole step: rollout, update, the guard's verdict, callbacks; snapshot and checkpoint where due.

@@ -88,7 +88,7 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     saved = save(tmp_path)
     monkeypatch.setattr(manifest, "VERSION", 99)
     with pytest.raises(
-        CheckpointError, match=r"step-000004 is not .*it has format 3, but this release reads format 99"
+        CheckpointError, match=r"step-000004 is not .*it has format 4, but this release reads format 99"
     ):
         store.load(saved)
     monkeypatch.undo()

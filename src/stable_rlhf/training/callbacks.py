@@ -176,13 +176,17 @@ class Events:
 
     def begin(self, counters: Counters, rows: int) -> None:
         """Puts ``state`` where the run is: also the log so far, of a resumed run. ``rows``: of the training set."""
-        folder = Path(str(self.arguments.output_dir))
         self.state.global_step, self.state.epoch = counters.step, counters.episode / rows
         self.state.num_train_epochs = math.ceil(
             self.arguments.max_steps * self.arguments.per_device_train_batch_size / rows
         )
-        self.state.log_history = logged_before(folder, rows)
+        self.state.log_history = self.recorded(rows)
         self.best(counters)
+
+    def recorded(self, rows: int) -> list[dict[str, Any]]:
+        """The log of all that the run's folder has records of."""
+        per_step = self.arguments.per_device_train_batch_size / rows
+        return recorded(Path(str(self.arguments.output_dir)), per_step)
 
     def check(self) -> None:
         """Raises ConfigError for a callback whose needs the settings do not meet."""
@@ -199,8 +203,8 @@ def evaluation_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {f"eval_{name}": value for name, value in figures.items() if value is not None}
 
 
-def logged_before(run_dir: Path, rows: int) -> list[dict[str, Any]]:
-    """``state.log_history`` of the steps and evaluations in a run's folder, whose training set has ``rows`` rows."""
+def recorded(run_dir: Path, epochs: float) -> list[dict[str, Any]]:
+    """``state.log_history`` of the steps and evaluations in a run's folder. ``epochs``: of a step."""
     files = [run_dir / "metrics.jsonl", run_dir / "timings.jsonl"]
     metrics, timings = ({row["step"]: row for row in read_rows(path)[0]} if path.exists() else {} for path in files)
     known = evaluation.read(run_dir)
@@ -208,10 +212,12 @@ def logged_before(run_dir: Path, rows: int) -> list[dict[str, Any]]:
     history = []
     for number, row in metrics.items():
         timing = {f"timings/{name}": value for name, value in timings.get(number, {}).items() if name != "step"}
-        history.append({**row, **timing, "epoch": row["episode"] / rows, "step": number + 1})
+        history.append({**row, **timing, "step": number + 1})
     for figures in [*evaluated, *known.get("during", [])]:
         own = {name: value for name, value in figures.items() if name != "step"}
         history.append({**evaluation_figures(own), "step": figures["step"]})
+    for entry in history:
+        entry["epoch"] = entry["step"] * epochs
     history = [{name: value for name, value in entry.items() if value is not None} for entry in history]
     return sorted(history, key=lambda entry: entry["step"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,12 @@ def _adapted(described: Path, settings: ModelConfig, weights: dict[str, Tensor],
     adapter: Any = LoraConfig.from_pretrained(str(described))
     adapter.init_lora_weights = False  # all of its weights are loaded
     adapter.inference_mode = False
-    if not merge:
-        with torch.device("meta"):
-            model: Any = get_peft_model(_empty(described, settings), adapter)
-        _fill(model, weights, assign=True)
-        return model
-    model = get_peft_model(_by_name(settings), adapter)
-    _fill(model, weights)
-    return model.merge_and_unload()
+    with contextlib.nullcontext() if merge else torch.device("meta"):
+        base = _by_name(settings) if merge else _empty(described, settings)
+        adapter.base_model_name_or_path = base.name_or_path  # PEFT warns of another; what is written is a copy
+        model: Any = get_peft_model(base, adapter)
+    _fill(model, weights, assign=not merge)
+    return model.merge_and_unload() if merge else model
 
 
 def _empty(described: Path, settings: ModelConfig) -> Any:

@@ -54,7 +54,9 @@ def reward_fingerprint(function: Any) -> str | None:
         parts = [weights_digest(function.model.named_parameters()), function.model.config.to_json_string()]
         return _digest([*parts, tokenizer_fingerprint(function.tokenizer)])
     if isinstance(function, functools.partial):
-        return _digest([str(reward_fingerprint(function.func)), repr((function.args, sorted(function.keywords)))])
+        return _digest(
+            [str(reward_fingerprint(function.func)), repr((function.args, sorted(function.keywords.items())))]
+        )
     if type(function).__module__.startswith("stable_rlhf."):  # the client of a reward server
         return None
     routine = inspect.isroutine(function) or inspect.isclass(function)

@@ -24,6 +24,7 @@ class TrainResult(dict[str, Any]):
 
     def __init__(
         self,
+        global_step: int,
         evaluation: Mapping[str, Any],
         log_history: Sequence[Mapping[str, Any]],
         rollbacks: int,
@@ -31,13 +32,13 @@ class TrainResult(dict[str, Any]):
         steps: int,
         samples: int,
     ) -> None:
-        """``log_history``: as callbacks see it; ``seconds``, ``steps``, ``samples``: of this call."""
+        """``log_history``: of the whole run, as callbacks see it; ``seconds``, ``steps``, ``samples``: of this call."""
         super().__init__(evaluation)
         rows = [entry for entry in log_history if "episode" in entry]
         losses = [entry["loss/policy_avg"] for entry in rows if "loss/policy_avg" in entry]
-        last = rows[-1] if rows else {"step": 0, "epoch": 0.0}
+        last = rows[-1] if rows else {"epoch": 0.0}
         self.rollbacks = rollbacks
-        self.global_step: int = last["step"]
+        self.global_step = global_step
         self.training_loss = sum(losses) / len(losses) if losses else float("nan")
         self.training: dict[str, float] = {
             "train_runtime": seconds,

@@ -96,7 +96,8 @@ class SAFETrainer(Run):
                 evaluated = self._evaluate_into("after")
                 seconds = time.monotonic() - began
                 steps, samples = self.steps_done - began_at, self.counters.episode - episodes
-                result = TrainResult(evaluated, self.state.log_history, self._rollbacks, seconds, steps, samples)
+                logged = self.events.recorded(len(self.train_dataset))
+                result = TrainResult(self.steps_done, evaluated, logged, self._rollbacks, seconds, steps, samples)
                 self.events.log(result.training)
                 self.events.train_end()
                 self._finish()

@@ -12,6 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from stable_rlhf.console import tell
 from stable_rlhf.errors import ConfigError
@@ -66,6 +67,8 @@ def save_description(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, fol
             file.unlink()
         if isinstance(policy, PeftModel):
             policy.peft_config[_adapter(policy)].save_pretrained(str(aside))
+        else:
+            remove_tied_weights_from_state_dict(lm.state_dict(), lm)  # refuses tensors that share memory untold
         tokenizer.save_pretrained(aside)
         json.loads((aside / "config.json").read_text())
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import textwrap
+import tokenize
 from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -62,7 +63,7 @@ def reward_fingerprint(function: Any) -> str | None:
     routine = inspect.isroutine(function) or inspect.isclass(function)
     try:
         source = textwrap.dedent(inspect.getsource(function if routine else type(function)))
-    except (OSError, TypeError):
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # the last two: of a file that has changed since
         return None
     try:
         return _digest([ast.unparse(ast.parse(source))])

@@ -25,7 +25,8 @@ def inputs(tokenizer: Any, reward: Any = letters, accept: bool = False, **column
     data = datasets.Dataset.from_dict({"prompt": PROMPTS, "answer": PROMPTS, **columns})
     encoded = encode_prompts(data, tokenizer, max_prompt_length=9, context_length=None, max_completion_length=4)
     function = RewardFunction(name="letters", function=reward)
-    return SameInputs(tokenizer, {"train_dataset": (data, encoded), "eval_dataset": None}, [function], accept)
+    given = [("train_dataset", data, encoded), ("eval_dataset", None, None)]
+    return SameInputs(tokenizer, given, [function], accept)
 
 
 def test_the_same_inputs_are_accepted(tokenizer) -> None:

@@ -77,19 +77,20 @@ class SameInputs:
     def __init__(
         self,
         tokenizer: Any,
-        data: Mapping[str, tuple[Any, EncodedPrompts] | None],
+        data: Iterable[tuple[str, Any, EncodedPrompts | None]],
         rewards: Iterable[RewardFunction],
         accept_changed: bool,
     ) -> None:
-        """``data``: data sets with their token ids, by the name of SAFETrainer's argument."""
-        self.tokenizer, self.data, self.rewards, self.accept_changed = tokenizer, data, rewards, accept_changed
+        """``data``: for each of SAFETrainer's data sets the argument's name, the rows or None, and their token ids."""
+        self.tokenizer, self.data = tokenizer, list(data)
+        self.rewards, self.accept_changed = rewards, accept_changed
 
     @functools.cached_property
     def _own(self) -> dict[str, Any]:
         return {
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "chat template": _digest([json.dumps(self.tokenizer.chat_template)]),
-            "data": {name: None if given is None else data_fingerprint(*given) for name, given in self.data.items()},
+            "data": {name: None if ids is None else data_fingerprint(rows, ids) for name, rows, ids in self.data},
             "rewards": {reward.name: reward_fingerprint(reward.function) for reward in self.rewards},
         }
 

@@ -85,8 +85,9 @@ class Run:
         probe_servers(config)
         self.controller = controller_of(config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
-        train_dataset, eval_dataset = split_datasets(config.data, config.seed, train_dataset, eval_dataset)
-        check_held_out(config, eval_dataset)
+        data = split_datasets(config.data, config.seed, train_dataset, eval_dataset)
+        self.train_dataset, self.eval_dataset = data
+        check_held_out(config, self.eval_dataset)
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -126,10 +127,9 @@ class Run:
                 self_check=tried,
             ),
         )
-        self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)
-        self.eval_dataset = eval_dataset
-        self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
-        self.stream = PromptStream(len(train_dataset), config.seed)
+        self.train_prompts = self._encode(self.train_dataset)
+        self.eval_prompts = None if self.eval_dataset is None else self._encode(self.eval_dataset)
+        self.stream = PromptStream(len(self.train_prompts), config.seed)
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
         course = config.optim.lr_scheduler_type
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
@@ -139,9 +139,8 @@ class Run:
         self.guard = Guard(config.guard)
         self.recovery = Recovery(self.guard, Snapshots(None if self.model.peft else self.run_dir / "snapshot"))
         self.reference = Reference(self.model)
-        held_out = None if self.eval_prompts is None else (eval_dataset, self.eval_prompts)
-        data = {"train_dataset": (train_dataset, self.train_prompts), "eval_dataset": held_out}
-        self.inputs = SameInputs(self.processing_class, data, self.scorer.functions, config.reward.accept_changed)
+        given = zip(("train_dataset", "eval_dataset"), data, (self.train_prompts, self.eval_prompts), strict=True)
+        self.inputs = SameInputs(self.processing_class, given, self.scorer.functions, config.reward.accept_changed)
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
         self.events = Events(
@@ -155,10 +154,9 @@ class Run:
         self.callback_states = CallbackStates(self.events.handler)
         self._progress: Progress | None = None
         self._began, self._saved_at = False, -1
-        self._to_log: dict[str, Any] | None = None
-        """Figures of the last step that the callbacks have not been given yet."""
+        self._to_log: dict[str, Any] | None = None  # of the last step, until the callbacks are given it
+        # Of the last evaluation in training: steps done, figures, samples.
         self._evaluated: tuple[int, dict[str, Any], list[dict[str, Any]]] | None = None
-        """Of the last evaluation in training: steps done, figures, samples."""
         self._random = RandomState().state_dict()  # where `train` begins, whatever is drawn until then
         self.events.init_end()
 
@@ -315,10 +313,7 @@ class Run:
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Saves a plain Transformers or PEFT folder with its tokenizer; returns its path (default run_dir/final).
-
-        The value heads are in value_heads.safetensors next to the weights.
-        """
+        """Saves a Transformers or PEFT folder with tokenizer and value heads; its path (default run_dir/final)."""
         folder = Path(output_dir or self.run_dir / "final")
         save_policy(self.model, self.processing_class, folder)
         return folder
@@ -337,8 +332,7 @@ class Run:
         """Uploads policy or adapter, tokenizer, value heads and model card as they are now; returns the address.
 
         ``repo_id``: None is ``hub_model_id``, or the name of the run's folder. ``kwargs``: ``private``, ``token``, and
-        the options of huggingface_hub's ``upload_folder``, such as ``commit_message`` and ``revision``. Raises
-        UploadError.
+        the options of huggingface_hub's ``upload_folder``, such as ``commit_message``. Raises UploadError.
         """
         with tempfile.TemporaryDirectory(prefix="stable-rlhf-upload-") as folder:
             self.write_card(self.save_model(folder))

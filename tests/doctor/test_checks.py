@@ -376,6 +376,8 @@ def test_the_forecast_is_arithmetic() -> None:
     assert dry_run.forecast(config, timing, 128, 2_000_000) == (
         "forecast: 1000 steps x 4 s and 8 s of evaluation = 1:06:48; checkpoints of 2 MB at the end"
     )
+    config = Config(max_steps=1000, save_steps=0, eval_steps=250)  # after 250, 500, 750 steps too
+    assert "20 s of evaluation" in dry_run.forecast(config, timing, 128, 2_000_000)
 
 
 # --- the formula ------------------------------------------------------------------------------------

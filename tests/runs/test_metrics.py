@@ -372,7 +372,7 @@ def test_roll_backs_stand_in_the_closing_table(rollbacks: int, said: str | None,
     side = {"reward": 1.0, "prompts": 2}
     to = Console(file=io.StringIO(), width=120)
     summary.print_summary("run", {"before": side, "after": side} if held_out else {}, None, to, rollbacks)
-    shown = to.file.getvalue()  # type: ignore[attr-defined]
+    shown = " ".join(to.file.getvalue().split())  # type: ignore[attr-defined]
     assert ("rolled this run back" in shown) == (said is not None)
     if said is not None:
         assert f"The guard rolled this run back {said}: see incidents.jsonl" in shown

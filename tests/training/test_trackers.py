@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
-from stable_rlhf.training.trackers import log_completions
+from stable_rlhf.training.trackers import NumbersToMLflow, log_completions
 from tests.tiny_runs import settings, trainer
 
 HELD_OUT = [{"prompt": f"held out {i}"} for i in range(2)]
@@ -54,6 +54,19 @@ def test_a_servers_query_is_not_given_to_trackers() -> None:
 
     flat = flat_settings({"reward": {"functions": ["http://host/score?key=secret", "builtin"]}})
     assert flat == {"reward.functions": ["http://host/score", "builtin"]}
+
+
+def test_mlflow_is_given_numbers_alone(caplog: pytest.LogCaptureFixture) -> None:
+    written: dict[str, float] = {}
+    mlflow: Any = NumbersToMLflow.__new__(NumbersToMLflow)
+    mlflow._initialized, mlflow._async_log, mlflow._auto_end_run = True, False, False
+    mlflow._ml_flow = types.SimpleNamespace(
+        log_metrics=lambda metrics, step: written.update(metrics), active_run=lambda: None
+    )
+    state = types.SimpleNamespace(is_world_process_zero=True, global_step=1)
+    mlflow.on_log(None, state, None, {"objective/kl": 0.5, "safe/phase": "WARMUP"})
+    assert written == {"objective/kl": 0.5}
+    assert not caplog.records
 
 
 def test_completions_are_a_table_in_which_nothing_is_markup() -> None:

@@ -136,7 +136,8 @@ def forecast(config: Config, timing: dict[str, float], held_out: int, checkpoint
     """The run's time and its checkpoints, as a line. ``timing``: seconds of a step by part; ``held_out``: number of
     prompts."""
     evaluating = sum(timing[part] for part in ("rollout_s", "scoring_s", "logprobs_s"))
-    evaluating *= 2 * math.ceil(held_out / config.rollout.batch_size)  # before and after
+    times = 2 + ((config.max_steps - 1) // config.eval_steps if config.eval_steps else 0)  # before, after, and between
+    evaluating *= times * math.ceil(held_out / config.rollout.batch_size)
     seconds = config.max_steps * timing["total_s"] + evaluating
     every = config.save_steps
     when = f"every {every} steps and at the end" if 0 < every < config.max_steps else "at the end"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 
 from stable_rlhf.checkpoints import store
@@ -19,6 +19,7 @@ from stable_rlhf.config import Config, flat_settings
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.runs import evaluation, read_rows
 from stable_rlhf.training.resume import Counters
+from stable_rlhf.training.trackers import trackers
 
 
 class RunArguments(TrainingArguments):
@@ -94,9 +95,8 @@ class Events:
         scheduler: Any,
     ) -> None:
         self.arguments = arguments
-        reporting = get_reporting_integration_callbacks(arguments.report_to)
         self.handler = CallbackHandler(
-            [DefaultFlowCallback, *reporting, *callbacks], model, tokenizer, optimizer, scheduler
+            [DefaultFlowCallback, *trackers(arguments.report_to), *callbacks], model, tokenizer, optimizer, scheduler
         )
         for callback in self.handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

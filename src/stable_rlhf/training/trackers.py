@@ -11,6 +11,7 @@ from transformers.integrations.integration_utils import (
     TensorBoardCallback,
     TrackioCallback,
     WandbCallback,
+    get_reporting_integration_callbacks,
 )
 
 from stable_rlhf.text import printable
@@ -20,6 +21,20 @@ ROWS = 16
 
 CHARACTERS = 1000
 """Characters shown of a prompt or completion, so that a table opens at once."""
+
+
+class NumbersToMLflow(MLflowCallback):
+    """MLflow's metrics are numbers: Transformers' callback would warn of each text in each step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
+        numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        super().on_log(args, state, control, numbers, model=model, **kwargs)
+
+
+def trackers(names: Sequence[str]) -> list[type[TrainerCallback]]:
+    """The classes of Transformers' callbacks for trackers."""
+    found = get_reporting_integration_callbacks(list(names))
+    return [NumbersToMLflow if callback is MLflowCallback else callback for callback in found]
 
 
 def log_completions(

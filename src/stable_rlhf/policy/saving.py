@@ -105,7 +105,7 @@ def _adapter(policy: PeftModel) -> str:
 
 
 @torch.no_grad()
-def saved_fault(model: ActorCritic, folder: Path) -> str | None:
+def saved_fault(model: ActorCritic, folder: Path, trust_remote_code: bool = False) -> str | None:
     """What is wrong with a saved policy: a clause, or None where it loads and gives the policy's logits.
 
     A model of more than CHECKED bytes is not loaded; nor is an adapter whose base model is not on this machine by the
@@ -115,7 +115,7 @@ def saved_fault(model: ActorCritic, folder: Path) -> str | None:
     lm = causal_lm(policy)
     if sum(tensor.numel() * tensor.element_size() for tensor in policy.parameters()) > CHECKED:
         return None
-    options: dict[str, Any] = {"dtype": lm.dtype, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": lm.dtype, "local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         if isinstance(policy, PeftModel):
             base = policy.peft_config[_adapter(policy)].base_model_name_or_path

@@ -108,7 +108,7 @@ class SAFETrainer(Run):
     def _finish(self) -> None:
         """Checks that final/ loads to the policy, describes it, and uploads it where ``push_to_hub`` asks for it."""
         final = self.run_dir / "final"
-        if (fault := saved_fault(self.model, final)) is not None:
+        if (fault := saved_fault(self.model, final, self.args.model.trust_remote_code)) is not None:
             tell(f"{final}: {fault}")
         self.write_card(final)
         if self.repository is not None:

@@ -276,7 +276,7 @@ class SAFETrainer(Run):
         sentence = incidents.sentence(entry)
         with said_if_lost(sentence):
             incidents.record(self.run_dir, entry)
-            self.events.log({"incident": sentence, "incidents": len(incidents.read(self.run_dir))})
+            self.events.log({"incident": sentence, "rollbacks": self._rollbacks})
             if action is Action.STOP and fault is None:  # otherwise the present state is not one to save
                 self.save_checkpoint()
         if action is Action.STOP:

@@ -137,7 +137,11 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     drawn = {"random.cpu", "random"}
     assert moved == {"counters", "prompts", "scheduler", "optimizer", "controller", "guard", *drawn}
     was, now = ({name: json.loads(found[name]) for name in moved if "." not in name} for found in (good, back))
-    assert (now["counters"], now["prompts"]["epoch"], now["prompts"]["position"]) == ({"step": 6, "episode": 48, "best": None, "best_step": None}, 5, 8)
+    assert (now["counters"], now["prompts"]["epoch"], now["prompts"]["position"]) == (
+        {"step": 6, "episode": 48, "best": None, "best_step": None},
+        5,
+        8,
+    )
     assert now["controller"] == {**was["controller"], "next_step": 6}
     assert now["guard"] == {**was["guard"], "rollbacks": 1, "factor": 0.25}
     assert now["scheduler"]["last_epoch"] == 6

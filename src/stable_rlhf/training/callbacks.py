@@ -96,7 +96,11 @@ class Events:
     ) -> None:
         self.arguments = arguments
         self.handler = CallbackHandler(
-            [DefaultFlowCallback, *trackers(arguments.report_to), *callbacks], model, tokenizer, optimizer, scheduler
+            [DefaultFlowCallback, *trackers(list(arguments.report_to or [])), *callbacks],
+            model,
+            tokenizer,
+            optimizer,
+            scheduler,
         )
         for callback in self.handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

@@ -29,6 +29,7 @@ TREE: dict[str, tuple[Exit, type[Exception]]] = {
     "DivergenceError": (Exit.FAILED, ArithmeticError),
     "GuardStop": (Exit.GUARD, RuntimeError),
     "OutOfMemoryError": (Exit.FAILED, RuntimeError),
+    "UploadError": (Exit.FAILED, RuntimeError),
 }
 """Name -> (exit code, the class by which it could be caught before there was a tree)."""
 

@@ -104,6 +104,10 @@ class NoRoomError(SaveError):
     """The disk is full, a quota is used up, or the file would exceed the allowed length."""
 
 
+class UploadError(StableRLHFError, RuntimeError):
+    """The hub did not take an upload. What was to be uploaded is still on the disk."""
+
+
 # -- in training ----------------------------------------------------------------------------------------------------
 
 

@@ -277,7 +277,9 @@ def test_usage_is_shown_when_asked_for_and_an_unknown_command_is_named(capsys: p
     assert (main(["--help"]), main([])) == (0, 2)
     assert capsys.readouterr().out == 2 * (USAGE + "\n")
     assert main(["trian"]) == 2
-    assert said(capsys).endswith("no command 'trian'; the commands are train, resume, report, doctor, serve-reward")
+    assert said(capsys).endswith(
+        "no command 'trian'; the commands are train, resume, report, doctor, serve-reward, export"
+    )
 
 
 def test_the_package_runs_as_a_module_as_launchers_start_it() -> None:

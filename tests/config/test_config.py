@@ -302,7 +302,9 @@ POSITIVE = {
     "optim.max_preview_kl": float,
 }
 NOT_NEGATIVE = {
-    **dict.fromkeys(["save_steps", "model.lora_r", "data.eval_size", "optim.warmup_steps", "critic.warmup_steps"], int),
+    **dict.fromkeys(
+        ["save_steps", "eval_steps", "model.lora_r", "data.eval_size", "optim.warmup_steps", "critic.warmup_steps"], int
+    ),
     **dict.fromkeys(["log.completions_steps", "reward.retries", "guard.max_rollbacks"], int),
     **dict.fromkeys(["optim.weight_decay", "optim.entropy_coef", "reward.missing_eos_penalty"], float),
 }

@@ -330,6 +330,7 @@ def test_a_course_is_told_from_a_tenth_of_the_budget_on() -> None:
         (1.45, 1.0, "reward climbs, budget stays"),
         (1.3, -1.0, "reward falls, budget closes"),
         (0.5, -1.0, "reward falls, budget stays"),
+        (1.48, 1.0, "reward climbs, budget closes from 1.48 to 1.45 times its base, as the climb slows"),
     ],
 )
 def test_the_reason_says_which_way_the_budget_moves(multiple: float, newer: float, said: str) -> None:

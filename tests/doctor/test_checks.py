@@ -22,7 +22,8 @@ from stable_rlhf.doctor import checks, dry_run, findings
 from stable_rlhf.doctor import memory as doctor_memory
 from stable_rlhf.hardware import memory
 from stable_rlhf.policy.actor_critic import ActorCritic
-from stable_rlhf.policy.loading import load_policy, lora_config
+from stable_rlhf.policy.adapter import lora_config
+from stable_rlhf.policy.loading import load_policy
 from stable_rlhf.rollout.merged_weights import decoding_model
 from tests.faults.servers import answer, misbehaving
 from tests.tiny_runs import policy
@@ -376,6 +377,8 @@ def test_the_forecast_is_arithmetic() -> None:
     assert dry_run.forecast(config, timing, 128, 2_000_000) == (
         "forecast: 1000 steps x 4 s and 8 s of evaluation = 1:06:48; checkpoints of 2 MB at the end"
     )
+    config = Config(max_steps=1000, save_steps=0, eval_steps=250)  # after 250, 500, 750 steps too
+    assert "20 s of evaluation" in dry_run.forecast(config, timing, 128, 2_000_000)
 
 
 # --- the formula ------------------------------------------------------------------------------------

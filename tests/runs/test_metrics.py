@@ -364,3 +364,15 @@ def test_summary_shows_hostile_text_and_markup_as_it_is():
         in shown
     )
     assert not re.search("\x1b(?!\\[[0-9;]*m)|[\x07\u202e]", shown)  # nothing but rich's own styles
+
+
+@pytest.mark.parametrize(("rollbacks", "said"), [(0, None), (1, "once"), (3, "3 times")])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_roll_backs_stand_in_the_closing_table(rollbacks: int, said: str | None, held_out: bool) -> None:
+    side = {"reward": 1.0, "prompts": 2}
+    to = Console(file=io.StringIO(), width=120)
+    summary.print_summary("run", {"before": side, "after": side} if held_out else {}, None, to, rollbacks)
+    shown = " ".join(to.file.getvalue().split())  # type: ignore[attr-defined]
+    assert ("rolled this run back" in shown) == (said is not None)
+    if said is not None:
+        assert f"The guard rolled this run back {said}: see incidents.jsonl" in shown

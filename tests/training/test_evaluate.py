@@ -178,7 +178,8 @@ def test_callbacks_are_given_the_figures_of_both_sides(tokenizer: PreTrainedToke
 
     config = settings(tmp_path / "run", max_steps=1)
     result = trainer(config, tokenizer, eval_dataset=HELD_OUT, callbacks=[Record()]).train()
-    assert given == [result["before"], result["after"]]
+    sides = [{f"eval_{name}": value for name, value in result[side].items()} for side in ("before", "after")]
+    assert given == [{**sides[0], "epoch": 0.0}, {**sides[1], "epoch": 1.0}]
     assert given[0] != given[1]
 
 
@@ -201,7 +202,7 @@ def test_before_begins_the_file_anew_and_after_adds_to_it(tmp_path: Path) -> Non
     evaluation.record(tmp_path, "after", {"reward": 2.0}, [sample("p", "d", 0.75)])
     both = {"prompt": "p", "before": "c", "reward_before": 0.5, "after": "d", "reward_after": 0.75}
     assert evaluation.read(tmp_path) == {"before": SIDE, "after": {"reward": 2.0}, "samples": [both]}
-    evaluation.forget_after(tmp_path)
+    evaluation.forget_after(tmp_path, 0)
     assert evaluation.read(tmp_path) == known
 
 
@@ -214,7 +215,7 @@ def test_the_file_is_replaced_and_not_written_over(tmp_path: Path, change: str) 
     text = (tmp_path / "evaluation.json").read_text()
     os.link(tmp_path / "evaluation.json", tmp_path / "kept.json")
     if change == "forgotten":
-        evaluation.forget_after(tmp_path)
+        evaluation.forget_after(tmp_path, 0)
     else:
         evaluation.record(tmp_path, "after", SIDE, [sample("p", "d", 0.5)])
     assert (tmp_path / "kept.json").read_text() == text

@@ -58,7 +58,7 @@ def test_a_model_is_named_by_where_it_was_loaded_from_and_else_by_its_class(toke
         ("some/name", "some/name"),
         (loaded, str(tiny_folder)),
         (lora(loaded), str(tiny_folder)),
-        (policy(tokenizer), "LlamaForCausalLM"),
+        (policy(tokenizer), "<LlamaForCausalLM>"),
     ):
         assert as_given(Config(), model, letters, None).model.name == name
 

@@ -66,7 +66,7 @@ def test_what_is_kept_comes_back_byte_for_byte_and_is_not_changed_by_what_follow
         scramble(run)
         after = prints(*captured(run))
         draws = {"random.cpu", "random", "reward_random.cpu", "reward_random"}
-        untouched = {*draws, "reference", "settings", "callbacks"}
+        untouched = {*draws, "reference", "settings", "inputs", "callbacks"}
         assert {name for name in before if before[name] == after[name]} <= untouched
         state.restore(run.parts, *snapshots.load())
         assert prints(*captured(run)) == before
@@ -138,7 +138,11 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     drawn = {"random.cpu", "reward_random.cpu", "reward_random"}  # Python's and NumPy's are only the reward's
     assert moved == {"counters", "prompts", "scheduler", "optimizer", "controller", "guard", *drawn}
     was, now = ({name: json.loads(found[name]) for name in moved if "." not in name} for found in (good, back))
-    assert (now["counters"], now["prompts"]["epoch"], now["prompts"]["position"]) == ({"step": 6, "episode": 48}, 5, 8)
+    assert (now["counters"], now["prompts"]["epoch"], now["prompts"]["position"]) == (
+        {"step": 6, "episode": 48, "best": None, "best_step": None},
+        5,
+        8,
+    )
     assert now["controller"] == {**was["controller"], "next_step": 6}
     assert now["guard"] == {**was["guard"], "rollbacks": 1, "factor": 0.25}
     assert now["scheduler"]["last_epoch"] == 6

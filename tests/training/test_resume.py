@@ -242,7 +242,7 @@ def test_a_run_made_of_objects_is_not_resumed_by_name_with_something_else(tokeni
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["reward"]["functions"] == ["tests.tiny_runs:letters"]
     assert written["data"]["train"] == "<train_dataset>"
-    assert written["model"]["name"] == "LlamaForCausalLM"
+    assert written["model"]["name"] == "<LlamaForCausalLM>"
 
 
 def test_a_longer_run_is_not_final_until_it_is(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

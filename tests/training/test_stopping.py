@@ -77,7 +77,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny: Tiny, expe
     process.terminate()
     _, stderr = process.communicate(timeout=children.PATIENCE)
     line = f"stable-rlhf: interrupted after 2 steps. `stable-rlhf resume {run}` continues from step 2.\n"
-    assert (process.returncode, stderr) == (Exit.TERMINATED, line)
+    assert (process.returncode, stderr) == (Exit.TERMINATED, f"stopping after this step, with a checkpoint\n{line}")
     assert_stopped_and_goes_on(tiny, run, expected)
 
 
@@ -86,6 +86,7 @@ def test_sigint_does_the_same_with_a_code_of_its_own(tiny: Tiny, expected: dict[
     os.kill(child.pid, signal.SIGINT)
     assert child.end() == Exit.INTERRUPTED
     assert sentence(child.said) == f"interrupted after 2 steps. `stable-rlhf resume {run}` continues from step 2."
+    assert "stopping after this step, with a checkpoint; Ctrl-C again to stop now, without a checkpoint\n" in child.said
     assert_stopped_and_goes_on(tiny, run, expected)
 
 
@@ -130,7 +131,7 @@ def test_a_signal_while_a_reward_server_is_away_is_not_kept_waiting_by_it(tiny: 
         os.kill(child.pid, signal.SIGTERM)
         assert child.end(SOON) == Exit.TERMINATED
         assert len(server.requests) == 2 + len(acts)
-    told, last = child.said.splitlines()[-2:]
+    told, _, last = child.said.splitlines()[-3:]
     assert "gives no scores (HTTP 503: ''); waiting, at most reward.max_wait=3600 s" in told
     run = tiny.folder / name
     assert last == f"stable-rlhf: interrupted after 0 steps. `stable-rlhf resume {run}` continues from step 0."

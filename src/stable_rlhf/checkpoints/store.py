@@ -45,15 +45,27 @@ _LEFTOVER = re.compile(r"\.(writing|replaced|removed)-(step-[0-9]{6,})")
 _REMEDY = "choose an older checkpoint of the run with --checkpoint, or start a new run"
 
 
+def at(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` steps done is, or would be."""
+    return folder / f"step-{step:06d}"
+
+
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+    spared: int | None = None,
 ) -> Path:
     """Writes ``folder/step-<step>`` and removes all but the newest ``keep`` whole ones. Returns the new one's path.
+
+    The checkpoint of ``spared`` steps, such as the best one, stays too and is not counted.
 
     Raises SaveError where it cannot be written, NoRoomError where the disk has too little room; nothing of it is left
     then, and the older ones are unchanged.
     """
-    final = folder / f"step-{step:06d}"
+    final = at(folder, step)
     aside = folder / f".writing-{final.name}"
     encoded = _encoded({"step": step, **state})
     try:
@@ -68,7 +80,7 @@ def save(
             raise
         length = len(encoded) + sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         raise _not_written(final, length, number, error) from error
-    _rotate(final, keep)
+    _rotate(final, keep, spared)
     return final
 
 
@@ -277,8 +289,8 @@ def _is_whole(path: Path, longest_hashed: float = math.inf) -> bool:
     return True
 
 
-def _rotate(final: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` whole ones, and the one that ``final`` has replaced.
+def _rotate(final: Path, keep: int, spared: int | None) -> None:
+    """Removes all but the newest ``keep`` whole ones and ``spared``, and the one that ``final`` has replaced.
 
     ``final`` was read back a moment ago and counts as whole.
     """
@@ -286,6 +298,8 @@ def _rotate(final: Path, keep: int) -> None:
     for path in reversed(found(final.parent)):
         if path == final:
             whole += 1
+        elif spared is not None and path == at(final.parent, spared):
+            continue
         elif whole < keep and path.name.startswith("step-"):
             whole += _is_whole(path, HASHED_BY_ROTATION)
         else:

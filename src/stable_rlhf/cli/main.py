@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from stable_rlhf.cli.doctor import doctor
+from stable_rlhf.cli.export import export
 from stable_rlhf.cli.messages import say
 from stable_rlhf.cli.report import report
 from stable_rlhf.cli.train import resume, train
@@ -17,6 +18,7 @@ USAGE = """\
 stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    resume a run from its newest checkpoint
 stable-rlhf report RUN [--watch]                                write RUN/report.html, or show it while the run goes on
+stable-rlhf export CHECKPOINT OUT [--merge]                     make a checkpoint a folder for from_pretrained
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
 stable-rlhf doctor [FILE] [--section.field VALUE ...]           check a run before it starts, forecast its time
 
@@ -31,7 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     protect_terminal()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train, "resume": resume, "report": report, "doctor": doctor, "serve-reward": _serve_reward}
+    commands = {
+        "train": train,
+        "resume": resume,
+        "report": report,
+        "doctor": doctor,
+        "serve-reward": _serve_reward,
+        "export": export,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return Exit.DONE if arguments else Exit.BAD_INPUT

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from stable_rlhf.cli.messages import say, typed_command
 from stable_rlhf.cli.parser import Parser
 from stable_rlhf.cli.settings import asks_for_help, show_settings
-from stable_rlhf.config import Config, load_config
+from stable_rlhf.config import Config, given_in_python, load_config
 from stable_rlhf.errors import ConfigError, Exit, StableRLHFError
 from stable_rlhf.runs import RunLock, check_output, check_writable, read
 from stable_rlhf.text import visible
@@ -39,6 +39,11 @@ def resume(arguments: list[str]) -> int:
         raise ConfigError(f"{given.run} is not a run folder: it has no config.yaml; check the path")
     extra = [] if given.max_steps is None else ["--max_steps", str(given.max_steps)]
     config = load_config(["--config", str(file), *extra, "--output_dir", str(given.run)])
+    if (setting := given_in_python(config.to_dict())) is not None:
+        raise ConfigError(
+            f"{setting} was given to SAFETrainer as an object, which no command can load: resume this run in Python, "
+            f"by train(resume_from_checkpoint=True) of a SAFETrainer made as before, with output_dir={str(given.run)!r}"
+        )
     check_output(given.run)
     RunLock(given.run).check()  # before its checkpoints are read, which a running process may change
     chosen = None if given.checkpoint is None else _chosen(given.run, given.checkpoint)
@@ -98,11 +103,11 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     run = trainer.run_dir
     with contextlib.ExitStack() as failed:
         failed.callback(_report_of_a_failure, trainer)
-        evaluation = trainer.train(resume_from_checkpoint=resume)
+        result = trainer.train(resume_from_checkpoint=resume)
         failed.pop_all()
     write_report(run)
     if config.log.progress:
-        print_summary(run, evaluation, _further(run, config))
+        print_summary(run, result, _further(run, config), rollbacks=result.rollbacks)
     return Exit.DONE
 
 

@@ -2,10 +2,10 @@
 
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
 from stable_rlhf.config.checks import is_url, only_with, require, url_without_secrets
-from stable_rlhf.config.config import Config, complete_settings
+from stable_rlhf.config.config import Config, complete_settings, flat_settings
 from stable_rlhf.config.loading import load_config, parser_for
 from stable_rlhf.config.presets import PRESETS
-from stable_rlhf.config.resume import refuse_changes
+from stable_rlhf.config.resume import given_in_python, refuse_changes
 from stable_rlhf.config.sections import DataConfig, ModelConfig, RewardConfig, RolloutConfig
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "complete_settings",
+    "flat_settings",
+    "given_in_python",
     "is_url",
     "load_config",
     "only_with",

@@ -51,7 +51,8 @@ def only_with(section: str, config: Any, name: str, acts: bool, condition: str) 
     field = next(field for field in dataclasses.fields(config) if field.name == name)
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     value = getattr(config, name)
-    require(acts or value == default, f"{section}.{name}", value, f"has no effect unless {condition}; leave it out")
+    setting = f"{section}.{name}" if section else name
+    require(acts or value == default, setting, value, f"has no effect unless {condition}; leave it out")
 
 
 def is_url(text: object) -> bool:

@@ -7,12 +7,13 @@ preset's. ``Config.from_preset`` takes partial overrides, as the command line do
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
-from stable_rlhf.config.checks import check_types, made, require
+from stable_rlhf.config.checks import check_types, is_url, made, only_with, require, url_without_secrets
 from stable_rlhf.config.presets import PRESETS, preset_section
 from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig, RolloutConfig
 from stable_rlhf.control import GuardConfig
@@ -24,6 +25,25 @@ def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
     complete["reward"]["url"] = None  # it is in functions
     return complete
 
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as one dictionary by their full names, such as ``kl.settings.budget``, as trackers want them.
+
+    The query of a reward server's URL is left out: it may be secret, and trackers are other people's machines.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{field}": inner for field, inner in flat_settings(value).items()}
+        elif isinstance(value, list):
+            flat[name] = [url_without_secrets(item) if is_url(item) else item for item in value]
+        else:
+            flat[name] = value
+    return flat
+
+
+EVALUATED = ("reward", "kl", "entropy", "distinct_2", "length")
+"""Figures of an evaluation by which the best checkpoint can be chosen."""
 
 _FROM_PRESET: Any = None
 """Marks a section that the caller did not give. ``Config.__post_init__`` replaces it by the preset's."""
@@ -49,7 +69,28 @@ class Config:
     save_steps: int = 20
     """Save a checkpoint every this many steps, and at the end; 0 saves only at the end."""
     save_total_limit: int = 2
-    """Number of checkpoints to keep; the oldest are removed first."""
+    """Number of checkpoints to keep; the oldest are removed first. The best one (metric_for_best_model) is kept besides
+    them."""
+    eval_steps: int = 0
+    """Evaluate on the held-out prompts every this many steps of training, and at its end; 0 evaluates only before and
+    after. An evaluation changes nothing of the training."""
+    metric_for_best_model: str | None = None
+    """Figure of these evaluations by which the best checkpoint is chosen, and kept: reward, kl, entropy, distinct_2 or
+    length. None chooses none. Only with eval_steps above 0."""
+    greater_is_better: bool = True
+    """Whether a greater metric_for_best_model is better; set false for kl."""
+    load_best_model_at_end: bool = False
+    """Whether final/ gets the policy of the best checkpoint instead of the last one's. Only with
+    metric_for_best_model."""
+    push_to_hub: bool = False
+    """Upload final/ (policy or adapter, tokenizer, value heads, model card) to the hub at the end of training. A failed
+    upload is said and loses nothing: final/ stays where it is."""
+    hub_model_id: str | None = None
+    """Repository of the upload, such as ``me/my-policy``; a name without ``/`` is in the account of the token. None is
+    the name of the run's folder. Only with push_to_hub."""
+    hub_private: bool = True
+    """Whether a repository that the upload makes is private; completions of the run are in no file of it either way.
+    Only with push_to_hub."""
     seed: int = 0
     """Seed of everything random: value heads, prompt order, sampling and minibatches."""
     model: ModelConfig = _FROM_PRESET
@@ -70,7 +111,11 @@ class Config:
         check_types("", self)
         for name in ("max_steps", "save_total_limit"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be greater than 0")
-        require(self.save_steps >= 0, "save_steps", self.save_steps, "must be 0 or more")
+        for name in ("save_steps", "eval_steps"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+        self._check_best()
+        for name in ("hub_model_id", "hub_private"):
+            only_with("", self, name, self.push_to_hub, "push_to_hub is true")
         # 2^63: the seeds of permutations and generators are signed 64-bit numbers.
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or more, and below 2^63")
         minibatches = self.optim.num_mini_batches
@@ -82,6 +127,14 @@ class Config:
         remedy = "divides by the number of rewards minus 1: set rollout.batch_size to 2 or more"
         fits = self.reward.normalise != "paper" or self.rollout.batch_size > 1
         require(fits, "reward.normalise", self.reward.normalise, remedy)
+
+    def _check_best(self) -> None:
+        best = self.metric_for_best_model
+        only_with("", self, "metric_for_best_model", self.eval_steps > 0, "eval_steps is above 0")
+        known = best is None or best in EVALUATED
+        require(known, "metric_for_best_model", best, f"choose one of {', '.join(EVALUATED)}")
+        for name in ("greater_is_better", "load_best_model_at_end"):
+            only_with("", self, name, best is not None, "metric_for_best_model is set")
 
     @classmethod
     def from_preset(cls, preset: str = "safe", **overrides: Any) -> Config:

@@ -11,11 +11,13 @@ from stable_rlhf.errors import CheckpointError
 
 MAY_CHANGE = {
     "preset", "output_dir", "max_steps", "save_steps", "save_total_limit", "log", "guard",
+    "eval_steps", "load_best_model_at_end", "push_to_hub", "hub_model_id", "hub_private",
     "model.name", "model.revision", "model.gguf_file", "model.trust_remote_code",  # its weights are compared
     "model.device", "model.self_check", "model.gradient_checkpointing", "model.cuda_graphs", "model.torch_compile",
     "optim.microbatch_tokens",
     "reward.batch_size", "reward.trust_remote_code", "reward.timeout", "reward.retries",
     "reward.max_wait", "reward.token_env",
+    "reward.accept_changed",
 }  # fmt: skip
 """Settings that may change at a resume: they say where and how a run continues, not which run it is."""
 
@@ -40,6 +42,21 @@ def refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> Non
             f"{name} is {here.get(name)!r} here and {there.get(name)!r} in the checkpoint: resume with the run's own, "
             "or start a new run"
         )
+
+
+def given_in_python(settings: Mapping[str, Any]) -> str | None:
+    """The first setting that stands for an object given to SAFETrainer, which no command can load; None without one."""
+    named = {
+        "model.name": [settings["model"]["name"]],
+        "data.train": [settings["data"]["train"]],
+        "reward.functions": settings["reward"]["functions"],
+    }
+    for name, values in named.items():
+        for value in values:
+            local = value.startswith(("<", "__main__:")) or ":<" in value or ".<locals>." in value
+            if local and not is_url(value):
+                return f"{name}={value!r}"
+    return None
 
 
 def _moved(here: list[str], there: list[str]) -> bool:

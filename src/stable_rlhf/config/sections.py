@@ -158,6 +158,9 @@ class RewardConfig:
     columns: list[str] = dataclasses.field(default_factory=list)
     """Columns of the data set to send to a reward server with each request, such as [labels]. By default a server
     receives only prompts and completions."""
+    accept_changed: bool = False
+    """Resume although the code or the weights of a reward are not those that the run began with, as after a repair.
+    False refuses: the rewards before and after would not be comparable."""
     trust_remote_code: list[str] = dataclasses.field(default_factory=list)
     """Entries of ``functions`` whose own Python code may run. Leave it empty unless you have read that code."""
 
@@ -220,14 +223,18 @@ class LogConfig:
 
     report_to: list[str] = dataclasses.field(default_factory=list)
     """Trackers to report to, by Transformers' names, such as ``tensorboard`` or ``wandb``."""
+    run_name: str | None = None
+    """Name of the run in the trackers; None is the name of the run's folder. Only with report_to."""
     completions_steps: int = 10
-    """Write the prompts and completions of a step to completions/ every this many steps; 0 never does."""
+    """Write the prompts and completions of a step to completions/ every this many steps, and as a table to those of the
+    trackers that have tables; 0 never does."""
     progress: bool = True
     """Show the progress bar and the closing tables on the console."""
 
     def __post_init__(self) -> None:
         check_types("log", self)
         not_negative("log", self, "completions_steps")
+        only_with("log", self, "run_name", bool(self.report_to), "log.report_to names a tracker")
 
 
 SECTIONS: dict[str, type] = {

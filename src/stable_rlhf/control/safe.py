@@ -177,7 +177,8 @@ def advance_safe(settings: SafeSettings, state: SafeState, observation: Observat
         pid_i=terms.i,
         pid_d=terms.d,
         entropy_floor=floor,
-        reason=_reason(kl_short, threshold, regulation, state.regulator, kl_coef, gate, state.threshold, moved),
+        reason=_reason(kl_short, threshold, regulation, state.regulator, kl_coef, gate)
+        + _budget_reason(settings, state.threshold.multiple, moved, terms),
     )
     return SafeState(regulator=regulator, threshold=moved, entropy=entropy), decision
 
@@ -209,13 +210,18 @@ def _move_threshold(
     )
     velocity = _velocity(reward_change, moments.deviation, phase)
     pid, terms = pid_step(gains, state.pid, velocity)
-    wanted = MULTIPLE[phase] + max(-PID_LIMIT, min(PID_LIMIT, terms.output))
-    wanted = max(settings.threshold_min, min(settings.threshold_max, wanted))
+    wanted = _wanted(settings, phase, terms)
     rate = settings.threshold_rate
     opening = REOPEN * rate if phase is Phase.PLATEAU and state.multiple < 1.0 else rate
     multiple = max(state.multiple * (1.0 - rate), min(state.multiple * (1.0 + opening), wanted))
     moved = ThresholdState(rewards=rewards, kls=kls, moments=moments, pid=pid, phase=phase.value, multiple=multiple)
     return moved, terms
+
+
+def _wanted(settings: SafeSettings, phase: Phase, terms: PidTerms) -> float:
+    """The multiple of the base budget that the phase asks for, adjusted by the PID, within the limits."""
+    wanted = MULTIPLE[phase] + max(-PID_LIMIT, min(PID_LIMIT, terms.output))
+    return max(settings.threshold_min, min(settings.threshold_max, wanted))
 
 
 def _velocity(change: Contrast | None, deviation: float, phase: Phase) -> float:
@@ -258,10 +264,8 @@ def _reason(
     before: RegulatorState,
     kl_coef: float,
     gate: float,
-    last: ThresholdState,
-    moved: ThresholdState,
 ) -> str:
-    """One line: level and course of the KL, what the coefficient does, and what else acts."""
+    """One line: level and course of the KL, what the coefficient does, and whether it is faded or gated."""
     side = "above" if kl > threshold else "within"
     course = f", heading for {regulation.predicted:.3g}" if abs(regulation.predicted - kl) > 0.1 * threshold else ""
     old, new = math.exp(before.log_coef), regulation.coefficient
@@ -270,13 +274,29 @@ def _reason(
         parts.append(f"faded to {kl_coef:.3g} well below the budget")
     if gate > 1.0:
         parts.append(f"entropy below its floor, gate {gate:.3g}, acts with {kl_coef:.3g}")
+    return "; ".join(parts)
+
+
+def _budget_reason(settings: SafeSettings, last: float, moved: ThresholdState, terms: PidTerms) -> str:
+    """What the reward does and the budget with it, as the reason's last clause; empty where there is nothing to say.
+
+    The budget goes to the multiple that phase and PID ask for. Where that is against the phase (it closes while the
+    reward climbs, or opens while it falls), the clause says from where to where, and why: a steep climb opens it more
+    than a slow one, and an earlier phase may have closed it more than the present one does.
+    """
     meaning = {
         Phase.CLIMBING: "reward climbs",
         Phase.FALLING: "reward falls",
         Phase.OVEROPTIMISED: "more KL buys no reward",
     }
-    if moved.phase in meaning:
-        opens, closes = moved.multiple > last.multiple, moved.multiple < last.multiple
-        budget = "opens" if opens else "closes" if closes else "stays"
-        parts.append(f"{meaning[Phase(moved.phase)]}, budget {budget}")
-    return "; ".join(parts)
+    phase = Phase(moved.phase)
+    if phase not in meaning:
+        return ""
+    opens, closes = moved.multiple > last, moved.multiple < last
+    budget = "opens" if opens else "closes" if closes else "stays"
+    against = closes if phase is Phase.CLIMBING else opens
+    if not against:
+        return f"; {meaning[phase]}, budget {budget}"
+    why = "as the climb slows" if phase is Phase.CLIMBING else "where this phase holds it"
+    wanted = _wanted(settings, phase, terms)
+    return f"; {meaning[phase]}, budget {budget} from {last:.3g} to {wanted:.3g} times its base, {why}"

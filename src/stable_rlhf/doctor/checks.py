@@ -146,13 +146,12 @@ def check_disk(found: Findings, config: Config, needed: Memory) -> None:
     """
     place = existing(Path(config.output_dir or "runs"))
     states = 2 if config.guard.enabled else 1
-    kept = (config.save_total_limit + 1) * states * needed.checkpoint
+    count = config.save_total_limit + (config.metric_for_best_model is not None)  # the best one is kept besides them
+    kept = (count + 1) * states * needed.checkpoint
     snapshots = 3 * needed.checkpoint if config.guard.enabled and config.model.lora_r == 0 else 0  # one being written
     room = kept + snapshots + needed.final
     left = shutil.disk_usage(place).free
-    text = (
-        f"disk: {readable_size(left)} free at {place}, {readable_size(room)} needed for {config.save_total_limit} + 1 "
-    )
+    text = f"disk: {readable_size(left)} free at {place}, {readable_size(room)} needed for {count} + 1 "
     text += (
         f"checkpoints of {readable_size(states * needed.checkpoint)}, {readable_size(snapshots)} of snapshots and the "
     )

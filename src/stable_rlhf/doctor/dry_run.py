@@ -31,6 +31,22 @@ captured. The forecast uses the median of the second half: on an H100 the first 
 PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_s", "update": "update_s"}
 
 
+OUTSIDE = (
+    "eval_steps",
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private",
+)
+"""Settings that act around the steps: the dry steps have their defaults."""
+
+
+def field_default(name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(Config) if field.name == name)
+
+
 class _DryRun(SAFETrainer):
     """The trainer without checkpoints: after an error there is no run to resume."""
 
@@ -69,6 +85,7 @@ def dry_steps(
             output_dir=str(Path(folder) / "run"),
             max_steps=number_of_steps(device, config.max_steps),
             save_steps=0,
+            **{name: field_default(name) for name in OUTSIDE},
             data=DataConfig(max_prompt_length=config.data.max_prompt_length),  # the rows are chosen already
             critic=dataclasses.replace(config.critic, warmup_steps=0),  # longer than these steps; without, all learns
             reward=RewardConfig(  # the rewards are loaded already and given as objects
@@ -78,7 +95,7 @@ def dry_steps(
                 skip_special_tokens=config.reward.skip_special_tokens,
             ),
             guard=GuardConfig(enabled=False),  # a figure that is not finite is to be named, not rolled back
-            log=dataclasses.replace(config.log, report_to=[], completions_steps=0, progress=False),
+            log=dataclasses.replace(config.log, report_to=[], run_name=None, completions_steps=0, progress=False),
         )
         try:
             with memory.measured(device) as peak:
@@ -120,7 +137,8 @@ def forecast(config: Config, timing: dict[str, float], held_out: int, checkpoint
     """The run's time and its checkpoints, as a line. ``timing``: seconds of a step by part; ``held_out``: number of
     prompts."""
     evaluating = sum(timing[part] for part in ("rollout_s", "scoring_s", "logprobs_s"))
-    evaluating *= 2 * math.ceil(held_out / config.rollout.batch_size)  # before and after
+    times = 2 + ((config.max_steps - 1) // config.eval_steps if config.eval_steps else 0)  # before, after, and between
+    evaluating *= times * math.ceil(held_out / config.rollout.batch_size)
     seconds = config.max_steps * timing["total_s"] + evaluating
     every = config.save_steps
     when = f"every {every} steps and at the end" if 0 < every < config.max_steps else "at the end"

@@ -8,6 +8,7 @@ from stable_rlhf.policy.actor_critic import (
     ValueHead,
     compile_layers,
     detached,
+    weights_digest,
 )
 from stable_rlhf.policy.adapter import adapter_folder, adapter_settings, lora_config, with_adapter
 from stable_rlhf.policy.loading import (
@@ -20,10 +21,12 @@ from stable_rlhf.policy.loading import (
     policy_source,
     prepare_tokenizer,
 )
+from stable_rlhf.policy.saving import HEADS, save_description, save_heads, save_policy, saved_fault
 from stable_rlhf.policy.self_check import apart, check_checkpointing, foreign_errors, probe, tolerance
 from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_length, eos_token_ids, layers, lm_head
 
 __all__ = [
+    "HEADS",
     "ActorCritic",
     "Output",
     "Reference",
@@ -52,6 +55,11 @@ __all__ = [
     "policy_source",
     "prepare_tokenizer",
     "probe",
+    "save_description",
+    "save_heads",
+    "save_policy",
+    "saved_fault",
     "tolerance",
+    "weights_digest",
     "with_adapter",
 ]

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,14 +256,22 @@ class ActorCritic(nn.Module):
 
     def reference_fingerprint(self) -> str:
         """SHA-256 over a sample of every reference weight, to check that a resumed run has the same reference."""
-        digest = hashlib.sha256()
         with self.reference() as model:
-            for name, parameter in sorted(causal_lm(model).named_parameters()):
-                if self._reference or ("lora_" not in name and ".modules_to_save." not in name):
-                    values = parameter.detach().flatten()
-                    sample = values[:: max(1, len(values) // 1024)].float().cpu()  # 1,024 a tensor: fast at any size
-                    digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()
+            return weights_digest(
+                (name, parameter)
+                for name, parameter in causal_lm(model).named_parameters()
+                if self._reference or ("lora_" not in name and ".modules_to_save." not in name)
+            )
+
+
+def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over a sample of every weight, by name."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(named, key=lambda pair: pair[0]):
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, len(values) // 1024)].float().cpu()  # 1,024 a tensor: fast at any size
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def frozen_copy(policy: Any) -> Any:

@@ -14,10 +14,14 @@ from stable_rlhf.runs import evaluation_rows
 from stable_rlhf.text import formatted, printable, visible
 
 
-def summary_table(evaluation: Mapping[str, Any]) -> Table:
-    """Before and after training on the same prompts; ± is one standard error of the mean reward."""
+def summary_table(evaluation: Mapping[str, Any], rollbacks: int = 0) -> Table:
+    """Before and after training on the same prompts; ± is one standard error of the mean reward.
+
+    Below it stands how often the guard rolled the run back, if it did.
+    """
     prompts = formatted(evaluation.get("before", {}).get("prompts"), ".0f")
-    table = Table(title=Text(f"Evaluation on {prompts} prompts"))
+    caption = Text(rolled_back(rollbacks)) if rollbacks else None
+    table = Table(title=Text(f"Evaluation on {prompts} prompts"), caption=caption)
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in evaluation_rows(evaluation):
@@ -39,13 +43,28 @@ def samples_table(evaluation: Mapping[str, Any], count: int = 3, limit: int = 24
     return table
 
 
+def rolled_back(rollbacks: int) -> str:
+    """A clause on the roll-backs of a run."""
+    times = "once" if rollbacks == 1 else f"{rollbacks} times"
+    return f"The guard rolled this run back {times}: see incidents.jsonl"
+
+
 def print_summary(
-    run_dir: str | Path, evaluation: Mapping[str, Any], resume_command: str | None, console: Console | None = None
+    run_dir: str | Path,
+    evaluation: Mapping[str, Any],
+    resume_command: str | None,
+    console: Console | None = None,
+    rollbacks: int = 0,
 ) -> None:
-    """Prints both tables (if there are held-out prompts), the run's folder, and the command that resumes it."""
+    """Prints both tables (if there are held-out prompts), the run's folder, and the command that resumes it.
+
+    ``rollbacks`` of the guard are said under the first table, or alone where there is none.
+    """
     console = console or Console()
     if evaluation:
-        console.print(summary_table(evaluation))
+        console.print(summary_table(evaluation, rollbacks))
+    elif rollbacks:
+        console.print(Text(rolled_back(rollbacks)))
     if evaluation.get("samples"):
         console.print(samples_table(evaluation))
     lines = {"Run": str(run_dir), "Report": str(Path(run_dir) / "report.html"), "Resume": resume_command}

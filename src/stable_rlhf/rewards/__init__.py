@@ -2,11 +2,12 @@
 
 from stable_rlhf.rewards.build import listed, make_scorer
 from stable_rlhf.rewards.client import remote_reward
-from stable_rlhf.rewards.functions import resolve_reward
+from stable_rlhf.rewards.functions import RewardFunction, resolve_reward
 from stable_rlhf.rewards.model import RewardModel
 from stable_rlhf.rewards.scorer import Scorer
 
 __all__ = [
+    "RewardFunction",
     "RewardModel",
     "Scorer",
     "listed",

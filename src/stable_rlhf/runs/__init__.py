@@ -1,6 +1,7 @@
-"""The files of a run: metrics, incidents, evaluation, starts, lock. Needs no torch."""
+"""The files of a run: metrics, incidents, evaluation, starts, model card, lock. Needs no torch."""
 
 from stable_rlhf.runs import evaluation, incidents, starts
+from stable_rlhf.runs.card import model_card
 from stable_rlhf.runs.evaluation import evaluation_rows, read
 from stable_rlhf.runs.lock import RunLock
 from stable_rlhf.runs.metrics import MetricsWriter, read_rows, write_completions
@@ -16,6 +17,7 @@ __all__ = [
     "evaluation",
     "evaluation_rows",
     "incidents",
+    "model_card",
     "read",
     "read_rows",
     "starts",

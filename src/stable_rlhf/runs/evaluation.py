@@ -31,12 +31,24 @@ def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: 
     return known
 
 
-def forget_after(run_dir: Path) -> None:
-    """Removes ``after`` from run_dir/evaluation.json: the run continues, so its end is not measured yet."""
+def record_during(run_dir: Path, step: int, figures: dict[str, float | None]) -> None:
+    """Adds an evaluation in training to ``during`` of run_dir/evaluation.json. ``step``: steps done."""
     known = read(run_dir)
+    known["during"] = [*known.get("during", []), {"step": step, **figures}]
+    replace_text(run_dir / "evaluation.json", json.dumps(known, indent=1))
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Removes from run_dir/evaluation.json what a run that resumes after ``step`` steps will measure again: ``after``,
+    and ``during`` of later steps."""
+    known = read(run_dir)
+    before = json.dumps(known)
     if known.pop("after", None) is not None:
         for sample in known["samples"]:
             del sample["after"], sample["reward_after"]
+    if "during" in known:
+        known["during"] = [figures for figures in known["during"] if figures["step"] <= step]
+    if json.dumps(known) != before:
         replace_text(run_dir / "evaluation.json", json.dumps(known, indent=1))
 
 

@@ -10,9 +10,11 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import yaml
 from safetensors import SafetensorError
 
 from stable_rlhf.checkpoints import found, inspect, steps_of
+from stable_rlhf.config import given_in_python
 from stable_rlhf.errors import (
     ConfigError,
     GuardStop,
@@ -83,13 +85,18 @@ def misfits_named(resumed: bool) -> Iterator[None]:
 def how_to_resume(run: Path) -> str:
     """A sentence with the command that resumes a run and the step it continues from.
 
-    Without a checkpoint it says that there is none and to start again.
+    A run whose model, data or reward were given as objects is resumed in Python. Without a checkpoint the sentence says
+    that there is none and to start again.
     """
     saved, _ = inspect(run / "checkpoints")
     if saved is None:
         where = ", with another output_dir" if (run / "metrics.jsonl").exists() else ""
         return f"There is no checkpoint to resume from yet: start again{where}."
-    return f"`stable-rlhf resume {shlex.quote(str(run))}` continues from step {steps_of(saved)}."
+    if given_in_python(yaml.safe_load((run / "config.yaml").read_text())) is not None:
+        how = f"`train(resume_from_checkpoint=True)` of a SAFETrainer made as before, with output_dir={str(run)!r},"
+    else:
+        how = f"`stable-rlhf resume {shlex.quote(str(run))}`"
+    return f"{how} continues from step {steps_of(saved)}."
 
 
 def _until_changed(run: Path, error: GuardStop) -> str:

@@ -23,7 +23,7 @@ def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Confi
     instead of taking something else. Raises ConfigError.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    name = model if isinstance(model, str) else base.config._name_or_path or type(base).__name__
+    name = model if isinstance(model, str) else base.config._name_or_path or f"<{type(base).__name__}>"
     given: dict[str, Any] = {"model": dataclasses.replace(config.model, name=name)}
     if reward_funcs is not None:
         functions = [_reward_name(function) for function in listed(reward_funcs)]
@@ -61,6 +61,15 @@ def check_named(config: Config, model: Any) -> None:
         )
     if isinstance(model, str):
         check_model(config.model)
+
+
+def check_held_out(config: Config, held_out: Any) -> None:
+    """Raises ConfigError where training is to be evaluated and there are no held-out prompts."""
+    if config.eval_steps and held_out is None:
+        raise ConfigError(
+            f"eval_steps={config.eval_steps!r}: there are no held-out prompts; give eval_dataset, or name data.train "
+            "with data.eval_size above 0"
+        )
 
 
 def _reward_name(function: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,24 @@ class Counters:
     """Steps done; a step is a rollout with its update."""
     episode: int = 0
     """Completions sampled for training."""
+    best: float | None = None
+    """``metric_for_best_model`` of the best evaluation so far."""
+    best_step: int | None = None
+    """Steps done at that evaluation, whose checkpoint is kept."""
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step, "episode": self.episode}
+    def is_best(self, value: float | None, greater: bool) -> bool:
+        """Notes the evaluation of the present step as the best one if it is. ``greater``: a greater value is better."""
+        if value is None or (self.best is not None and (value <= self.best if greater else value >= self.best)):
+            return False
+        self.best, self.best_step = value, self.step
+        return True
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.episode = state["step"], state["episode"]
+        self.best, self.best_step = state["best"], state["best_step"]
 
 
 class SameSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 import yaml
 from peft import LoraConfig
 from rich.console import Console
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import get_scheduler as make_scheduler
 
@@ -28,7 +28,7 @@ from stable_rlhf.checkpoints import (
     restore,
     store,
 )
-from stable_rlhf.config import Config, complete_settings
+from stable_rlhf.config import Config, complete_settings, flat_settings
 from stable_rlhf.console import Progress, tell
 from stable_rlhf.control import Guard, RewardNormaliser, controller_of
 from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
@@ -47,12 +47,16 @@ from stable_rlhf.policy import (
     load_policy,
     load_tokenizer,
     prepare_tokenizer,
+    save_description,
+    save_policy,
 )
 from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
-from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, starts
-from stable_rlhf.training.callbacks import CallbackStates, callback_arguments, callback_handler
-from stable_rlhf.training.given import as_given, check_named, probe_servers
+from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, model_card, starts
+from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
+from stable_rlhf.training.fingerprints import SameInputs
+from stable_rlhf.training.given import as_given, check_held_out, check_named, probe_servers
+from stable_rlhf.training.hub import prepare_upload, upload
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.stopping import GracefulStop
@@ -82,7 +86,9 @@ class Run:
         probe_servers(config)
         self.controller = controller_of(config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
-        train_dataset, eval_dataset = split_datasets(config.data, config.seed, train_dataset, eval_dataset)
+        data = split_datasets(config.data, config.seed, train_dataset, eval_dataset)
+        self.train_dataset, self.eval_dataset = data
+        check_held_out(config, self.eval_dataset)
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -108,7 +114,6 @@ class Run:
         self.preview = make_preview(self.passes)
         self._stop = GracefulStop()
         self.shield = Shield(self.model.dropout_off)
-        self.state, self.control = TrainerState(), TrainerControl()
         self.scorer = make_scorer(
             config.reward,
             reward_funcs,
@@ -131,10 +136,9 @@ class Run:
                 self_check=tried,
             ),
         )
-        self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)
-        self.eval_dataset = eval_dataset
-        self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
-        self.stream = PromptStream(len(train_dataset), config.seed)
+        self.train_prompts = self._encode(self.train_dataset)
+        self.eval_prompts = None if self.eval_dataset is None else self._encode(self.eval_dataset)
+        self.stream = PromptStream(len(self.train_prompts), config.seed)
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
         course = config.optim.lr_scheduler_type
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
@@ -144,28 +148,42 @@ class Run:
         self.guard = Guard(config.guard)
         self.recovery = Recovery(self.guard, Snapshots(None if self.model.peft else self.run_dir / "snapshot"))
         self.reference = Reference(self.model)
+        given = zip(("train_dataset", "eval_dataset"), data, (self.train_prompts, self.eval_prompts), strict=True)
+        self.inputs = SameInputs(self.processing_class, given, self.scorer.functions, config.reward.accept_changed)
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
-        self._arguments = callback_arguments(config, self.run_dir, on_cpu=self.model.device.type == "cpu")
-        self.handler = callback_handler(
-            self.shield,
-            config.seed,
-            config.log.report_to,
+        self.events = Events(
+            callback_arguments(config, self.settings, self.run_dir, on_cpu=self.model.device.type == "cpu"),
             callbacks or [],
-            self.model.policy,
-            self.processing_class,
-            self.optimizer,
-            self.scheduler,
+            shield=self.shield,
+            model=self.model.policy,
+            tokenizer=self.processing_class,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
         )
-        self.callback_states = CallbackStates(self.handler)
+        self.callback_states = CallbackStates(self.events.handler)
         self._progress: Progress | None = None
         self._began, self._saved_at = False, -1
+        self._to_log: dict[str, Any] | None = None  # of the last step, until the callbacks are given it
+        # Of the last evaluation in training: steps done, figures, samples.
+        self._evaluated: tuple[int, dict[str, Any], list[dict[str, Any]]] | None = None
         self._random = RandomState().state_dict()  # where `train` begins, whatever is drawn until then
+        self.events.init_end()
 
     @property
     def steps_done(self) -> int:
         """Steps that the run has made, those that were rolled back included."""
         return self.counters.step
+
+    @property
+    def state(self) -> TrainerState:
+        """What callbacks see of the run."""
+        return self.events.state
+
+    @property
+    def control(self) -> TrainerControl:
+        """What callbacks ask of the run: to log, evaluate, save or stop."""
+        return self.events.control
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -174,10 +192,11 @@ class Run:
 
     @property
     def parts(self) -> dict[str, Part]:
-        """Everything that the run's future depends on, by name. The first two only check that the run is the same."""
+        """Everything that the run's future depends on, by name. The first three only check that the run is the same."""
         return {
             "reference": self.reference,
             "settings": SameSettings(lambda: self.settings),
+            "inputs": self.inputs,
             "model": TrainedState(self.model),
             "optimizer": OptimizerState(self.optimizer),
             "scheduler": self.scheduler,
@@ -201,6 +220,8 @@ class Run:
         """Makes the run folder, or loads the checkpoint to resume from."""
         self._lock.take()
         self.callback_states.check()
+        self.events.check()
+        self.repository = prepare_upload(self.args, self.run_dir)
         self.writer = MetricsWriter(self.run_dir)
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
@@ -210,6 +231,7 @@ class Run:
                 f"{self.run_dir}`, or choose another folder"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        save_description(self.model, self.processing_class, self.run_dir / "model")
         # Written again by a resume, which may train longer.
         replace_text(self.run_dir / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
         if not resume_from_checkpoint:
@@ -217,7 +239,8 @@ class Run:
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved
             self.recovery.begin(*capture(self.parts, self.steps_done))
         starts.record(self.run_dir, self.steps_done, described(self.model.device))
-        self.state.max_steps, self.state.global_step = self.args.max_steps, self.steps_done
+        self.events.begin(self.counters, len(self.train_dataset))
+        self._to_log = self._evaluated = None
         self._saved_at = self.steps_done if resume_from_checkpoint else -1
 
     def end(self) -> None:
@@ -247,7 +270,7 @@ class Run:
         self.recovery.resume(tensors, state)
         if self.steps_done < self.args.max_steps:  # the final model is no longer the last
             shutil.rmtree(self.run_dir / "final", ignore_errors=True)
-            evaluation.forget_after(self.run_dir)
+        evaluation.forget_after(self.run_dir, self.steps_done)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -258,10 +281,10 @@ class Run:
         """
         tensors, state = capture(self.parts, self.steps_done)
         self.recovery.snapshots.into(tensors, state)
-        kept = self.args.save_total_limit
-        path = store.save(self.run_dir / "checkpoints", self.steps_done, tensors, state, kept)
+        kept, best = self.args.save_total_limit, self.counters.best_step
+        path = store.save(self.run_dir / "checkpoints", self.steps_done, tensors, state, kept, best)
         self._saved_at = self.steps_done
-        self.control = self.handler.on_save(self._arguments, self.state, self.control)
+        self.events.saved()
         return path
 
     def load_checkpoint(self, path: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -301,20 +324,9 @@ class Run:
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Saves a plain Transformers or PEFT folder with its tokenizer; returns its path (default run_dir/final).
-
-        The value heads are in value_heads.safetensors next to the weights.
-        """
+        """Saves a Transformers or PEFT folder with tokenizer and value heads; its path (default run_dir/final)."""
         folder = Path(output_dir or self.run_dir / "final")
-        policy: Any = self.model.policy
-        policy.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
-        heads = {
-            name: tensor.cpu().contiguous()
-            for name, tensor in self.model.trained_state().items()
-            if name.startswith(("heads.", "target_heads."))
-        }
-        save_file(heads, folder / "value_heads.safetensors")
+        save_policy(self.model, self.processing_class, folder)
         return folder
 
     def save_final(self) -> None:
@@ -323,11 +335,19 @@ class Run:
         shutil.rmtree(self.run_dir / "final", ignore_errors=True)
         aside.rename(self.run_dir / "final")
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Uploads the policy and its tokenizer (``PreTrainedModel.push_to_hub`` takes the same arguments)."""
-        self.processing_class.push_to_hub(repo_id, **kwargs)
-        policy: Any = self.model.policy
-        return policy.push_to_hub(repo_id, **kwargs)
+    def write_card(self, folder: Path) -> None:
+        """Writes the model card, README.md, into a folder with the policy."""
+        replace_text(folder / "README.md", model_card(self.run_dir, flat_settings(self.settings), self.model.peft))
+
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> str:
+        """Uploads policy or adapter, tokenizer, value heads and model card as they are now; returns the address.
+
+        ``repo_id``: None is ``hub_model_id``, or the name of the run's folder. ``kwargs``: ``private``, ``token``, and
+        the options of huggingface_hub's ``upload_folder``, such as ``commit_message``. Raises UploadError.
+        """
+        with tempfile.TemporaryDirectory(prefix="stable-rlhf-upload-") as folder:
+            self.write_card(self.save_model(folder))
+            return upload(Path(folder), repo_id or self.args.hub_model_id or self.run_dir.name, **kwargs)
 
     def _encode(self, dataset: Any) -> EncodedPrompts:
         return encode_prompts(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -18,9 +20,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class GracefulStop:
     """Turns SIGINT and SIGTERM into Interrupted inside the context.
 
-    Inside ``waiting`` a signal waits for the end of the step in progress; a second one raises KeyboardInterrupt at once
-    if it is SIGINT. Processes forked inside the context get the handlers from before it. Only the main thread can have
-    signal handlers: in any other thread this does nothing.
+    Inside ``waiting`` a signal waits for the end of the step in progress, and stderr says so at once; a second one
+    raises KeyboardInterrupt at once if it is SIGINT. Processes forked inside the context get the handlers from before
+    it. Only the main thread can have signal handlers: in any other thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -74,3 +76,8 @@ class GracefulStop:
         self.signum = signum
         if not self._waits:
             raise Interrupted(signum)
+        again = "; Ctrl-C again to stop now, without a checkpoint" if signum == signal.SIGINT else ""
+        # Not `tell`: the signal may have come in the middle of another write to stderr, which cannot be entered twice.
+        # Where stderr is no file, as in a notebook, or is closed, the run stops all the same.
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), f"stopping after this step, with a checkpoint{again}\n".encode())

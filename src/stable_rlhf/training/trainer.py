@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from stable_rlhf.checkpoints import capture, restore
-from stable_rlhf.console import Progress, said_if_lost
+from stable_rlhf.checkpoints import capture, restore, store
+from stable_rlhf.console import Progress, said_if_lost, tell
 from stable_rlhf.control import Action, Verdict
-from stable_rlhf.errors import CheckpointError, ConfigError, DivergenceError, GuardStop, Interrupted, RewardError
+from stable_rlhf.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    GuardStop,
+    Interrupted,
+    RewardError,
+    UploadError,
+)
 from stable_rlhf.hardware import memory
+from stable_rlhf.policy import saved_fault
 from stable_rlhf.runs import evaluation, incidents, write_completions
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.failures import failures_named, misfits_named
+from stable_rlhf.training.hub import upload
 from stable_rlhf.training.recovery import incident
+from stable_rlhf.training.result import TrainResult
 from stable_rlhf.training.rows import completion_rows, step_row
 from stable_rlhf.training.run import Run
 from stable_rlhf.training.step import Loop, Step, take_step
 from stable_rlhf.training.stopwatch import Stopwatch
+from stable_rlhf.training.trackers import log_completions
 
 
 class SAFETrainer(Run):
@@ -44,8 +57,11 @@ class SAFETrainer(Run):
     Raises ConfigError, PromptError, RewardError or OutOfMemoryError, with a remedy, before anything is written.
     """
 
-    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
-        """Trains to ``args.max_steps`` and returns the evaluation before and after (evaluation.json).
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainResult:
+        """Trains to ``args.max_steps``, or until a callback stops it, and returns its figures.
+
+        They are there also where nothing was left to train. The result is the content of evaluation.json (before and
+        after, by figure), with the attributes of Transformers' TrainOutput.
 
         ``resume_from_checkpoint``: a checkpoint's folder, or True for the newest whole one of the run; the run then
         continues as if it had never stopped.
@@ -58,13 +74,14 @@ class SAFETrainer(Run):
         with failures_named(self.run_dir, lambda: self.steps_done):
             return self._train(resume_from_checkpoint)
 
-    def _train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
+    def _train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainResult:
         """``train`` without the sentences on how to resume."""
+        began = time.monotonic()
         try:
             with self._stop as stop:
                 with misfits_named(bool(resume_from_checkpoint)):
                     self.begin(resume_from_checkpoint)
-                self.control = self.handler.on_train_begin(self._arguments, self.state, self.control)
+                began_at, episodes = self.steps_done, self.counters.episode
                 self._progress = Progress(self.args.max_steps, first_step=self.steps_done, console=self._console)
                 with self._progress, stop.waiting():
                     while self.steps_done < self.args.max_steps and not self.control.should_training_stop:
@@ -73,12 +90,37 @@ class SAFETrainer(Run):
                             if self._saved_at != self.steps_done:
                                 self.save_checkpoint()
                             raise Interrupted(stop.signum)
+                    self.events.epoch_end()
+                    self._follow_control()
+                self.load_best()
                 self.save_final()
-                result = self._evaluate_into("after")
-                self.control = self.handler.on_train_end(self._arguments, self.state, self.control)
+                evaluated = self._evaluate_into("after")
+                seconds = time.monotonic() - began
+                steps, samples = self.steps_done - began_at, self.counters.episode - episodes
+                logged = self.events.recorded(len(self.train_dataset))
+                result = TrainResult(self.steps_done, evaluated, logged, self._rollbacks, seconds, steps, samples)
+                self.events.log(result.training)
+                self.events.train_end()
+                self._finish()
                 return result
         finally:
             self.end()
+
+    def _finish(self) -> None:
+        """Checks that final/ loads to the policy, describes it, and uploads it where ``push_to_hub`` asks for it."""
+        final = self.run_dir / "final"
+        if (fault := saved_fault(self.model, final, self.args.model.trust_remote_code)) is not None:
+            tell(f"{final}: {fault}")
+        self.write_card(final)
+        if self.repository is not None:
+            try:
+                self.events.uploading()
+                upload(final, self.repository)
+            except UploadError as error:
+                raise UploadError(
+                    f"{error}; training is finished and all is in {final}: upload it with `hf upload {self.repository} "
+                    f"{final}`, or with push_to_hub() of the trainer"
+                ) from error
 
     def step(self) -> dict[str, Any] | None:
         """Takes one whole step: rollout, update, the guard's verdict, callbacks; snapshot and checkpoint where due.
@@ -98,7 +140,7 @@ class SAFETrainer(Run):
             row = self._learn()
             if row is not None and self._progress is not None:
                 self._progress.update(row)
-            self._after_step(row)
+            self._after_step()
         except BaseException:
             self.end()
             raise
@@ -113,6 +155,7 @@ class SAFETrainer(Run):
             raise ConfigError("this trainer has begun its run already: call step(), or end() first")
         try:
             super().begin(resume_from_checkpoint)
+            self.events.train_begin()
             if not resume_from_checkpoint:
                 self._evaluate_into("before")
         except BaseException:
@@ -124,7 +167,7 @@ class SAFETrainer(Run):
         """Learns from one rollout and acts on the guard's verdict; returns the step's row, which is already written."""
         before = self._parts_named("prompts", "callbacks", "random", "reward_random")
         boundary = capture(before, self.steps_done)
-        self.control = self.handler.on_step_begin(self._arguments, self.state, self.control)
+        self.events.step_begin()
         watch = Stopwatch()
         try:
             step = take_step(self._loop, watch)
@@ -144,6 +187,7 @@ class SAFETrainer(Run):
             figures = {name: value for name, value in row.items() if not isinstance(value, str)}
             figures["rows"] = sum(step.rollout.valid)
         self.counters.step += 1
+        self.events.stepped(self.steps_done, self.counters.episode / len(self.train_dataset))
         self.judge(figures)
         return row
 
@@ -167,29 +211,41 @@ class SAFETrainer(Run):
     def _write(self, step: Step, watch: Stopwatch) -> dict[str, Any]:
         """Writes what a step did to metrics.jsonl, timings.jsonl and, when due, completions; returns its row."""
         number, every = self.steps_done, self.args.log.completions_steps
-        rollbacks = self.guard.state.rollbacks if self.args.guard.enabled else None
-        row = step_row(step, self.counters, self.normaliser, rollbacks)
+        row = step_row(step, self.counters, self.normaliser, self._rollbacks if self.args.guard.enabled else None)
         timing = watch.timing(int(step.rollout.tokens.mask.sum()))
-        self.writer.write(row, {"step": number, **timing, "memory_gb": memory.taken(self.model.device) / 1e9})
+        timing["memory_gb"] = memory.taken(self.model.device) / 1e9
+        self.writer.write(row, {"step": number, **timing})
+        self._to_log = row | {f"timings/{name}": value for name, value in timing.items()}
         if every and number % every == 0:
-            write_completions(self.run_dir, number, completion_rows(step.rollout, step.measured))
+            sampled = completion_rows(step.rollout, step.measured)
+            write_completions(self.run_dir, number, sampled)
+            log_completions(self.events.handler.callbacks, self.events.arguments, number + 1, sampled)
         return row
 
-    def _after_step(self, row: dict[str, Any] | None) -> None:
-        """Runs callbacks, snapshot, checkpoint in this order, at a rollout's end, where no buffer has to be saved."""
-        self.state.global_step = self.steps_done
-        self.state.epoch = self.counters.episode / len(self.train_dataset)
-        self.control = self.handler.on_step_end(self._arguments, self.state, self.control)
-        if row is not None:
-            known = {name: value for name, value in row.items() if value is not None}  # trackers warn of each None
-            self.control = self.handler.on_log(self._arguments, self.state, self.control, known)
+    @property
+    def _rollbacks(self) -> int:
+        return self.guard.state.rollbacks
+
+    def _after_step(self) -> None:
+        """Callbacks, log, evaluation, snapshot, checkpoint in this order, at a rollout's end, where no buffer has to be
+        saved."""
+        self.events.step_end()
         if self.recovery.snapshot_due(self.steps_done):
             self.recovery.snapshots.keep(*capture(self.parts, self.steps_done))
-        every = self.args.save_steps
-        due = self.steps_done == self.args.max_steps or (every > 0 and self.steps_done % every == 0)
-        if due or self.control.should_save or self.control.should_training_stop:
+        self._follow_control()
+        if self.events.epoch_is_over:
+            self.events.epoch_end()
+            self._follow_control()
+
+    def _follow_control(self) -> None:
+        """Logs, evaluates and saves where ``control`` asks for it, which by default is where the settings do."""
+        if self.control.should_log and self._to_log is not None:
+            self.events.log(self._to_log)
+            self._to_log = None
+        if self.control.should_evaluate:
+            self._evaluate_on_the_way()
+        if (self.control.should_save or self.control.should_training_stop) and self._saved_at != self.steps_done:
             self.save_checkpoint()
-        self.control.should_save = False
 
     # -- what a verdict asks for --------------------------------------------------------------------------------------
 
@@ -222,6 +278,7 @@ class SAFETrainer(Run):
         sentence = incidents.sentence(entry)
         with said_if_lost(sentence):
             incidents.record(self.run_dir, entry)
+            self.events.log({"incident": sentence, "rollbacks": self._rollbacks})
             if action is Action.STOP and fault is None:  # otherwise the present state is not one to save
                 self.save_checkpoint()
         if action is Action.STOP:
@@ -252,12 +309,44 @@ class SAFETrainer(Run):
         figures, samples = evaluate(
             self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args.max_steps
         )
-        self.control = self.handler.on_evaluate(self._arguments, self.state, self.control, figures)
+        self.events.evaluated(figures)
         return figures, samples
+
+    def _evaluate_on_the_way(self) -> None:
+        """Evaluates into ``during`` of evaluation.json, and has the checkpoint saved where it is the best so far."""
+        self.control.should_evaluate = False
+        if self.eval_dataset is None:
+            tell("control.should_evaluate: there are no held-out prompts; give eval_dataset, or set data.eval_size")
+            return
+        figures, samples = self._evaluate()
+        evaluation.record_during(self.run_dir, self.steps_done, figures)
+        self._evaluated = self.steps_done, figures, samples
+        name = self.args.metric_for_best_model
+        if name is not None and self.counters.is_best(figures[name], self.args.greater_is_better):
+            self.events.best(self.counters)
+            self.control.should_save = True
 
     def _evaluate_into(self, side: str) -> dict[str, Any]:
         """Evaluates into ``before`` or ``after`` of evaluation.json; returns its whole content, {} without prompts."""
-        return {} if self.eval_dataset is None else evaluation.record(self.run_dir, side, *self._evaluate())
+        if self.eval_dataset is None:
+            return {}
+        step, figures, samples = self._evaluated or (-1, {}, [])
+        if step != self.steps_done:  # otherwise the policy of this moment has just been evaluated
+            figures, samples = self._evaluate()
+        return evaluation.record(self.run_dir, side, figures, samples)
+
+    def load_best(self) -> None:
+        """With ``load_best_model_at_end``: puts the weights of the best checkpoint into the policy."""
+        best = self.counters.best_step
+        if not self.args.load_best_model_at_end or best in (None, self.steps_done):
+            return
+        try:
+            tensors, _ = store.load(store.at(self.run_dir / "checkpoints", best))
+            self.model.load_trained_state(tensors["model"])
+        except (CheckpointError, ValueError, KeyError) as error:
+            tell(f"load_best_model_at_end: {error}; final/ holds the policy of the last step instead")
+        else:
+            self._evaluated = None
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        self.handler.add_callback(callback)
+        self.events.handler.add_callback(callback)

@@ -1,0 +1,134 @@
+"""The model card: README.md of the folder that a run saves its policy in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stable_rlhf.runs import evaluation, incidents
+from stable_rlhf.runs.metrics import read_rows
+from stable_rlhf.text import formatted, printable
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""Names that the hub accepts in a card's metadata; it refuses the whole card for any other, such as a folder."""
+
+VALUE = 300
+"""Characters shown of a setting or name: a line of the card."""
+
+LAST = {
+    "objective/scores": "reward",
+    "objective/kl": "KL to the reference, nats per token",
+    "objective/entropy": "entropy, nats per token",
+    "completions/mean_length": "length, tokens",
+}
+"""Figures of the last step that the card shows, with their labels."""
+
+
+def model_card(run_dir: Path, settings: Mapping[str, Any], adapter: bool) -> str:
+    """The card's Markdown, from the files of a run.
+
+    ``settings``: all of the run's, by their full names; ``adapter``: whether the folder holds a PEFT adapter. Names are
+    shown as code, in which nothing is markup; no text of a data set or of a model is part of the card.
+    """
+    rows = read_rows(run_dir / "metrics.jsonl")[0] if (run_dir / "metrics.jsonl").exists() else []
+    parts = [
+        "---\n" + yaml.safe_dump(_metadata(settings, adapter), sort_keys=False) + "---",
+        f"# {_code(run_dir.name)}",
+        f"A policy trained by reinforcement learning from {_code(settings['model.name'])} with stable-rlhf "
+        f"{importlib.metadata.version('stable-rlhf')}, preset {_code(settings['preset'])}.",
+        _table(("", ""), _subject(settings, rows)),
+        "## Figures",
+        *_figures(run_dir, rows),
+        "## Incidents",
+        _incidents(run_dir),
+        "## How to load it",
+        _loading(adapter),
+        "## Settings",
+        "\n".join(
+            f"    {printable(f'{name}: {value}', VALUE)}"
+            for name, value in sorted(settings.items())
+            if name != "output_dir"
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(settings: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
+    known: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": ["stable-rlhf", "rlhf"]}
+    if HUB_NAME.fullmatch(settings["model.name"]) and not Path(settings["model.name"]).exists():
+        known["base_model"] = settings["model.name"]
+    if HUB_NAME.fullmatch(settings["data.train"]) and not Path(settings["data.train"]).exists():
+        known["datasets"] = [settings["data.train"]]
+    return known | {"pipeline_tag": "text-generation"}
+
+
+def _subject(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    rewards = settings["reward.functions"]
+    weights = settings["reward.weights"] or [1.0] * len(rewards)
+    adapter = f"rank {settings['model.lora_r']}" if settings["model.lora_r"] else "none of the settings'"
+    return [
+        ("policy before training", _code(settings["model.name"])),
+        ("adapter", adapter),
+        ("prompts", f"{_code(settings['data.train'])}, split {_code(settings['data.split'])}"),
+        ("reward", " + ".join(f"{weight:g} x {_code(name)}" for weight, name in zip(weights, rewards, strict=True))),
+        ("KL controller", _code(settings["kl.controller"])),
+        ("steps", f"{rows[-1]['step'] + 1 if rows else 0} of {settings['rollout.batch_size']} prompts each"),
+        ("seed", str(settings["seed"])),
+    ]
+
+
+def _figures(run_dir: Path, rows: list[dict[str, Any]]) -> list[str]:
+    known = evaluation.read(run_dir)
+    parts = []
+    if "before" in known:
+        prompts = formatted(known["before"].get("prompts"), ".0f")
+        parts += [
+            f"On {prompts} held-out prompts; ± is one standard error.",
+            _table(("", "before", "after", "change"), evaluation.evaluation_rows(known)),
+        ]
+    if rows:
+        last = [(label, formatted(rows[-1].get(name), ".4g")) for name, label in LAST.items()]
+        parts += ["In the last step of training:", _table(("", "last step"), last)]
+    return parts or ["None were recorded."]
+
+
+def _incidents(run_dir: Path) -> str:
+    found = incidents.read(run_dir)
+    if not found:
+        return "The guard saw none, or was off (`guard.enabled`)."
+    rolled = sum(incident["action"] == "roll back" for incident in found)
+    lines = [f"- step {incident['step']}: {_code(incident['rule'])}, {incident['action']}" for incident in found]
+    return "\n".join([f"The guard saw {len(found)}, and rolled the run back {rolled} times.", "", *lines])
+
+
+def _loading(adapter: bool) -> str:
+    if adapter:
+        load = [
+            "from peft import AutoPeftModelForCausalLM",
+            "",
+            "policy = AutoPeftModelForCausalLM.from_pretrained(FOLDER)",
+        ]
+    else:
+        load = [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            "policy = AutoModelForCausalLM.from_pretrained(FOLDER)",
+        ]
+    load = ["from transformers import AutoTokenizer", *load, "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
+    code = "\n".join(f"    {line}".rstrip() for line in load)
+    heads = "`value_heads.safetensors` has the critic's heads, which generation does not need."
+    return f"FOLDER is this folder, or its name on the hub.\n\n{code}\n\n{heads}"
+
+
+def _code(text: str) -> str:
+    return "`" + printable(str(text), VALUE).replace("`", "'").replace("|", "\u00a6") + "`"
+
+
+def _table(heading: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [heading, ("---",) * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

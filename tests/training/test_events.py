@@ -1,0 +1,112 @@
+"""Callbacks are called at the events, and with the state, that Transformers' own Trainer gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from stable_rlhf import ConfigError
+from tests.tiny_runs import PROMPTS, settings, trainer
+
+EVENTS = [
+    "init_end", "train_begin", "train_end", "epoch_begin", "epoch_end", "step_begin", "step_end", "pre_optimizer_step",
+    "optimizer_step", "evaluate", "save", "log",
+]  # fmt: skip
+ONE_UPDATE = {"num_iterations": 1, "num_mini_batches": 1}
+HELD_OUT = [{"prompt": f"held out {i}"} for i in range(2)]
+
+
+class Record(TrainerCallback):
+    """Every event with ``global_step`` and ``epoch``; ``logged``: how long the history was at each ``on_log``."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, float]] = []
+        self.logged: list[int] = []
+
+    def note(self, event: str, state: Any) -> None:
+        self.seen.append((event, state.global_step, state.epoch))
+        if event == "log":
+            self.logged.append(len(state.log_history))
+
+
+for _event in EVENTS:
+    setattr(Record, f"on_{_event}", lambda self, args, state, control, _event=_event, **_: self.note(_event, state))
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.slope * x - labels).square().mean()}
+
+
+def test_events_come_as_from_transformers_trainer(tokenizer, tmp_path: Path) -> None:
+    """Four steps of half an epoch, an evaluation after each, a checkpoint after two; ours also evaluates before."""
+    theirs, ours = Record(), Record()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "theirs"),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    data = [{"x": torch.tensor(float(i)), "labels": torch.tensor(float(i))} for i in range(len(PROMPTS))]
+    Trainer(Line(), arguments, train_dataset=data, eval_dataset=data, callbacks=[theirs]).train()  # type: ignore[arg-type]
+    config = settings(tmp_path / "ours", eval_steps=1, rollout={"batch_size": 4}, optim=ONE_UPDATE)
+    trainer(config, tokenizer, eval_dataset=HELD_OUT, callbacks=[ours]).train()
+    before = [("log", 0, 0.0), ("evaluate", 0, 0.0)]
+    assert ours.seen[2:4] == before
+    assert ours.seen[:2] + ours.seen[4:] == theirs.seen
+    assert ours.logged == [i + 1 for i in range(len(ours.logged))]  # each is in the history before on_log
+
+
+class Asks(TrainerCallback):
+    """Asks for an evaluation and for nothing else, against the settings, and stops after the second step."""
+
+    def __init__(self) -> None:
+        self.logs = 0
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_evaluate = state.global_step == 1
+        control.should_log = False
+        control.should_training_stop = state.global_step == 2
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.logs += "objective/scores" in logs
+
+
+def test_what_control_asks_for_is_done_and_what_it_declines_is_not(tokenizer, tmp_path: Path) -> None:
+    asks = Asks()
+    run = trainer(settings(tmp_path, save_steps=0), tokenizer, eval_dataset=HELD_OUT, callbacks=[asks])
+    result = run.train()
+    assert [figures["step"] for figures in result["during"]] == [1]
+    assert asks.logs == 0
+    assert result.global_step == 2
+    assert result.metrics["eval_reward"] == result["after"]["reward"]
+    assert result.metrics["eval_reward_before"] == result["before"]["reward"]
+    again = trainer(settings(tmp_path, max_steps=2, save_steps=0), tokenizer, eval_dataset=HELD_OUT)
+    finished = again.train(resume_from_checkpoint=True)  # nothing is left to train
+    assert finished.global_step == 2
+    assert finished["after"] == result["after"]
+    shared = [name for name in result.metrics if not name.startswith(("train_", "timings/"))]
+    assert {name: finished.metrics[name] for name in shared} == {name: result.metrics[name] for name in shared}
+    assert finished.training_loss == result.training_loss
+
+
+def test_early_stopping_says_which_settings_it_needs(tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"EarlyStoppingCallback .* set eval_steps and metric_for_best_model"):
+        trainer(settings(tmp_path), tokenizer, callbacks=[EarlyStoppingCallback()]).train()
+    with pytest.raises(ConfigError, match="eval_steps=2: there are no held-out prompts"):
+        trainer(settings(tmp_path, eval_steps=2), tokenizer)

@@ -1,0 +1,93 @@
+"""A resume refuses another tokenizer, template, data set or reward by its content, and says which."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from stable_rlhf.data import encode_prompts
+from stable_rlhf.errors import CheckpointError
+from stable_rlhf.rewards import RewardFunction
+from stable_rlhf.training.fingerprints import SameInputs, reward_fingerprint
+from tests.tiny_runs import PROMPTS, letters, settings, trainer
+
+
+def vowels(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    return [float(sum(completion.count(v) for v in "aeiou")) for completion in completions]
+
+
+def inputs(tokenizer: Any, reward: Any = letters, accept: bool = False, **columns: list[Any]) -> SameInputs:
+    data = datasets.Dataset.from_dict({"prompt": PROMPTS, "answer": PROMPTS, **columns})
+    encoded = encode_prompts(data, tokenizer, max_prompt_length=9, context_length=None, max_completion_length=4)
+    function = RewardFunction(name="letters", function=reward)
+    given = [("train_dataset", data, encoded), ("eval_dataset", None, None)]
+    return SameInputs(tokenizer, given, [function], accept)
+
+
+def test_the_same_inputs_are_accepted(tokenizer) -> None:
+    inputs(copy.deepcopy(tokenizer)).load_state_dict(inputs(tokenizer).state_dict())
+    inputs(tokenizer, extra=PROMPTS).load_state_dict(inputs(tokenizer).state_dict())  # nobody has read it until now
+
+
+@pytest.mark.parametrize(
+    ("columns", "fault"),
+    [
+        ({"prompt": [*PROMPTS[:-1], "!?"]}, "its column 'prompt' has other values"),
+        ({"prompt": PROMPTS[::-1]}, "its column 'prompt' has other values, or another order"),
+        ({"answer": [*PROMPTS[:-1], "no"]}, "its column 'answer' has other values"),
+        ({"prompt": [*PROMPTS, "more"], "answer": [*PROMPTS, "more"]}, "it has 9 rows, the run had 8"),
+    ],
+)
+def test_other_data_is_named(tokenizer, columns: dict[str, list[str]], fault: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^train_dataset: {fault}.*: resume with the data that"):
+        inputs(tokenizer, **columns).load_state_dict(inputs(tokenizer).state_dict())
+
+
+def test_another_tokenizer_or_template_is_named(tokenizer) -> None:
+    saved = inputs(tokenizer).state_dict()
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages }}"
+    with pytest.raises(CheckpointError, match="chat template: prompts would read differently"):
+        inputs(other).load_state_dict(saved)
+    other.add_tokens(["<more>"])
+    with pytest.raises(CheckpointError, match=r"^the tokenizer: its vocabulary"):
+        inputs(other).load_state_dict(saved)
+
+
+def test_another_reward_is_named_by_its_code_and_not_by_its_comments(tokenizer) -> None:
+    with pytest.raises(CheckpointError, match=r"the reward 'letters' is not the one .* reward\.accept_changed=true"):
+        inputs(tokenizer, vowels).load_state_dict(inputs(tokenizer).state_dict())
+
+    def one(prompts, completions, **columns):
+        return [1.0] * len(prompts)
+
+    first = reward_fingerprint(one)
+
+    def one(prompts, completions, **columns):
+        # The same, said at greater length.
+        return [1.0] * len(
+            prompts,
+        )
+
+    assert reward_fingerprint(one) == first is not None
+    half = functools.partial(vowels, weight=0.5)
+    assert reward_fingerprint(half) != reward_fingerprint(functools.partial(vowels, weight=1.0))
+    assert reward_fingerprint(max) is None
+
+
+def test_a_repaired_reward_is_accepted_where_it_is_set(tokenizer, tmp_path: Path, capsys) -> None:
+    def repaired(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        return vowels(prompts, completions)
+
+    repaired.__module__, repaired.__qualname__, repaired.__name__ = letters.__module__, "letters", "letters"
+    trainer(settings(tmp_path, max_steps=1), tokenizer).train()
+    with pytest.raises(CheckpointError, match="its code or its weights differ"):
+        trainer(settings(tmp_path, max_steps=2), tokenizer, repaired).train(resume_from_checkpoint=True)
+    accepted = settings(tmp_path, max_steps=2, reward={"accept_changed": True})
+    trainer(accepted, tokenizer, repaired).train(resume_from_checkpoint=True)
+    assert "its code or its weights differ (accepted: reward.accept_changed)" in capsys.readouterr().err

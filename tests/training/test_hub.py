@@ -1,0 +1,136 @@
+"""Uploads to a stand-in of the hub on loopback."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stable_rlhf import ConfigError
+from stable_rlhf.errors import UploadError
+from tests.tiny_runs import settings, trainer
+
+
+class Hub:
+    """Takes repositories and commits. ``refuses``: the paths that it answers with 403."""
+
+    def __init__(self) -> None:
+        self.created: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.refuses = ""
+
+    def answer(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        if self.refuses and self.refuses in path:
+            return 403, {"error": "not yours"}
+        if path == "/api/models/me/mine":
+            return 404, {"error": "no such repository"}
+        if path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            return 200, {"url": f"{self.address}/me/mine"}
+        if "/preupload/" in path:
+            files = json.loads(body)["files"]
+            return 200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        if "/commit/" in path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            return 200, {"commitUrl": f"{self.address}/me/mine/commit/abc", "commitOid": "abc", "success": True}
+        return 200, {"errors": [], "warnings": []}  # the check of the card's metadata
+
+    address = ""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, content = hub.answer(self.path.split("?")[0], self._body())
+            text = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield hub
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_run_is_uploaded_whole_at_its_end(tokenizer, tmp_path: Path, hub: Hub) -> None:
+    config = settings(tmp_path, max_steps=1, push_to_hub=True, hub_model_id="me/mine", hub_private=False)
+    run = trainer(config, tokenizer)
+    run.train()
+    shown = {(made["organization"], made["name"], made["visibility"]) for made in hub.created if "visibility" in made}
+    assert shown == {("me", "mine", "public")}
+    assert hub.files == {path.name: path.read_bytes() for path in (run.run_dir / "final").iterdir()}
+    assert {"model.safetensors", "value_heads.safetensors", "tokenizer.json", "README.md"} <= hub.files.keys()
+    hub.files.clear()
+    assert run.push_to_hub("me/mine", commit_message="again") == f"{hub.address}/me/mine/commit/abc"
+    assert "value_heads.safetensors" in hub.files
+
+
+def test_an_upload_that_fails_loses_nothing(tokenizer, tmp_path: Path, hub: Hub) -> None:
+    hub.refuses = "/commit/"
+    run = trainer(settings(tmp_path, max_steps=1, push_to_hub=True, hub_model_id="me/mine"), tokenizer)
+    with pytest.raises(UploadError, match=r"did not take 'me/mine' .*not yours.*; training is finished and all is in"):
+        run.train()
+    assert (tmp_path / "final" / "model.safetensors").is_file()
+    assert (tmp_path / "final" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "refuses", "token", "fault"),
+    [
+        ("me/mine", "/create", "hf_token", "not yours"),
+        ("no such name!", "", "hf_token", "Repo id must"),
+        ("me/mine", "", "", "there is no token for the hub"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_known_before_training(
+    tokenizer,
+    tmp_path: Path,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    refuses: str,
+    token: str,
+    fault: str,
+) -> None:
+    hub.refuses = refuses
+    monkeypatch.setattr("stable_rlhf.training.hub.get_token", lambda: token or None)
+    with pytest.raises(ConfigError, match=f"push_to_hub=True.*{fault}"):
+        trainer(settings(tmp_path, push_to_hub=True, hub_model_id=name), tokenizer).train()
+    assert not (tmp_path / "metrics.jsonl").exists()

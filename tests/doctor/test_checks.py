@@ -163,7 +163,10 @@ def test_settings_that_two_steps_alone_would_refuse_are_no_obstacle(
         (["--model.name", "no/such-model"], "model.name='no/such-model': "),
         (["--data.train", "no.jsonl"], "prompt file no.jsonl does not exist."),
         (["--reward.functions", '["tests.no_such:f"]'], "reward 'tests.no_such:f': importing 'tests.no_such'"),
-        (["--rollout.max_completion_length", "60"], "prompt in row 1 has 5 tokens, which with rollout.max_completion"),
+        (
+            ["--rollout.max_completion_length", "60"],
+            "prompts.jsonl, row 1: the prompt has 5 tokens, which with rollout.max_completion",
+        ),
         (["--output_dir", "{tmp}/prompts.jsonl/run"], "output_dir='{tmp}/prompts.jsonl/run': {tmp}/prompts.jsonl is a"),
         (["--model.lora_r", "2", "--model.lora_target_modules", "[nope]"], "model.lora_target_modules=['nope']: "),
     ],

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stable_rlhf.config import RolloutConfig
-from stable_rlhf.data import EncodedPrompts
+from stable_rlhf.data import EncodedPrompts, StreamedPrompts
 from stable_rlhf.records import Rollout, Tokens
 from stable_rlhf.rewards import Scorer
 from stable_rlhf.rollout.backend import Generator, Sampling
+from stable_rlhf.rollout.stopping import stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Sampler:
     decoder: Generator
 
     def collect(
-        self, dataset: Any, encoded: EncodedPrompts, indices: Sequence[int]
+        self, dataset: Any, encoded: EncodedPrompts | StreamedPrompts, indices: Sequence[int]
     ) -> tuple[Rollout, dict[str, float]]:
         """Samples and scores a completion for each of the rows; returns (rollout, seconds by part).
 
@@ -40,6 +41,14 @@ class Sampler:
         response = self.generate(prompt, prompt_mask)
         mask, ended = response_mask(response, self.eos_token_ids)
         completions = self.decode(prompt, prompt_mask, response, mask)
+        if self.config.stop_strings:
+
+            def beginning(row: int, count: int) -> str:
+                rows = slice(row, row + 1)
+                first = torch.arange(mask.shape[1]) < count
+                return self.decode(prompt[rows], prompt_mask[rows], response[rows], mask[rows] & first)[0]
+
+            completions, mask, ended = stopped(completions, mask, ended, self.config.stop_strings, beginning)
         sampled = time.perf_counter()
         rows = dataset[list(indices)]
         columns = {name: values for name, values in rows.items() if name != "prompt"}

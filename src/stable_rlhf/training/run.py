@@ -31,7 +31,16 @@ from stable_rlhf.checkpoints import (
 from stable_rlhf.config import Config, complete_settings
 from stable_rlhf.console import Progress, tell
 from stable_rlhf.control import Guard, RewardNormaliser, controller_of
-from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
+from stable_rlhf.data import (
+    EncodedPrompts,
+    PromptEncoder,
+    Prompts,
+    PromptStream,
+    StreamedPrompts,
+    StreamedRows,
+    split_datasets,
+    turn_end_missing,
+)
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import replace_text
 from stable_rlhf.hardware import described, refuse_many_processes, replays_graphs, shortage_named
@@ -42,10 +51,12 @@ from stable_rlhf.policy import (
     TrainedState,
     check_checkpointing,
     context_length,
-    eos_token_ids,
+    embedding_rows,
+    end_token_ids,
     given_policy,
     load_policy,
     load_tokenizer,
+    pad_within,
     prepare_tokenizer,
 )
 from stable_rlhf.rewards import make_scorer
@@ -92,6 +103,8 @@ class Run:
         policy, low = (
             load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
         )
+        if (padding := pad_within(self.processing_class, embedding_rows(policy))) is not None:
+            tell(padding)
         tried = config.model.self_check
         self.model = ActorCritic(policy, config.critic, autocast=low, self_check=tried)
         if tried and config.model.gradient_checkpointing:
@@ -113,7 +126,7 @@ class Run:
             tokenizer=self.processing_class,
             scorer=self.scorer,
             config=config.rollout,
-            eos_token_ids=eos_token_ids(policy, self.processing_class),
+            eos_token_ids=end_token_ids(policy, self.processing_class, config.rollout.stop_tokens),
             decoder=Decoder(
                 self.model,
                 cuda_graphs=replays_graphs(config.model.cuda_graphs, self.model.device),
@@ -121,10 +134,10 @@ class Run:
                 self_check=tried,
             ),
         )
-        self.train_dataset, self.train_prompts = train_dataset, self._encode(train_dataset)
-        self.eval_dataset = eval_dataset
-        self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
-        self.stream = PromptStream(len(train_dataset), config.seed)
+        self.train_dataset: Any
+        self.train_prompts: EncodedPrompts | StreamedPrompts
+        self.stream: PromptStream | StreamedPrompts
+        self._take_prompts(train_dataset, eval_dataset)
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
         course = config.optim.lr_scheduler_type
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
@@ -317,11 +330,29 @@ class Run:
         policy: Any = self.model.policy
         return policy.push_to_hub(repo_id, **kwargs)
 
-    def _encode(self, dataset: Any) -> EncodedPrompts:
-        return encode_prompts(
-            dataset,
+    def _take_prompts(self, train: Prompts | StreamedRows, held_out: Prompts | None) -> None:
+        """Encodes the prompts; of a stream the first batch, and the rest as it is needed."""
+        encoder = PromptEncoder(
             self.processing_class,
             max_prompt_length=self.args.data.max_prompt_length,
             context_length=context_length(self.model.policy),
             max_completion_length=self.args.rollout.max_completion_length,
+            vocabulary=embedding_rows(self.model.policy),
         )
+        if isinstance(train, StreamedRows):
+            self.train_dataset = self.train_prompts = self.stream = StreamedPrompts(
+                train, encoder, ahead=self.args.rollout.batch_size
+            )
+            first = self.stream[[0]]
+        else:
+            self.train_dataset = train.dataset
+            self.train_prompts = encoder.encode_all(train.dataset, train.numbers, train.name)
+            self.stream = PromptStream(len(train.dataset), self.args.seed)
+            first = train.dataset[:1]
+        self.eval_dataset = None if held_out is None else held_out.dataset
+        self.eval_prompts = (
+            None if held_out is None else encoder.encode_all(held_out.dataset, held_out.numbers, held_out.name)
+        )
+        said = turn_end_missing(self.processing_class, first["prompt"][0], self.sampler.eos_token_ids)
+        if said is not None:
+            tell(said)

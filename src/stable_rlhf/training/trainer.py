@@ -11,7 +11,16 @@ from transformers import TrainerCallback
 from stable_rlhf.checkpoints import capture, restore
 from stable_rlhf.console import Progress, said_if_lost
 from stable_rlhf.control import Action, Verdict
-from stable_rlhf.errors import CheckpointError, ConfigError, DivergenceError, GuardStop, Interrupted, RewardError
+from stable_rlhf.data import StreamedPrompts
+from stable_rlhf.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    GuardStop,
+    Interrupted,
+    PromptError,
+    RewardError,
+)
 from stable_rlhf.hardware import memory
 from stable_rlhf.runs import evaluation, incidents, write_completions
 from stable_rlhf.training.evaluate import evaluate
@@ -33,8 +42,10 @@ class SAFETrainer(Run):
             ``args.reward``.
         args: every setting of the run.
         train_dataset: rows with a ``prompt``, text or a list of chat messages; the other columns reach the reward
-            functions. None: ``args.data``.
-        eval_dataset: held-out prompts for ``evaluate``. None: ``args.data``, when that names the training set too.
+            functions. A data set of any kind, a DataFrame, a dict of columns, a list of texts, chats or rows, or a
+            stream, which is read as it is needed (docs/data.md). None: ``args.data``.
+        eval_dataset: held-out prompts for ``evaluate``, of the same kinds. None: ``args.data``, when that names the
+            training set too.
         processing_class: the policy's tokenizer; None loads it by the model's name.
         reward_processing_classes: a tokenizer for each reward model given as an object, None elsewhere.
         callbacks: ``transformers.TrainerCallback`` objects.
@@ -126,7 +137,7 @@ class SAFETrainer(Run):
         watch = Stopwatch()
         try:
             step = take_step(self._loop, watch)
-        except RewardError as error:  # nothing has been learned from this rollout: the run is as it was before it
+        except (RewardError, PromptError) as error:  # nothing was learned from this rollout: back to before it
             restore(before, *boundary)
             with said_if_lost(error):
                 self.save_checkpoint()
@@ -176,7 +187,11 @@ class SAFETrainer(Run):
     def _after_step(self, row: dict[str, Any] | None) -> None:
         """Runs callbacks, snapshot, checkpoint in this order, at a rollout's end, where no buffer has to be saved."""
         self.state.global_step = self.steps_done
-        self.state.epoch = self.counters.episode / len(self.train_dataset)
+        self.state.epoch = (
+            float(self.stream.epoch)
+            if isinstance(self.stream, StreamedPrompts)  # of unknown length
+            else self.counters.episode / len(self.train_dataset)
+        )
         self.control = self.handler.on_step_end(self._arguments, self.state, self.control)
         if row is not None:
             known = {name: value for name, value in row.items() if value is not None}  # trackers warn of each None

@@ -38,11 +38,12 @@ def as_dataset(given: Any, split: str, name: str) -> datasets.Dataset | Iterable
         return from_columns({str(column): _listed(values, column, name) for column, values in given.items()}, name)
     if (table := _table(given, name)) is not None:
         return table
-    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+    has_rows = hasattr(given, "__len__") and hasattr(given, "__getitem__")
+    if isinstance(given, str | bytes) or not (has_rows or isinstance(given, Iterable)):
         raise PromptError(f"{name} is {quoted(given)}. {_KINDS}; data.train names files and hub data sets.")
     if isinstance(given, datasets.IterableDataset):
         return given.with_format(None)
-    if hasattr(given, "__len__") and hasattr(given, "__getitem__"):
+    if has_rows:
         return dataset_of(_items(given, name), name)
     if iter(given) is given:
         raise PromptError(

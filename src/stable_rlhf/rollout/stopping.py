@@ -30,13 +30,14 @@ def stopped(
     """
     texts, mask, ended = list(completions), mask.clone(), ended.clone()
     for row, text in enumerate(completions):
-        if (place := first_stop(text, stop_strings)) is None:
+        if first_stop(text, stop_strings) is None:
             continue
-        texts[row], ended[row] = text[:place], True
 
         def complete(count: int, row: int = row) -> bool:
             return first_stop(decode(row, count), stop_strings) is not None
 
         counts = range(1, int(mask[row].sum()) + 1)
-        mask[row, 1 + bisect.bisect_left(counts, True, key=complete) :] = False
+        count = 1 + bisect.bisect_left(counts, True, key=complete)
+        kept = decode(row, count)  # another stop string may begin earlier and be complete only later
+        texts[row], ended[row], mask[row, count:] = kept[: first_stop(kept, stop_strings)], True, False
     return texts, mask, ended

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 
 from stable_rlhf.config import DataConfig
-from stable_rlhf.console import tell
 from stable_rlhf.data.given import as_dataset, dataset_of
 from stable_rlhf.data.sources import load_prompts, with_prompts
 from stable_rlhf.data.streamed import StreamedRows
 from stable_rlhf.errors import ConfigError
 
-HALF = 0.5
-"""Share of the rows that a split costs from which its sentence also says what to do about it."""
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What holding rows out of the training set costs. As a text it is a sentence with the reason."""
+
+    rows: int
+    """Of the whole set."""
+    held_out: int
+    kept: int
+    """Rows that are trained on. Those that are neither begin like a held-out one."""
+
+    @property
+    def is_half(self) -> bool:
+        """Whether half of the rows or more are lost to training, which nobody expects of an evaluation."""
+        return 2 * self.kept <= self.rows
+
+    def __str__(self) -> str:
+        alike = self.rows - self.held_out - self.kept
+        text = f"data.eval_size={self.held_out}: {self.held_out:,} of {self.rows:,} rows are held out to evaluate on"
+        if alike:
+            text += f", and {alike:,} more are left out since they begin like one of these (the same conversation)"
+        text += f"; {self.kept:,} are trained on"
+        if self.is_half:
+            text += ". That is half of the rows or less: lower data.eval_size, or name held-out prompts in data.eval"
+        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +50,8 @@ class Prompts:
     """Of the source, for messages."""
     numbers: Sequence[int]
     """Each row's number in the source, counted from 1."""
+    cost: Cost | None = None
+    """Of held-out rows: what it cost to take them from the training set; None where they have their own source."""
 
     @classmethod
     def whole(cls, dataset: datasets.Dataset, name: str) -> Prompts:
@@ -45,8 +69,8 @@ def split_datasets(
     """(training prompts, held-out prompts or None).
 
     ``train`` and ``evaluation`` are data sets or lists of rows (``as_dataset`` says which); None takes what ``data``
-    names. If ``data`` names no held-out prompts, rows are held out of the training set, drawn by ``seed``, and a line
-    on the console says how many rows that costs. Raises ConfigError when the training set is too small for that.
+    names. If ``data`` names no held-out prompts, rows are held out of the training set, drawn by ``seed``. Raises
+    ConfigError when the training set is too small for that.
     """
     size = data.eval_size
     held_out = None if evaluation is None else _given_evaluation(evaluation, data)
@@ -61,7 +85,7 @@ def split_datasets(
 
 
 def hold_out(train: Prompts, size: int, seed: int) -> tuple[Prompts, Prompts]:
-    """(the rows to train on, ``size`` rows held out, drawn by ``seed``). A line on the console says what it costs."""
+    """(the rows to train on, ``size`` rows held out, drawn by ``seed``)."""
     count, texts = len(train.numbers), train.dataset["prompt"][:]
     if count <= size:
         raise ConfigError(f"data.eval_size={size}: the training set has only {count} rows; lower it or set data.eval")
@@ -72,20 +96,8 @@ def hold_out(train: Prompts, size: int, seed: int) -> tuple[Prompts, Prompts]:
     kept = [row for row, prompt in enumerate(texts) if _beginning(prompt) not in begun]
     if not kept:
         raise ConfigError(f"data.eval_size={size}: every training prompt begins like a held-out one; lower it")
-    tell(_cost(rows=count, size=size, kept=len(kept)))
-    return train.rows(kept), train.rows(chosen)
-
-
-def _cost(*, rows: int, size: int, kept: int) -> str:
-    """The sentence on what holding out ``size`` of ``rows`` costs, when ``kept`` are left to train on."""
-    alike = rows - size - kept
-    text = f"data.eval_size={size}: {size:,} of {rows:,} rows are held out to evaluate on"
-    if alike:
-        text += f", and {alike:,} more are left out since they begin like one of these (the same conversation)"
-    text += f"; {kept:,} are trained on"
-    if rows - kept >= HALF * rows:
-        text += ". That is half of the rows or more: lower data.eval_size, or name held-out prompts in data.eval"
-    return text
+    cost = Cost(rows=count, held_out=size, kept=len(kept))
+    return train.rows(kept), replace(train.rows(chosen), cost=cost)
 
 
 def _named(data: DataConfig, source: str | None = None, **chosen: Any) -> Prompts:

@@ -137,6 +137,8 @@ def check_data(
         found.detail(
             f"prompt {number}: {printable(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), CHARACTERS)}"
         )
+    if held_out is not None and held_out.cost is not None:
+        (found.warning if held_out.cost.is_half else found.detail)(str(held_out.cost))
     return train.dataset, encoded, 0 if held_out is None else len(held_out.dataset)
 
 

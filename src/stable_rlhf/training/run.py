@@ -349,6 +349,8 @@ class Run:
             self.train_prompts = encoder.encode_all(train.dataset, train.numbers, train.name)
             self.stream = PromptStream(len(train.dataset), self.args.seed)
             first = train.dataset[:1]
+        if held_out is not None and held_out.cost is not None:
+            tell(str(held_out.cost))
         self.eval_dataset = None if held_out is None else held_out.dataset
         self.eval_prompts = (
             None if held_out is None else encoder.encode_all(held_out.dataset, held_out.numbers, held_out.name)

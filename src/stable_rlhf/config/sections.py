@@ -214,16 +214,18 @@ class RolloutConfig:
     """Most tokens that are sampled for a completion."""
     temperature: float = 1.0
     """Sampling temperature. Log-probs, ratios, entropy and KL are of the distribution at this temperature."""
-    stop_tokens: list[str | int] = dataclasses.field(default_factory=list)
+    stop_tokens: list[str | int] | None = None
     """Tokens, by text or id, that end a completion as EOS does, such as [<|im_end|>] where a chat template ends turns
     with another token than the tokenizer's EOS."""
-    stop_strings: list[str] = dataclasses.field(default_factory=list)
+    stop_strings: list[str] | None = None
     """Texts that end a completion, such as ["\\nUser:"]. The token that completes one is the last that is learned from;
     the completion that rewards get ends before the text. Tokens after it are sampled all the same, and dropped."""
 
     def __post_init__(self) -> None:
         check_types("rollout", self)
-        require("" not in self.stop_strings, "rollout.stop_strings", self.stop_strings, "an empty text ends nothing")
+        require(
+            "" not in (self.stop_strings or []), "rollout.stop_strings", self.stop_strings, "an empty text ends nothing"
+        )
         positive("rollout", self, "batch_size", "max_completion_length", "temperature")
 
 

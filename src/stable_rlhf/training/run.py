@@ -31,16 +31,7 @@ from stable_rlhf.checkpoints import (
 from stable_rlhf.config import Config, complete_settings
 from stable_rlhf.console import Progress, tell
 from stable_rlhf.control import Guard, RewardNormaliser, controller_of
-from stable_rlhf.data import (
-    EncodedPrompts,
-    PromptEncoder,
-    Prompts,
-    PromptStream,
-    StreamedPrompts,
-    StreamedRows,
-    split_datasets,
-    turn_end_missing,
-)
+from stable_rlhf.data import PromptEncoder, split_datasets, turn_end_missing
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import replace_text
 from stable_rlhf.hardware import described, refuse_many_processes, replays_graphs, shortage_named
@@ -64,6 +55,7 @@ from stable_rlhf.rollout import Decoder, Sampler
 from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, starts
 from stable_rlhf.training.callbacks import CallbackStates, callback_arguments, callback_handler
 from stable_rlhf.training.given import as_given, check_named, probe_servers
+from stable_rlhf.training.prompts import encoded
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.stopping import GracefulStop
@@ -126,7 +118,7 @@ class Run:
             tokenizer=self.processing_class,
             scorer=self.scorer,
             config=config.rollout,
-            eos_token_ids=end_token_ids(policy, self.processing_class, config.rollout.stop_tokens),
+            eos_token_ids=end_token_ids(policy, self.processing_class, config.rollout.stop_tokens or ()),
             decoder=Decoder(
                 self.model,
                 cuda_graphs=replays_graphs(config.model.cuda_graphs, self.model.device),
@@ -134,10 +126,18 @@ class Run:
                 self_check=tried,
             ),
         )
-        self.train_dataset: Any
-        self.train_prompts: EncodedPrompts | StreamedPrompts
-        self.stream: PromptStream | StreamedPrompts
-        self._take_prompts(train_dataset, eval_dataset)
+        encoder = PromptEncoder(
+            self.processing_class,
+            max_prompt_length=config.data.max_prompt_length,
+            context_length=context_length(policy),
+            max_completion_length=config.rollout.max_completion_length,
+            vocabulary=embedding_rows(policy),
+        )
+        prompts = encoded(train_dataset, eval_dataset, encoder, batch_size=config.rollout.batch_size, seed=config.seed)
+        self.train_dataset, self.train_prompts, self.stream = prompts.train, prompts.train_prompts, prompts.stream
+        self.eval_dataset, self.eval_prompts = prompts.held_out, prompts.held_out_prompts
+        if said := turn_end_missing(self.processing_class, prompts.first, self.sampler.eos_token_ids):
+            tell(said)
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
         course = config.optim.lr_scheduler_type
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
@@ -329,32 +329,3 @@ class Run:
         self.processing_class.push_to_hub(repo_id, **kwargs)
         policy: Any = self.model.policy
         return policy.push_to_hub(repo_id, **kwargs)
-
-    def _take_prompts(self, train: Prompts | StreamedRows, held_out: Prompts | None) -> None:
-        """Encodes the prompts; of a stream the first batch, and the rest as it is needed."""
-        encoder = PromptEncoder(
-            self.processing_class,
-            max_prompt_length=self.args.data.max_prompt_length,
-            context_length=context_length(self.model.policy),
-            max_completion_length=self.args.rollout.max_completion_length,
-            vocabulary=embedding_rows(self.model.policy),
-        )
-        if isinstance(train, StreamedRows):
-            self.train_dataset = self.train_prompts = self.stream = StreamedPrompts(
-                train, encoder, ahead=self.args.rollout.batch_size
-            )
-            first = self.stream[[0]]
-        else:
-            self.train_dataset = train.dataset
-            self.train_prompts = encoder.encode_all(train.dataset, train.numbers, train.name)
-            self.stream = PromptStream(len(train.dataset), self.args.seed)
-            first = train.dataset[:1]
-        if held_out is not None and held_out.cost is not None:
-            tell(str(held_out.cost))
-        self.eval_dataset = None if held_out is None else held_out.dataset
-        self.eval_prompts = (
-            None if held_out is None else encoder.encode_all(held_out.dataset, held_out.numbers, held_out.name)
-        )
-        said = turn_end_missing(self.processing_class, first["prompt"][0], self.sampler.eos_token_ids)
-        if said is not None:
-            tell(said)

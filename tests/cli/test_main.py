@@ -320,7 +320,7 @@ def test_train_writes_the_run_folder_and_its_config_gives_the_same_run(tiny: lis
         (["--log.report_to", "[nope]"], "log.report_to=['nope']: nope is not a tracker that is installed here; "),
         (["--data.train", "{tmp}/no.jsonl"], "prompt file {tmp}/no.jsonl does not exist. Check the path"),
         (["--data.eval_size", "8"], "data.eval_size=8: the training set has only 8 rows; lower it or set data.eval"),
-        (["--rollout.max_completion_length", "64"], "prompt in row 1 has 5 tokens, which with rollout.max_completion"),
+        (["--rollout.max_completion_length", "64"], "{tmp}/prompts.jsonl, row 1: the prompt has 5 tokens, which "),
         (["--reward.functions", '["tests.no_such:f"]'], "reward 'tests.no_such:f': importing 'tests.no_such'"),
         (["--reward.functions", '["{tmp}/nothing"]'], "the reward model '{tmp}/nothing' could not be loaded: "),
         (["--output_dir", "{tmp}/prompts.jsonl/run"], "output_dir='{tmp}/prompts.jsonl/run': {tmp}/prompts.jsonl is a"),

@@ -111,12 +111,13 @@ def test_a_hub_data_set_is_asked_for_by_its_config_folder_and_split(monkeypatch)
         return datasets.Dataset.from_list(ROWS) if named["split"] == "train" else datasets.DatasetDict()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_prompts("owner/name", config_name="part", data_dir="folder", limit=2).to_list() == ROWS[:2]
+    named = {"config_name": "part", "data_dir": "folder", "revision": "v2"}
+    assert load_prompts("owner/name", **named, limit=2).to_list() == ROWS[:2]
     with pytest.raises(PromptError, match=r"'owner/name', split 'all', gave a DatasetDict; name one plain split"):
         load_prompts("owner/name", split="all")
     assert asked == [
-        (("owner/name", "part"), {"data_dir": "folder", "split": "train"}),
-        (("owner/name", None), {"data_dir": None, "split": "all"}),
+        (("owner/name", "part"), {"data_dir": "folder", "revision": "v2", "split": "train"}),
+        (("owner/name", None), {"data_dir": None, "revision": None, "split": "all"}),
     ]
 
 
@@ -176,10 +177,16 @@ REFUSED = [
     ('{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n', r"row 2: .* text where row 1 is messages"),
     ('{"prompt": []}\n', r"row 1: the prompt is \[\], not text or messages"),
     ('{"prompt": [{"role": "user"}]}\n', r"message 1 without 'role' and 'content'"),
-    ('{"prompt": [{"role": "human", "content": "a"}]}\n', r"message 1 with the role 'human', not one of system, user"),
+    (
+        '{"prompt": [{"role": "human", "content": "a"}]}\n',
+        r"message 1 with the role 'human', not one of system, developer, user",
+    ),
     ('{"prompt": [{"role": "user", "content": ""}]}\n', r"message 1 whose content is ''"),
     ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', r"ends with an assistant message"),
-    ('{"chosen": "no dialogue", "rejected": "b"}\n', r"row 1: the dialogue 'no dialogue' is not a dialogue of"),
+    (
+        '{"chosen": "no dialogue", "rejected": "b"}\n',
+        r"row 1: 'chosen' 'no dialogue' and 'rejected' 'b' do not begin alike",
+    ),
     ('{"chosen": "\\n\\nAssistant: a", "rejected": "b"}\n', r"row 1: .* no Assistant turn after a Human turn"),
     ('{"chosen": 5, "rejected": "b"}\n', r"row 1: 'chosen' is 5"),
     ('{"prompt": "a"}\n{"prompt": "\\ud800"}\n', r"row 2 is not JSON: .*surrogates not allowed"),
@@ -207,7 +214,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, name, monkeypatch):
 def test_a_bad_source_is_refused(tmp_path):
     with pytest.raises(PromptError, match=r"gone\.csv does not exist"):
         load_prompts(tmp_path / "gone.csv")
-    with pytest.raises(PromptError, match="is a folder"):
+    with pytest.raises(PromptError, match=r"could not be loaded from this folder: .* any data files"):
         load_prompts(tmp_path)
     with pytest.raises(PromptError, match="unknown ending"):
         load_prompts(write(tmp_path / "a.txt", "a"))
@@ -226,7 +233,7 @@ def test_a_bad_source_is_refused(tmp_path):
         load_prompts(write(tmp_path / "a.json", '{"prompt": "a"}'))
     with pytest.raises(PromptError, match="format 'hh' needs 'chosen'"):
         load_prompts(written(tmp_path, "jsonl"), format="hh")
-    with pytest.raises(PromptError, match="'tsv' is not one of auto, prompt, hh"):
+    with pytest.raises(PromptError, match="'tsv' is not one of auto, prompt, messages"):
         load_prompts(written(tmp_path, "jsonl"), format="tsv")
     with pytest.raises(PromptError, match="limit is 0"):
         load_prompts(written(tmp_path, "jsonl"), limit=0)
@@ -288,14 +295,18 @@ def test_only_prompts_that_are_there_must_fit_the_context():
 
 def test_prompts_that_cannot_be_encoded_are_refused():
     plain = word_tokenizer(bos=False, chat=False)
-    with pytest.raises(PromptError, match=r"row 2 has 4 tokens.*context of 8.*Set data\.max_prompt_length to 3"):
+    with pytest.raises(
+        PromptError, match=r"row 2: the prompt has 4 tokens.*context of 8.*Set data\.max_prompt_length to 3"
+    ):
         encode(["a", "a b c d e"], plain, max_completion_length=5)
-    with pytest.raises(PromptError, match=r"row 1 has 1 tokens.*context of 4.*Set data\.max_prompt_length to 1 "):
+    with pytest.raises(
+        PromptError, match=r"row 1: the prompt has 1 tokens.*context of 4.*Set data\.max_prompt_length to 1 "
+    ):
         encode(["a"], plain, context_length=4, max_completion_length=5)
     for name in ("max_prompt_length", "max_completion_length"):
         with pytest.raises(PromptError, match=r"each be at least 1"):
             encode(["a"], plain, **{name: 0})
-    with pytest.raises(PromptError, match="row 1 is a chat, but the tokenizer has no chat template"):
+    with pytest.raises(PromptError, match="row 1: the prompt is a chat, but the tokenizer has no chat template"):
         encode([CHAT], plain)
     with pytest.raises(PromptError, match="row 2: the prompt is empty"):
         encode(["a", " "], plain)
@@ -303,7 +314,7 @@ def test_prompts_that_cannot_be_encoded_are_refused():
     with pytest.raises(PromptError, match="columns 'text'; the format 'prompt' needs 'prompt'"):
         encode_prompts(other, plain, max_prompt_length=4, context_length=8, max_completion_length=4)
     plain.backend_tokenizer.normalizer = normalizers.Replace("e", "")  # a tokenizer that drops some characters
-    with pytest.raises(PromptError, match="row 2 has no tokens"):
+    with pytest.raises(PromptError, match="row 2: the prompt has no tokens"):
         encode(["a", "e"], plain)
 
 

@@ -123,13 +123,14 @@ def test_a_good_run_is_described_line_by_line_and_leaves_nothing_behind(
         == "data: 12 prompts of 5 to 6 tokens (median 5.5), 0 of them cut to data.max_prompt_length=512, 0 duplicates"
     )
     assert texts[3].startswith("prompt 1: row ")
-    assert texts[6].startswith("reward: pleasant gives 1 and 0 to 'It was wonderful: ")
+    assert texts[6] == "data.eval_size=8: 8 of 20 rows are held out to evaluate on; 12 are trained on"
+    assert texts[7].startswith("reward: pleasant gives 1 and 0 to 'It was wonderful: ")
     # 8,832 weights and two heads of 105: 3 x 4 bytes of the weights, 4 x 4 of the heads; final/ has 4 and 2 x 4.
     assert "needed for 2 + 1 checkpoints of 219 kB, 328 kB of snapshots and the final model of 37 kB" in texts[1]
-    assert "gradients 36.2 kB, AdamW's two moments 72.3 kB, KV cache of the rollout 5.12 kB" in texts[8]
-    assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[9])
-    assert texts[10].startswith("forecast: 50 steps x ")
-    assert texts[10].endswith("; checkpoints of 219 kB every 20 steps and at the end")
+    assert "gradients 36.2 kB, AdamW's two moments 72.3 kB, KV cache of the rollout 5.12 kB" in texts[9]
+    assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[10])
+    assert texts[11].startswith("forecast: 50 steps x ")
+    assert texts[11].endswith("; checkpoints of 219 kB every 20 steps and at the end")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -164,7 +165,10 @@ def test_settings_that_two_steps_alone_would_refuse_are_no_obstacle(
         (["--model.name", "no/such-model"], "model.name='no/such-model': "),
         (["--data.train", "no.jsonl"], "prompt file no.jsonl does not exist."),
         (["--reward.functions", '["tests.no_such:f"]'], "reward 'tests.no_such:f': importing 'tests.no_such'"),
-        (["--rollout.max_completion_length", "60"], "prompt in row 1 has 5 tokens, which with rollout.max_completion"),
+        (
+            ["--rollout.max_completion_length", "60"],
+            "{tmp}/prompts.jsonl, row 1: the prompt has 5 tokens, which with rollout.max_completion",
+        ),
         (["--output_dir", "{tmp}/prompts.jsonl/run"], "output_dir='{tmp}/prompts.jsonl/run': {tmp}/prompts.jsonl is a"),
         (["--model.lora_r", "2", "--model.lora_target_modules", "[nope]"], "model.lora_target_modules=['nope']: "),
     ],
@@ -277,8 +281,8 @@ def test_a_reward_that_tells_nothing_apart_or_fails_is_named(
 ) -> None:
     assert main(["doctor", *settings, "--reward.functions", f'["tests.doctor.test_checks:{reward}"]']) == exit_code
     found = lines(capsys)
-    assert found[6] == (verdict, found[6][1])
-    assert found[6][1].endswith(text)
+    assert found[7] == (verdict, found[7][1])
+    assert found[7][1].endswith(text)
     last = ("ok", "forecast: ") if exit_code == 0 else ("", "no step was tried: fix what failed first")
     assert found[-1][0] == last[0]
     assert found[-1][1].startswith(last[1])

@@ -241,7 +241,7 @@ def written(path: Path, prompts: list[Any]) -> str:
 
 def split(tmp_path: Path, seed: int = 0, **data: Any) -> tuple[list[Any], list[Any]]:
     train, held_out = data_split.split_datasets(DataConfig(**data), seed, None, None)
-    return train["prompt"][:], held_out["prompt"][:] if held_out is not None else []
+    return train.dataset["prompt"][:], held_out.dataset["prompt"][:] if held_out is not None else []
 
 
 def test_rows_are_held_out_by_the_seed_and_one_at_least_is_left(tmp_path: Path) -> None:

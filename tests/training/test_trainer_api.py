@@ -211,7 +211,7 @@ def test_no_held_out_conversation_is_trained_on_at_another_length(tokenizer, tmp
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in turns))
     config = settings(tmp_path / "run", data={"train": str(file), "eval_size": 4})
-    train, held_out = split_datasets(config.data, config.seed, None, None)
+    train, held_out = (prompts.dataset for prompts in split_datasets(config.data, config.seed, None, None))
     assert len(held_out) == 4
     began = {prompt[0]["content"] for prompt in held_out["prompt"]}
     assert began.isdisjoint(prompt[0]["content"] for prompt in train["prompt"])

@@ -113,6 +113,7 @@ def wanted(hint: Any) -> str:
         str: "give a text",
         list[str]: "give a list, such as [first, second]",
         list[float]: "give a list of numbers, such as [1.0, 0.5]",
+        list[str | int]: "give a list of texts or whole numbers, such as [<|im_end|>, 2]",
     }
     return sentences[hint]
 

@@ -79,13 +79,23 @@ class DataConfig:
     """The prompts to train on and to evaluate on."""
 
     train: str = "builtin"
-    """Training prompts: ``builtin``, a .jsonl, .json, .csv or .parquet file (.jsonl and .csv also as .gz), or a hub
-    name."""
+    """Training prompts: ``builtin``, a .jsonl, .json, .csv or .parquet file (.jsonl and .csv also as .gz), a folder
+    (of ``save_to_disk``, or with such files), or a hub name. docs/data.md has the columns that are read."""
     split: str = "train"
-    """Split of a hub data set, or of the built-in prompts, to train on."""
-    format: Literal["auto", "prompt", "hh"] = "auto"
-    """``prompt`` reads a ``prompt`` column of text or chat messages. ``hh`` reads Anthropic's HH-RLHF dialogues (column
-    ``chosen``); the prompt is everything before the last assistant turn. ``auto`` decides by the columns."""
+    """Split of a hub data set, of a saved one, or of the built-in prompts, to train on."""
+    config_name: str | None = None
+    """Configuration (subset) of a hub data set, such as ``main`` of openai/gsm8k; None is the default one."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set; None is the default branch. If ``eval`` names the same data set, it
+    uses the same configuration and revision."""
+    format: Literal["auto", "prompt", "messages", "preference", "hh"] = "auto"
+    """``prompt`` reads a ``prompt`` column of text or chat messages. ``messages`` reads whole chats; the prompt is
+    everything before a last assistant turn. ``preference`` reads ``chosen`` and ``rejected``; the prompt is what both
+    begin with. ``hh`` reads Anthropic's HH-RLHF dialogues (column ``chosen``); the prompt is everything before the last
+    assistant turn. ``auto`` decides by the columns."""
+    prompt_column: str | None = None
+    """Column that holds the prompts, such as ``question``, if it is not called ``prompt`` (or ``messages``). Rewards
+    get it under its own name too."""
     eval: str | None = None
     """Held-out prompts, named as in ``train``. None holds out ``eval_size`` rows of the training set (the built-in
     prompts have a held-out split of their own)."""
@@ -106,6 +116,11 @@ class DataConfig:
             positive("data", self, "limit")
         whole = self.train.endswith(_FILE_SUFFIXES)
         only_with("data", self, "split", not whole, "data.train is a hub name or builtin (a file is taken whole)")
+        on_hub = not (whole or self.train == "builtin" or self.train.startswith("<") or Path(self.train).exists())
+        for name in ("config_name", "revision"):
+            only_with("data", self, name, on_hub, "data.train is a hub name")
+        named = self.format not in ("preference", "hh")
+        only_with("data", self, "prompt_column", named, "data.format is auto, prompt or messages")
         only_with("data", self, "eval", self.eval_size > 0, "data.eval_size is above 0")
         source = self.train if self.eval is None and self.train == "builtin" else self.eval
         split = self.eval_size > 0 and source is not None and not source.endswith(_FILE_SUFFIXES)
@@ -211,9 +226,18 @@ class RolloutConfig:
     """Most tokens that are sampled for a completion."""
     temperature: float = 1.0
     """Sampling temperature. Log-probs, ratios, entropy and KL are of the distribution at this temperature."""
+    stop_tokens: list[str | int] | None = None
+    """Tokens, by text or id, that end a completion as EOS does, such as [<|im_end|>] where a chat template ends turns
+    with another token than the tokenizer's EOS."""
+    stop_strings: list[str] | None = None
+    """Texts that end a completion, such as ["\\nUser:"]. The token that completes one is the last that is learned from;
+    the completion that rewards get ends before the text. Tokens after it are sampled all the same, and dropped."""
 
     def __post_init__(self) -> None:
         check_types("rollout", self)
+        require(
+            "" not in (self.stop_strings or []), "rollout.stop_strings", self.stop_strings, "an empty text ends nothing"
+        )
         positive("rollout", self, "batch_size", "max_completion_length", "temperature")
 
 

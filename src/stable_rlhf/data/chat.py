@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
-Message: TypeAlias = dict[str, str]
+from stable_rlhf.text import quoted
+
+Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[Message]
 Text: TypeAlias = str | list[Message]
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+"""Speakers' names of ShareGPT's files, whose messages have `from` and `value`."""
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 # The speakers' names in HH-RLHF (Bai et al. 2022); other roles are written capitalised.
@@ -30,6 +34,56 @@ def prompt_text(prompt: Prompt) -> str:
         if isinstance(prompt, str)
         else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     )
+
+
+def plain_message(message: object) -> Message:
+    """A message with a role and a text, as chat templates take it.
+
+    A content of text parts ``{"type": "text", "text": ...}`` becomes one text. ShareGPT's `from` and `value` become
+    `role` and `content`. Keys whose value is None are left out, at any depth: Arrow gives every message of a column the
+    keys of all others. A message that only calls tools has the content "".
+
+    Raises ValueError with the end of a sentence "the prompt has a message ...".
+    """
+    if not isinstance(message, Mapping):
+        raise ValueError(f"without 'role' and 'content': {quoted(message)}")
+    known: Message = without_none(message)
+    if "from" in known and "value" in known and "role" not in known:
+        speaker = known.pop("from")
+        known = {"role": _SHAREGPT_ROLES.get(speaker, speaker), "content": known.pop("value"), **known}
+    if known.get("tool_calls"):
+        known.setdefault("content", "")
+    if not {"role", "content"} <= set(message if "content" in message else known):
+        raise ValueError(f"without 'role' and 'content': {quoted(message)}")
+    if known.get("role") not in ROLES:
+        raise ValueError(f"with the role {quoted(known.get('role'))}, not one of {', '.join(ROLES)}")
+    content = known.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = known["content"] = "".join(map(_text_of, content))
+    empty = known["role"] == "tool" or bool(known.get("tool_calls"))  # a tool may return nothing
+    if not isinstance(content, str) or not (content.strip() or empty):
+        raise ValueError(f"whose content is {quoted(content)}, not a non-empty text")
+    return known
+
+
+def without_none(value: Any) -> Any:
+    """The value without the keys of dictionaries that are None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _text_of(part: object) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"with the part {quoted(part)}: only parts of text are read")
+    return part["text"]
+
+
+def is_hh(text: object) -> bool:
+    """Whether a text begins like a dialogue of HH-RLHF."""
+    return isinstance(text, str) and _HH_TURN.match(f"\n\n{text.lstrip()}") is not None
 
 
 def parse_hh(dialogue: str) -> list[Message]:

@@ -1,17 +1,20 @@
-"""Turns prompts into token ids."""
+"""Turns prompts into token ids of a length that fits the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from stable_rlhf.data.chat import Prompt
-from stable_rlhf.data.sources import check_prompts, resolve_format
+from stable_rlhf.data.rows import checked, convention, same_kind
+from stable_rlhf.data.tokenized import PromptTokenizer
 from stable_rlhf.errors import PromptError
+
+_OF_THE_TEMPLATE = ("tools", "chat_template_kwargs")
+"""Columns that a chat template reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,72 @@ class EncodedPrompts:
         return len(self.input_ids)
 
 
+class PromptEncoder:
+    """Turns a row's prompt into token ids, at most `max_prompt_length` of them (all lengths in tokens).
+
+    `PromptTokenizer` says which special tokens are there. A longer prompt is cut on the left, so that the end, next to
+    the response, stays; a leading BOS token is kept, because models that were trained with one degrade without it.
+
+    context_length: positions that the model has for prompt and completion together; None is unlimited.
+    vocabulary: rows of the model's embedding; None does not check that every id is below.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_prompt_length: int,
+        context_length: int | None,
+        max_completion_length: int,
+        vocabulary: int | None = None,
+    ) -> None:
+        if min(max_prompt_length, max_completion_length) < 1:
+            raise PromptError(
+                f"data.max_prompt_length ({max_prompt_length}) and rollout.max_completion_length "
+                f"({max_completion_length}) must each be at least 1."
+            )
+        self._tokenizer = PromptTokenizer(tokenizer, vocabulary)
+        self._bos = cast(int | None, tokenizer.bos_token_id)
+        self._longest, self._context, self._completion = max_prompt_length, context_length, max_completion_length
+
+    def encode(self, row: Mapping[str, Any], where: str) -> tuple[list[int], bool]:
+        """(token ids, whether they were cut). Raises PromptError for a prompt that cannot be used; ``where`` names the
+        row."""
+        ids = self._tokenizer.ids(row, where)
+        is_long = len(ids) > self._longest
+        kept = _cut_left(ids, self._longest, self._bos) if is_long else ids
+        if self._context is not None and len(kept) + self._completion > self._context:
+            raise PromptError(
+                f"{where}: the prompt has {len(kept)} tokens, which with rollout.max_completion_length "
+                f"({self._completion}) do not fit the model's context of {self._context}. Set "
+                f"data.max_prompt_length to {max(1, self._context - self._completion)} to cut it."
+            )
+        return kept, is_long
+
+    def encode_all(
+        self, dataset: datasets.Dataset, numbers: Sequence[int] | None = None, name: str = "the data set"
+    ) -> EncodedPrompts:
+        """Encodes the `prompt` column of a data set. Raises PromptError for the first row that cannot be used.
+
+        numbers: each row's number in the source called ``name``, counted from 1; None is 1, 2, ...
+        """
+        columns = dataset.column_names  # it need not come from load_prompts
+        convention(columns, {}, format="prompt", prompt_column=None, name=name)
+        used = [column for column in ("prompt", *_OF_THE_TEMPLATE) if column in columns]
+        input_ids: list[list[int]] = []
+        truncated: list[bool] = []
+        kind: type | None = None
+        numbers = range(1, len(dataset) + 1) if numbers is None else numbers
+        for number, *values in zip(numbers, *(dataset[column][:] for column in used), strict=True):
+            row, where = dict(zip(used, values, strict=True)), f"{name}, row {number}"
+            row["prompt"] = checked(row["prompt"], where)
+            kind = same_kind(row["prompt"], kind, where)
+            ids, is_long = self.encode(row, where)
+            input_ids.append(ids)
+            truncated.append(is_long)
+        return EncodedPrompts(input_ids=input_ids, truncated=truncated)
+
+
 def encode_prompts(
     dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -36,57 +105,24 @@ def encode_prompts(
     max_prompt_length: int,
     context_length: int | None,
     max_completion_length: int,
+    vocabulary: int | None = None,
 ) -> EncodedPrompts:
-    """Turn the `prompt` column into token ids, each at most `max_prompt_length` long (all lengths in tokens).
+    """Turns the `prompt` column into token ids, as ``PromptEncoder`` says.
 
-    A text is tokenised with the special tokens that the tokenizer itself adds; a chat goes through its chat template
-    with the generation prompt, after which no special token is added a second time. A longer prompt is cut on the left,
-    so that the end, next to the response, stays; a leading BOS token is kept, because models that were trained with one
-    degrade without it.
-
-    context_length: positions that the model has for prompt and completion together; None is unlimited.
-
-    Raises PromptError for the first row that does not fit the context with its completion, a malformed prompt, chats
-    without a chat template, and a prompt of no tokens.
+    Raises PromptError for the first row that does not fit the context with its completion, a malformed prompt, a chat
+    that the tokenizer's chat template refuses, and a prompt of no tokens.
     """
-    if min(max_prompt_length, max_completion_length) < 1:
-        raise PromptError(
-            f"data.max_prompt_length ({max_prompt_length}) and rollout.max_completion_length ({max_completion_length}) "
-            "must each be at least 1."
-        )
-    resolve_format(dataset.column_names, "prompt", "the data set")  # it need not come from load_prompts
-    check_prompts(dataset["prompt"], "the data set")
-    input_ids: list[list[int]] = []
-    truncated: list[bool] = []
-    bos = cast(int | None, tokenizer.bos_token_id)
-    for row, ids in enumerate(_token_ids(dataset["prompt"], tokenizer), start=1):
-        if not ids:
-            raise PromptError(f"prompt in row {row} has no tokens under this tokenizer. Remove the row.")
-        is_long = len(ids) > max_prompt_length
-        kept = _cut_left(ids, max_prompt_length, bos) if is_long else ids
-        if context_length is not None and len(kept) + max_completion_length > context_length:
-            raise PromptError(
-                f"prompt in row {row} has {len(kept)} tokens, which with rollout.max_completion_length "
-                f"({max_completion_length}) do not fit the model's context of {context_length}. Set "
-                f"data.max_prompt_length to {max(1, context_length - max_completion_length)} to cut it."
-            )
-        input_ids.append(kept)
-        truncated.append(is_long)
-    return EncodedPrompts(input_ids=input_ids, truncated=truncated)
+    encoder = PromptEncoder(
+        tokenizer,
+        max_prompt_length=max_prompt_length,
+        context_length=context_length,
+        max_completion_length=max_completion_length,
+        vocabulary=vocabulary,
+    )
+    return encoder.encode_all(dataset)
 
 
 def _cut_left(ids: list[int], length: int, bos: int | None) -> list[int]:
     if bos is not None and ids[0] == bos and length > 1:
         return [bos, *ids[len(ids) - length + 1 :]]
     return ids[len(ids) - length :]
-
-
-def _token_ids(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
-    for row, prompt in enumerate(prompts, start=1):
-        is_text = isinstance(prompt, str)
-        if not is_text and tokenizer.chat_template is None:
-            remedy = "Set tokenizer.chat_template, use an instruction-tuned model, or give prompts as text."
-            raise PromptError(f"prompt in row {row} is a chat, but the tokenizer has no chat template. {remedy}")
-        text = prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        # verbose=False: "longer than the maximum length" is handled here, by cutting or refusing.
-        yield list(tokenizer(text, add_special_tokens=is_text, verbose=False)["input_ids"])  # type: ignore[arg-type]

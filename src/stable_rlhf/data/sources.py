@@ -1,10 +1,11 @@
-"""Loads prompts from files, the hub and the built-in set, and checks every one."""
+"""Loads prompts by name: from files, folders, the hub and the built-in set."""
 
 from __future__ import annotations
 
+import bisect
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -14,14 +15,17 @@ import pyarrow.csv
 import pyarrow.parquet
 from datasets.table import InMemoryTable
 
-from stable_rlhf.data.chat import ROLES, Message, hh_prompt
+from stable_rlhf.data.rows import FORMATS, convention, prompts_in
 from stable_rlhf.errors import PromptError
 from stable_rlhf.files import ASSETS
-from stable_rlhf.text import quoted
+from stable_rlhf.text import ends, quoted
 
-FORMATS = ("auto", "prompt", "hh")
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 _BUILTIN_PROMPTS = ASSETS / "prompts.json"
+_NO_TABLE = (pyarrow.ArrowException, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Errors of Arrow and Python for values that are not those of a table."""
+SHOWN = 500
+"""Most characters of each end of another library's message: a library may quote a whole file."""
 _BUILTIN_SPLITS = {"train": "train", "eval": "eval", "test": "eval"}
 
 
@@ -33,17 +37,23 @@ def load_prompts(
     limit: int | None = None,
     config_name: str | None = None,
     data_dir: str | None = None,
+    revision: str | None = None,
+    prompt_column: str | None = None,
 ) -> datasets.Dataset:
     """Loads a data set with a validated `prompt` column. Other columns are kept for the reward functions.
 
     source: "builtin"; a local .jsonl, .json (an array of objects), .csv or .parquet file (.jsonl and .csv also as .gz);
-        or the name of a data set on the Hugging Face hub. Remote code of a data set is never run.
-    format: "prompt" takes the `prompt` column. "hh" takes the dialogues of HH-RLHF (Bai et al. 2022, arXiv 2204.05862)
-        from `chosen`; the prompt is every turn before the last answer, as chat messages, and the only column kept.
-        "auto" is "prompt" where that column exists, else "hh" where `chosen` and `rejected` do.
-    split: of a hub or built-in set (built-in: "train", and "eval" alias "test"). A file is one split, taken whole.
+        a folder that `save_to_disk` wrote, or of such files; or the name of a data set on the Hugging Face hub. Remote
+        code of a data set is never run.
+    format: "prompt" takes the `prompt` column. "messages" takes the chat of `messages` (or `conversations`) without a
+        last message of the assistant. "preference" takes the common beginning of `chosen` and `rejected`, texts or
+        chats. "hh" takes the dialogues of HH-RLHF (Bai et al. 2022, arXiv 2204.05862) from `chosen`; the prompt is
+        every turn before the last answer, as chat messages, and the only column kept. "auto" decides by the columns.
+    split: of a hub, saved or built-in set (built-in: "train", and "eval" alias "test"). A file is one split, taken
+        whole.
     limit: at most this many rows, the first ones. Duplicate prompts stay: the caller weights its own data.
-    config_name, data_dir: of a hub data set that has several parts.
+    config_name, data_dir, revision: of a hub data set: one of its parts, a folder in it, a commit, tag or branch.
+    prompt_column: the column that "prompt" or "messages" reads, if it has another name. It stays there too.
 
     Raises PromptError for a missing, broken or empty source, an absent column, and the first malformed prompt.
     """
@@ -56,13 +66,34 @@ def load_prompts(
         dataset = _builtin(split)
     elif Path(name).is_file() or name.endswith(_FILE_SUFFIXES):
         dataset = _local(Path(name))
+    elif (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+        dataset = _saved(name, split)
     else:
-        dataset = _hub(name, split=split, config_name=config_name, data_dir=data_dir)
+        dataset = _hub(name, split=split, config_name=config_name, data_dir=data_dir, revision=revision)
+    return with_prompts(dataset, format=format, prompt_column=prompt_column, limit=limit, name=name)
+
+
+def with_prompts(
+    dataset: datasets.Dataset, *, format: str, prompt_column: str | None, limit: int | None, name: str
+) -> datasets.Dataset:
+    """The first ``limit`` rows with a checked `prompt` column, found as ``load_prompts`` says. Raises PromptError."""
     if len(dataset) == 0:
         raise PromptError(f"{name} has no rows. Give a data set with at least one prompt.")
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    return _with_prompts(dataset, resolve_format(dataset.column_names, format, name), name)
+    columns = dataset.column_names
+    how = convention(columns, dataset[0], format=format, prompt_column=prompt_column, name=name)
+    read = zip(*(dataset[column][:] for column in how.columns), strict=True)
+    prompts = list(prompts_in((dict(zip(how.columns, row, strict=True)) for row in read), how, name))
+    if how.columns == ("prompt",) and prompts == dataset["prompt"][:]:
+        return dataset
+    # Json keeps each message's own keys; Arrow's structs would give it those of all others.
+    chats = None if isinstance(prompts[0], str) else datasets.Features({"prompt": datasets.List(datasets.Json())})
+    found = datasets.Dataset.from_dict({"prompt": prompts}, features=chats)
+    others = [column for column in columns if column != "prompt"]
+    if how.format == "hh" or not others:
+        return found
+    return datasets.concatenate_datasets([dataset.select_columns(others), found], axis=1)
 
 
 def _builtin(split: str) -> datasets.Dataset:
@@ -72,18 +103,46 @@ def _builtin(split: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"prompt": prompts})
 
 
-def _hub(name: str, *, split: str, config_name: str | None, data_dir: str | None) -> datasets.Dataset:
-    if Path(name).is_dir():
-        raise PromptError(f"{name} is a folder. Give one file ({', '.join(_FILE_SUFFIXES)}) or a hub data set's name.")
+def _hub(
+    name: str, *, split: str, config_name: str | None, data_dir: str | None, revision: str | None
+) -> datasets.Dataset:
     try:
-        dataset = datasets.load_dataset(name, config_name, data_dir=data_dir, split=split)
-    except (OSError, ValueError) as error:
-        wanted = f"{name!r} (config {config_name!r}, split {split!r})"
-        remedy = "No such file exists either. Check the name and the network."
-        raise PromptError(f"data set {wanted} could not be loaded from the hub: {error} {remedy}") from error
+        dataset = datasets.load_dataset(name, config_name, data_dir=data_dir, revision=revision, split=split)
+    except Exception as error:  # of datasets, Arrow, the hub's client and the network: each has errors of its own
+        parts = {"config_name": config_name, "revision": revision, "split": split}
+        wanted = f"{name!r} ({', '.join(f'{part} {value!r}' for part, value in parts.items() if value is not None)})"
+        where = "from this folder" if Path(name).is_dir() else "from the hub"
+        remedy = (
+            "Check its files." if Path(name).is_dir() else "No such file exists either. Check the name and the network."
+        )
+        raise PromptError(f"data set {wanted} could not be loaded {where}: {said(error)}. {remedy}") from error
     if not isinstance(dataset, datasets.Dataset):
         raise PromptError(f"data set {name!r}, split {split!r}, gave a {type(dataset).__name__}; name one plain split.")
     return dataset
+
+
+def _saved(folder: str, split: str) -> datasets.Dataset:
+    """A folder that `save_to_disk` wrote: one data set, or several by their split."""
+    try:
+        saved = datasets.load_from_disk(folder)
+    except Exception as error:
+        raise PromptError(f"the saved data set {folder} could not be read: {said(error)}. Save it again.") from error
+    return saved if isinstance(saved, datasets.Dataset) else split_of(saved, split, folder)
+
+
+def split_of(splits: Mapping[Any, Any], split: str, name: str) -> Any:
+    """One data set of several. A single one is taken whatever its name. Raises PromptError."""
+    if split not in splits and len(splits) != 1:
+        raise PromptError(f"{name} has the splits {', '.join(map(repr, splits))}, not {split!r}. Set data.split.")
+    return splits[split] if split in splits else next(iter(splits.values()))
+
+
+def said(error: Exception) -> str:
+    """The message of another library's error as one short line, with the error's own cause where it has one."""
+    text = str(error) or type(error).__name__
+    if error.__cause__ is not None and str(error.__cause__) not in text:
+        text = f"{text}: {error.__cause__}"
+    return ends(" ".join(text.split()).rstrip("."), SHOWN)
 
 
 def _local(path: Path) -> datasets.Dataset:
@@ -91,7 +150,6 @@ def _local(path: Path) -> datasets.Dataset:
         raise PromptError(f"prompt file {path} does not exist. Check the path (relative paths start at {Path.cwd()}).")
     if not path.name.endswith(_FILE_SUFFIXES):
         raise PromptError(f"prompt file {path} has an unknown ending; it must be one of {', '.join(_FILE_SUFFIXES)}.")
-    columns: dict[str, list[Any]] = {}
     try:
         if path.name.endswith(".parquet"):
             table = pyarrow.parquet.read_table(path)
@@ -101,11 +159,31 @@ def _local(path: Path) -> datasets.Dataset:
             return datasets.Dataset(InMemoryTable(_read_csv(path)))
         rows = list(_read_json(path))
         names = {key: None for row in rows for key in row}  # a dict keeps the order of first appearance
-        columns = {key: [row.get(key) for row in rows] for key in names}
-        return datasets.Dataset.from_dict(columns)
+        return from_columns({key: [row.get(key) for row in rows] for key in names}, f"prompt file {path}")
     except (pyarrow.ArrowException, EOFError, OSError) as error:  # BadGzipFile is an OSError
-        check_prompts(columns.get("prompt", []), str(path))  # names the row, if a prompt is what is wrong
         raise PromptError(f"prompt file {path} could not be read: {str(error)!r}. Repair the file.") from error
+
+
+def from_columns(columns: dict[str, list[Any]], name: str) -> datasets.Dataset:
+    """A data set of columns. Values of several types in one column are kept as they are. Raises PromptError."""
+    try:
+        return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+    except _NO_TABLE as error:
+        fault = said(error)
+    for column, values in columns.items():
+
+        def refused(rows: int, column: str = column, values: list[Any] = values) -> bool:
+            try:
+                datasets.Dataset.from_dict({column: values[:rows]}, on_mixed_types="use_json")
+            except _NO_TABLE:
+                return True
+            return False
+
+        row = 1 + bisect.bisect_left(range(1, len(values) + 1), True, key=refused)
+        if row <= len(values):  # the first row that does not go with those above it
+            value = quoted(values[row - 1])
+            raise PromptError(f"{name}, row {row}: a data set cannot hold {column!r} = {value}: {fault}.")
+    raise PromptError(f"{name} is not a table: {fault}. Give every column the same number of rows.")
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -142,63 +220,3 @@ def _json(text: bytes, where: str) -> Any:
         return value
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{where} is not JSON: {error}. Repair or remove it.") from error
-
-
-def resolve_format(columns: Sequence[str], format: str, name: str) -> str:
-    if format == "auto":
-        format = "hh" if "prompt" not in columns and {"chosen", "rejected"} <= set(columns) else "prompt"
-    needed = "prompt" if format == "prompt" else "chosen"
-    if needed not in columns:
-        found = ", ".join(map(repr, columns)) or "none"
-        remedy = "Rename the column that holds the prompts, or choose another data format."
-        raise PromptError(f"{name} has the columns {found}; the format {format!r} needs {needed!r}. {remedy}")
-    return format
-
-
-def _with_prompts(dataset: datasets.Dataset, format: str, name: str) -> datasets.Dataset:
-    """Check every prompt; for "hh" parse it out of the dialogue first."""
-    if format == "hh":
-        prompts = [_hh_row(text, f"{name}, row {row}") for row, text in enumerate(dataset["chosen"], start=1)]
-        return datasets.Dataset.from_dict({"prompt": prompts})
-    check_prompts(dataset["prompt"], name)
-    return dataset
-
-
-def check_prompts(prompts: Iterable[object], name: str) -> None:
-    first: type | None = None
-    for row, prompt in enumerate(prompts, start=1):
-        problem = _problem(prompt)
-        if problem is None and first not in (None, type(prompt)):
-            problem = "is text where row 1 is messages, or the reverse"
-        if problem is not None:
-            valid = "a non-empty text, or a list of {'role', 'content'} messages that ends before the answer"
-            raise PromptError(f"{name}, row {row}: the prompt {problem}. A prompt is {valid}.")
-        first = first or type(prompt)
-
-
-def _hh_row(dialogue: object, where: str) -> list[Message]:
-    if not isinstance(dialogue, str):
-        raise PromptError(f"{where}: 'chosen' is {quoted(dialogue)}, but the format 'hh' needs the dialogue as text.")
-    try:
-        return hh_prompt(dialogue)
-    except ValueError as error:
-        raise PromptError(f"{where}: the dialogue {quoted(dialogue)} {error}. Repair or remove the row.") from error
-
-
-def _problem(prompt: object) -> str | None:
-    """The fault of a prompt, as the end of a sentence "the prompt ...", or None."""
-    if isinstance(prompt, str):
-        return None if prompt.strip() else "is empty"
-    if not isinstance(prompt, list) or not prompt:
-        return f"is {quoted(prompt)}, not text or messages"
-    for number, message in enumerate(prompt, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            return f"has a message {number} without 'role' and 'content': {quoted(message)}"
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            return f"has a message {number} with the role {quoted(role)}, not one of {', '.join(ROLES)}"
-        if not isinstance(content, str) or not content.strip():
-            return f"has a message {number} whose content is {quoted(content)}, not a non-empty text"
-    if prompt[-1]["role"] == "assistant":
-        return "ends with an assistant message, so the answer is already there"
-    return None

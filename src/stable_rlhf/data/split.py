@@ -2,46 +2,137 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 
 from stable_rlhf.config import DataConfig
-from stable_rlhf.data.sources import load_prompts
+from stable_rlhf.data.given import as_dataset, dataset_of
+from stable_rlhf.data.sources import load_prompts, with_prompts
+from stable_rlhf.data.streamed import StreamedRows
 from stable_rlhf.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What holding rows out of the training set costs. As a text it is a sentence with the reason."""
+
+    rows: int
+    """Of the whole set."""
+    held_out: int
+    kept: int
+    """Rows that are trained on. Those that are neither begin like a held-out one."""
+
+    @property
+    def is_half(self) -> bool:
+        """Whether half of the rows or more are lost to training, which nobody expects of an evaluation."""
+        return 2 * self.kept <= self.rows
+
+    def __str__(self) -> str:
+        alike = self.rows - self.held_out - self.kept
+        text = f"data.eval_size={self.held_out}: {self.held_out:,} of {self.rows:,} rows are held out to evaluate on"
+        if alike:
+            text += f", and {alike:,} more are left out since they begin like one of these (the same conversation)"
+        text += f"; {self.kept:,} are trained on"
+        if self.is_half:
+            text += ". That is half of the rows or less: lower data.eval_size, or name held-out prompts in data.eval"
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Rows of a data set with a `prompt` column, and where they come from."""
+
+    dataset: datasets.Dataset
+    name: str
+    """Of the source, for messages."""
+    numbers: Sequence[int]
+    """Each row's number in the source, counted from 1."""
+    cost: Cost | None = None
+    """Of held-out rows: what it cost to take them from the training set; None where they have their own source."""
+
+    @classmethod
+    def whole(cls, dataset: datasets.Dataset, name: str) -> Prompts:
+        return cls(dataset=dataset, name=name, numbers=range(1, len(dataset) + 1))
+
+    def rows(self, chosen: Sequence[int]) -> Prompts:
+        """The rows at the positions ``chosen``, counted from 0."""
+        numbers = [self.numbers[row] for row in chosen]
+        return Prompts(dataset=self.dataset.select(chosen), name=self.name, numbers=numbers)
 
 
 def split_datasets(
     data: DataConfig, seed: int, train: Any, evaluation: Any
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+) -> tuple[Prompts | StreamedRows, Prompts | None]:
     """(training prompts, held-out prompts or None).
 
-    ``train`` and ``evaluation`` are data sets or lists of rows; None takes what ``data`` names. If ``data`` names no
-    held-out prompts, rows are held out of the training set, drawn by ``seed``. Raises ConfigError when the training set
-    is too small for that.
+    ``train`` and ``evaluation`` are data sets or lists of rows (``as_dataset`` says which); None takes what ``data``
+    names. If ``data`` names no held-out prompts, rows are held out of the training set, drawn by ``seed``. Raises
+    ConfigError when the training set is too small for that.
     """
     size = data.eval_size
+    held_out = None if evaluation is None else _given_evaluation(evaluation, data)
     if train is not None:
-        return _as_dataset(train), None if evaluation is None else _as_dataset(evaluation)
-    train = load_prompts(data.train, format=data.format, split=data.split, limit=data.limit)
-    if evaluation is not None:
-        return train, _as_dataset(evaluation)
-    if size == 0:
-        return train, None
+        return _given_training(train, data), held_out
+    if held_out is not None or size == 0:
+        return _named(data), held_out
     if data.eval is not None or data.train == "builtin":
         source = "builtin" if data.eval is None else data.eval
-        return train, load_prompts(source, format=data.format, split=data.eval_split, limit=size)
-    if len(train) <= size:
-        raise ConfigError(
-            f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval"
-        )
-    held_out = train.train_test_split(test_size=size, seed=seed)["test"]
+        return _named(data), _named(data, source, split=data.eval_split, limit=size)
+    return hold_out(_named(data), size, seed)
+
+
+def hold_out(train: Prompts, size: int, seed: int) -> tuple[Prompts, Prompts]:
+    """(the rows to train on, ``size`` rows held out, drawn by ``seed``)."""
+    count, texts = len(train.numbers), train.dataset["prompt"][:]
+    if count <= size:
+        raise ConfigError(f"data.eval_size={size}: the training set has only {count} rows; lower it or set data.eval")
+    rows = datasets.Dataset.from_dict({"row": range(count)})
+    chosen = rows.train_test_split(test_size=size, seed=seed)["test"]["row"][:]
     # Data sets hold one conversation at several lengths, and prompts twice: none of a held-out one is trained on.
-    begun = {_beginning(prompt) for prompt in held_out["prompt"]}
-    kept = [row for row, prompt in enumerate(train["prompt"]) if _beginning(prompt) not in begun]
+    begun = {_beginning(texts[row]) for row in chosen}
+    kept = [row for row, prompt in enumerate(texts) if _beginning(prompt) not in begun]
     if not kept:
         raise ConfigError(f"data.eval_size={size}: every training prompt begins like a held-out one; lower it")
-    return train.select(kept), held_out
+    cost = Cost(rows=count, held_out=size, kept=len(kept))
+    return train.rows(kept), replace(train.rows(chosen), cost=cost)
+
+
+def _named(data: DataConfig, source: str | None = None, **chosen: Any) -> Prompts:
+    """The training prompts that ``data`` names, or those of another source with another split and limit."""
+    name = data.train if source is None else source
+    of_hub = name == data.train  # another data set has other configurations and commits
+    dataset = load_prompts(
+        name,
+        format=data.format,
+        prompt_column=data.prompt_column,
+        config_name=data.config_name if of_hub else None,
+        revision=data.revision if of_hub else None,
+        **{"split": data.split, "limit": data.limit, **chosen},
+    )
+    return Prompts.whole(dataset, name)
+
+
+def _given_training(train: Any, data: DataConfig) -> Prompts | StreamedRows:
+    name, how = "train_dataset", {"format": data.format, "prompt_column": data.prompt_column, "limit": data.limit}
+    rows = as_dataset(train, data.split, name)
+    if isinstance(rows, datasets.Dataset):
+        return Prompts.whole(with_prompts(rows, **how, name=name), name)
+    return StreamedRows(rows, **how, name=name)
+
+
+def _given_evaluation(evaluation: Any, data: DataConfig) -> Prompts:
+    """The held-out rows given as an object; of a stream, which may be endless, the first ``data.eval_size``."""
+    name, how = "eval_dataset", {"format": data.format, "prompt_column": data.prompt_column, "limit": None}
+    rows = as_dataset(evaluation, data.eval_split, name)
+    if not isinstance(rows, datasets.Dataset):
+        if data.eval_size == 0:
+            raise ConfigError("data.eval_size=0: that many rows of eval_dataset, a stream, are read; raise it")
+        read = StreamedRows(rows, **{**how, "limit": data.eval_size}, name=name).read(0)
+        rows, how = dataset_of(list(read), name), {"format": "prompt", "prompt_column": None, "limit": None}
+    return Prompts.whole(with_prompts(rows, **how, name=name), name)
 
 
 def _beginning(prompt: Any) -> str:
@@ -49,12 +140,3 @@ def _beginning(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return next((message["content"] for message in prompt if message["role"] == "user"), prompt[0]["content"])
-
-
-def _as_dataset(rows: Any) -> datasets.Dataset:
-    """A data set unchanged; a list of rows as a data set with every column that any row has."""
-    if isinstance(rows, datasets.Dataset):
-        return rows
-    rows = list(rows)
-    columns = {name: None for row in rows for name in row}  # a dict keeps the order of first appearance
-    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})

@@ -17,14 +17,14 @@ import torch
 from transformers import TrainerState
 
 from stable_rlhf.config import Config
-from stable_rlhf.data import EncodedPrompts, encode_prompts, split_datasets
+from stable_rlhf.data import EncodedPrompts, PromptEncoder, Prompts, split_datasets
 from stable_rlhf.doctor.dry_run import dry_steps
 from stable_rlhf.doctor.findings import Findings
 from stable_rlhf.doctor.memory import Memory, estimate, skeleton
 from stable_rlhf.errors import RewardError, RewardUnavailable
 from stable_rlhf.files import existing, unwritable
 from stable_rlhf.hardware import memory, resolve_device, shortage_named
-from stable_rlhf.policy import context_length, load_tokenizer, policy_dtype
+from stable_rlhf.policy import context_length, embedding_rows, load_tokenizer, policy_dtype
 from stable_rlhf.rewards import Scorer, make_scorer
 from stable_rlhf.text import printable, readable_size
 from stable_rlhf.training import as_given, check_named, probe_servers
@@ -69,7 +69,7 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
         return estimate(policy, config, device=device, low=low, prompt=prompt)
 
     check_disk(found, config, disk := needed(1))
-    train, encoded, held_out = check_data(found, config, context_length(policy))
+    train, encoded, held_out = check_data(found, config, context_length(policy), embedding_rows(policy))
     state = TrainerState(max_steps=config.max_steps)
     scorer = make_scorer(config.reward, None, None, device, trainer_state=lambda: state)
     rewarded = check_reward(found, scorer, train[0], load_tokenizer(config.model))
@@ -100,21 +100,25 @@ def check_output(found: Findings, config: Config) -> None:
     found.ok(f"{shown}: free, and {existing(folder)} can be written to")
 
 
-def check_data(found: Findings, config: Config, context: int | None) -> tuple[datasets.Dataset, EncodedPrompts, int]:
+def check_data(
+    found: Findings, config: Config, context: int | None, vocabulary: int
+) -> tuple[datasets.Dataset, EncodedPrompts, int]:
     """(training prompts, their tokens, number of held-out prompts). Prints the lengths and three prompts.
 
-    ``context``: positions that the model has.
+    ``context``: positions that the model has; ``vocabulary``: rows of its embedding.
     """
     train, held_out = split_datasets(config.data, config.seed, None, None)
     tokenizer = load_tokenizer(config.model)
+    assert isinstance(train, Prompts)  # only an object can be a stream
+    encoder = PromptEncoder(
+        tokenizer,
+        max_prompt_length=config.data.max_prompt_length,
+        context_length=context,
+        max_completion_length=config.rollout.max_completion_length,
+        vocabulary=vocabulary,
+    )
     encoded, *_ = [
-        encode_prompts(
-            prompts,
-            tokenizer,
-            max_prompt_length=config.data.max_prompt_length,
-            context_length=context,
-            max_completion_length=config.rollout.max_completion_length,
-        )
+        encoder.encode_all(prompts.dataset, prompts.numbers, prompts.name)
         for prompts in (train, held_out)
         if prompts is not None
     ]
@@ -135,7 +139,9 @@ def check_data(found: Findings, config: Config, context: int | None) -> tuple[da
         found.detail(
             f"prompt {number}: {printable(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), CHARACTERS)}"
         )
-    return train, encoded, 0 if held_out is None else len(held_out)
+    if held_out is not None and held_out.cost is not None:
+        (found.warning if held_out.cost.is_half else found.detail)(str(held_out.cost))
+    return train.dataset, encoded, 0 if held_out is None else len(held_out.dataset)
 
 
 def check_disk(found: Findings, config: Config, needed: Memory) -> None:

@@ -24,6 +24,7 @@ from stable_rlhf.policy.loading import (
 from stable_rlhf.policy.saving import HEADS, save_description, save_heads, save_policy, saved_fault
 from stable_rlhf.policy.self_check import apart, check_checkpointing, foreign_errors, probe, tolerance
 from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_length, eos_token_ids, layers, lm_head
+from stable_rlhf.policy.vocabulary import embedding_rows, end_token_ids, pad_within
 
 __all__ = [
     "HEADS",
@@ -42,6 +43,8 @@ __all__ = [
     "compile_layers",
     "context_length",
     "detached",
+    "embedding_rows",
+    "end_token_ids",
     "eos_token_ids",
     "foreign_errors",
     "given_policy",
@@ -51,6 +54,7 @@ __all__ = [
     "load_tokenizer",
     "lora_config",
     "model_named",
+    "pad_within",
     "policy_dtype",
     "policy_source",
     "prepare_tokenizer",

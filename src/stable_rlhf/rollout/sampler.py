@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stable_rlhf.config import RolloutConfig
-from stable_rlhf.data import EncodedPrompts
+from stable_rlhf.data import EncodedPrompts, StreamedPrompts
 from stable_rlhf.records import Rollout, Tokens
 from stable_rlhf.rewards import Scorer
 from stable_rlhf.rollout.backend import Generator, Sampling
+from stable_rlhf.rollout.stopping import stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Sampler:
     decoder: Generator
 
     def collect(
-        self, dataset: Any, encoded: EncodedPrompts, indices: Sequence[int]
+        self, dataset: Any, encoded: EncodedPrompts | StreamedPrompts, indices: Sequence[int]
     ) -> tuple[Rollout, dict[str, float]]:
         """Samples and scores a completion for each of the rows; returns (rollout, seconds by part).
 
@@ -41,6 +42,14 @@ class Sampler:
         response = self.generate(prompt, prompt_mask)
         mask, ended = response_mask(response, self.eos_token_ids)
         completions = self.decode(prompt, prompt_mask, response, mask)
+        if self.config.stop_strings:
+
+            def beginning(row: int, count: int) -> str:
+                rows = slice(row, row + 1)
+                first = torch.arange(mask.shape[1]) < count
+                return self.decode(prompt[rows], prompt_mask[rows], response[rows], mask[rows] & first)[0]
+
+            completions, mask, ended = stopped(completions, mask, ended, self.config.stop_strings, beginning)
         asked = self.scorer.special_tokens
         whole = self.decode(prompt, prompt_mask, response, mask, skip_special_tokens=False) if asked else None
         ids = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]

@@ -202,7 +202,7 @@ class Events:
             folder = Path(str(self.arguments.output_dir)) / "checkpoints"
             self.state.best_model_checkpoint = str(store.at(folder, counters.best_step))
 
-    def begin(self, counters: Counters, rows: int) -> None:
+    def begin(self, counters: Counters, rows: float) -> None:
         """Puts ``state`` where the run is: also the log so far, of a resumed run. ``rows``: of the training set."""
         self.state.global_step, self.state.epoch = counters.step, counters.episode / rows
         self.state.num_train_epochs = math.ceil(
@@ -211,7 +211,7 @@ class Events:
         self.state.log_history = self.recorded(rows)
         self.best(counters)
 
-    def recorded(self, rows: int) -> list[dict[str, Any]]:
+    def recorded(self, rows: float) -> list[dict[str, Any]]:
         """The log of all that the run's folder has records of."""
         per_step = self.arguments.per_device_train_batch_size / rows
         return recorded(Path(str(self.arguments.output_dir)), per_step)

@@ -21,6 +21,7 @@ from stable_rlhf.errors import (
     Interrupted,
     NoRoomError,
     OutOfMemoryError,
+    PromptError,
     RewardError,
     SaveError,
     StableRLHFError,
@@ -36,7 +37,7 @@ def failures_named(run: Path, steps: Callable[[], int]) -> Iterator[None]:
     ``run``: its folder. ``steps``: gives the number of steps done.
 
     A full disk raises NoRoomError, a lack of memory OutOfMemoryError, and a signal or Ctrl-C Interrupted. The messages
-    of SaveError, RewardError and GuardStop get the sentence added. Any other exception passes unchanged.
+    of SaveError, RewardError, PromptError and GuardStop get the sentence added. Any other exception passes unchanged.
     """
     try:
         yield
@@ -49,6 +50,9 @@ def failures_named(run: Path, steps: Callable[[], int]) -> Iterator[None]:
     except RewardError as error:
         if error.__cause__ is not None and (said := shortage(error.__cause__)) is not None:  # of a model that scores
             raise OutOfMemoryError(f"after {steps()} steps, in the reward: {said}; {_with_less(run)}") from error
+        error.args = (f"{error} {how_to_resume(run)}",)
+        raise
+    except PromptError as error:  # a row of a stream: those of a data set are checked before
         error.args = (f"{error} {how_to_resume(run)}",)
         raise
     except GuardStop as error:

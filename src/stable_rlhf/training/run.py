@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import tempfile
@@ -31,7 +32,7 @@ from stable_rlhf.checkpoints import (
 from stable_rlhf.config import Config, complete_settings, flat_settings
 from stable_rlhf.console import Progress, tell
 from stable_rlhf.control import Guard, RewardNormaliser, controller_of
-from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
+from stable_rlhf.data import PromptEncoder, StreamedPrompts, split_datasets, turn_end_missing
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import replace_text
 from stable_rlhf.hardware import described, refuse_many_processes, replays_graphs, shortage_named
@@ -42,10 +43,12 @@ from stable_rlhf.policy import (
     TrainedState,
     check_checkpointing,
     context_length,
-    eos_token_ids,
+    embedding_rows,
+    end_token_ids,
     given_policy,
     load_policy,
     load_tokenizer,
+    pad_within,
     prepare_tokenizer,
     save_description,
     save_policy,
@@ -57,6 +60,7 @@ from stable_rlhf.training.callbacks import CallbackStates, Events, callback_argu
 from stable_rlhf.training.fingerprints import SameInputs
 from stable_rlhf.training.given import as_given, check_held_out, check_named, probe_servers
 from stable_rlhf.training.hub import prepare_upload, upload
+from stable_rlhf.training.prompts import encoded
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.stopping import GracefulStop
@@ -86,9 +90,8 @@ class Run:
         probe_servers(config)
         self.controller = controller_of(config.kl.settings)
         self.normaliser = RewardNormaliser(config.reward.normalise)
-        data = split_datasets(config.data, config.seed, train_dataset, eval_dataset)
-        self.train_dataset, self.eval_dataset = data
-        check_held_out(config, self.eval_dataset)
+        train, held_out = split_datasets(config.data, config.seed, train_dataset, eval_dataset)
+        check_held_out(config, held_out)
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -99,6 +102,8 @@ class Run:
         policy, low = (
             load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
         )
+        if (padding := pad_within(self.processing_class, embedding_rows(policy))) is not None:
+            tell(padding)
         tried = config.model.self_check
         self.model = ActorCritic(policy, config.critic, autocast=low, self_check=tried)
         if tried and config.model.gradient_checkpointing:
@@ -128,7 +133,7 @@ class Run:
             tokenizer=self.processing_class,
             scorer=self.scorer,
             config=config.rollout,
-            eos_token_ids=eos_token_ids(policy, self.processing_class),
+            eos_token_ids=end_token_ids(policy, self.processing_class, config.rollout.stop_tokens or ()),
             decoder=Decoder(
                 self.model,
                 cuda_graphs=replays_graphs(config.model.cuda_graphs, self.model.device),
@@ -136,9 +141,18 @@ class Run:
                 self_check=tried,
             ),
         )
-        self.train_prompts = self._encode(self.train_dataset)
-        self.eval_prompts = None if self.eval_dataset is None else self._encode(self.eval_dataset)
-        self.stream = PromptStream(len(self.train_prompts), config.seed)
+        encoder = PromptEncoder(
+            self.processing_class,
+            max_prompt_length=config.data.max_prompt_length,
+            context_length=context_length(policy),
+            max_completion_length=config.rollout.max_completion_length,
+            vocabulary=embedding_rows(policy),
+        )
+        prompts = encoded(train, held_out, encoder, batch_size=config.rollout.batch_size, seed=config.seed)
+        self.train_dataset, self.train_prompts, self.stream = prompts.train, prompts.train_prompts, prompts.stream
+        self.eval_dataset, self.eval_prompts = prompts.held_out, prompts.held_out_prompts
+        if said := turn_end_missing(self.processing_class, prompts.first, self.sampler.eos_token_ids):
+            tell(said)
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
         course = config.optim.lr_scheduler_type
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
@@ -148,8 +162,9 @@ class Run:
         self.guard = Guard(config.guard)
         self.recovery = Recovery(self.guard, Snapshots(None if self.model.peft else self.run_dir / "snapshot"))
         self.reference = Reference(self.model)
-        given = zip(("train_dataset", "eval_dataset"), data, (self.train_prompts, self.eval_prompts), strict=True)
-        self.inputs = SameInputs(self.processing_class, given, self.scorer.functions, config.reward.accept_changed)
+        self.inputs = SameInputs(
+            self.processing_class, prompts.whole, self.scorer.functions, config.reward.accept_changed
+        )
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
         self.events = Events(
@@ -174,6 +189,18 @@ class Run:
     def steps_done(self) -> int:
         """Steps that the run has made, those that were rolled back included."""
         return self.counters.step
+
+    @property
+    def rows(self) -> float:
+        """Training rows; infinite for a stream, whose length nobody knows."""
+        return math.inf if isinstance(self.stream, StreamedPrompts) else len(self.train_dataset)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training rows so far; whole ones of a stream."""
+        if isinstance(self.stream, StreamedPrompts):
+            return float(self.stream.epoch)
+        return self.counters.episode / self.rows
 
     @property
     def state(self) -> TrainerState:
@@ -239,7 +266,7 @@ class Run:
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved
             self.recovery.begin(*capture(self.parts, self.steps_done))
         starts.record(self.run_dir, self.steps_done, described(self.model.device))
-        self.events.begin(self.counters, len(self.train_dataset))
+        self.events.begin(self.counters, self.rows)
         self._to_log = self._evaluated = None
         self._saved_at = self.steps_done if resume_from_checkpoint else -1
 
@@ -348,12 +375,3 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="stable-rlhf-upload-") as folder:
             self.write_card(self.save_model(folder))
             return upload(Path(folder), repo_id or self.args.hub_model_id or self.run_dir.name, **kwargs)
-
-    def _encode(self, dataset: Any) -> EncodedPrompts:
-        return encode_prompts(
-            dataset,
-            self.processing_class,
-            max_prompt_length=self.args.data.max_prompt_length,
-            context_length=context_length(self.model.policy),
-            max_completion_length=self.args.rollout.max_completion_length,
-        )

@@ -9,7 +9,7 @@ import torch
 
 from stable_rlhf.config import RolloutConfig
 from stable_rlhf.control import Controller, Decision, GuardConfig, RewardNormaliser
-from stable_rlhf.data import EncodedPrompts, PromptStream
+from stable_rlhf.data import EncodedPrompts, PromptStream, StreamedPrompts
 from stable_rlhf.learner import Passes, Preview, check_finite, make_batch, measure, observe, update
 from stable_rlhf.records import Measured, Rollout, StepStats
 from stable_rlhf.rollout import Sampler
@@ -25,8 +25,8 @@ class Loop:
     guard: GuardConfig
     dataset: Any
     """Training rows; columns other than ``prompt`` reach the reward functions."""
-    prompts: EncodedPrompts
-    stream: PromptStream
+    prompts: EncodedPrompts | StreamedPrompts
+    stream: PromptStream | StreamedPrompts
     sampler: Sampler
     passes: Passes
     controller: Controller[Any, Any]

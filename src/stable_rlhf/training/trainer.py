@@ -18,6 +18,7 @@ from stable_rlhf.errors import (
     DivergenceError,
     GuardStop,
     Interrupted,
+    PromptError,
     RewardError,
     UploadError,
 )
@@ -46,8 +47,10 @@ class SAFETrainer(Run):
             ``args.reward``.
         args: every setting of the run.
         train_dataset: rows with a ``prompt``, text or a list of chat messages; the other columns reach the reward
-            functions. None: ``args.data``.
-        eval_dataset: held-out prompts for ``evaluate``. None: ``args.data``, when that names the training set too.
+            functions. A data set of any kind, a DataFrame, a dict of columns, a list of texts, chats or rows, or a
+            stream, which is read as it is needed (docs/data.md). None: ``args.data``.
+        eval_dataset: held-out prompts for ``evaluate``, of the same kinds. None: ``args.data``, when that names the
+            training set too.
         processing_class: the policy's tokenizer; None loads it by the model's name.
         reward_processing_classes: a tokenizer for each reward model given as an object (None: that of its name or
             folder), None elsewhere.
@@ -97,7 +100,7 @@ class SAFETrainer(Run):
                 evaluated = self._evaluate_into("after")
                 seconds = time.monotonic() - began
                 steps, samples = self.steps_done - began_at, self.counters.episode - episodes
-                logged = self.events.recorded(len(self.train_dataset))
+                logged = self.events.recorded(self.rows)
                 result = TrainResult(self.steps_done, evaluated, logged, self._rollbacks, seconds, steps, samples)
                 self.events.log(result.training)
                 self.events.train_end()
@@ -171,7 +174,7 @@ class SAFETrainer(Run):
         watch = Stopwatch()
         try:
             step = take_step(self._loop, watch)
-        except RewardError as error:  # nothing has been learned from this rollout: the run is as it was before it
+        except (RewardError, PromptError) as error:  # nothing was learned from this rollout: back to before it
             restore(before, *boundary)
             with said_if_lost(error):
                 self.save_checkpoint()
@@ -187,7 +190,7 @@ class SAFETrainer(Run):
             figures = {name: value for name, value in row.items() if not isinstance(value, str)}
             figures["rows"] = sum(step.rollout.valid)
         self.counters.step += 1
-        self.events.stepped(self.steps_done, self.counters.episode / len(self.train_dataset))
+        self.events.stepped(self.steps_done, self.epoch)
         self.judge(figures)
         return row
 

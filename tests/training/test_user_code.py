@@ -184,6 +184,7 @@ def test_a_loop_of_the_users_own_cannot_leave_dropout_on(tokenizer: PreTrainedTo
         row = run.step()
         assert row is not None
         assert row["val/ratio"] == 1
+        assert not any(module.training for module in run.model.modules())
     run.end()
 
 

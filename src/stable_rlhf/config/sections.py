@@ -9,7 +9,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
-from stable_rlhf.config.checks import check_types, check_url, is_url, not_negative, only_with, positive, require
+from stable_rlhf.config.checks import Named, check_types, check_url, is_url, not_negative, only_with, positive, require
 from stable_rlhf.control import GuardConfig
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
@@ -17,7 +17,7 @@ _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Named):
     """The policy to train, and how it is held in memory."""
 
     name: str = "builtin"
@@ -75,7 +75,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Named):
     """The prompts to train on and to evaluate on."""
 
     train: str = "builtin"
@@ -113,7 +113,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(Named):
     """The rewards: where they come from, how they are scaled, and how reward servers are called."""
 
     functions: list[str] = dataclasses.field(default_factory=lambda: ["builtin"])
@@ -199,7 +199,7 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Named):
     """How completions are sampled. A step is one rollout: a batch of prompts with a completion each."""
 
     batch_size: int = 64
@@ -215,7 +215,7 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Named):
     """Records and output besides metrics.jsonl."""
 
     report_to: list[str] = dataclasses.field(default_factory=list)

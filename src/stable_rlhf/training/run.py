@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from peft import LoraConfig
 from rich.console import Console
 from safetensors.torch import save_file
@@ -28,7 +27,7 @@ from stable_rlhf.checkpoints import (
     restore,
     store,
 )
-from stable_rlhf.config import Config, complete_settings
+from stable_rlhf.config import Config, complete_settings, settings_text
 from stable_rlhf.console import Progress, tell
 from stable_rlhf.control import Guard, RewardNormaliser, controller_of
 from stable_rlhf.data import EncodedPrompts, PromptStream, encode_prompts, split_datasets
@@ -211,7 +210,7 @@ class Run:
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
         # Written again by a resume, which may train longer.
-        replace_text(self.run_dir / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        replace_text(self.run_dir / "config.yaml", settings_text(self.settings))
         if not resume_from_checkpoint:
             RandomState().load_state_dict(self._random)
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved

@@ -443,7 +443,7 @@ def test_ctrl_c_says_how_to_go_on_and_writes_the_report(
     tiny += ["--reward.functions", '["tests.cli.test_main:pressed"]']
     assert main(["train", *tiny]) == 130
     run = tmp_path / "run"
-    assert said(capsys) == f"interrupted after 1 steps. `stable-rlhf resume {run}` continues from step 1."
+    assert said(capsys) == f"interrupted after 1 step. `stable-rlhf resume {run}` continues from step 1."
     assert (run / "report.html").exists()
     assert main(["resume", str(run)]) == 0
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1]
@@ -458,7 +458,7 @@ def test_ctrl_c_before_the_first_checkpoint_says_so(
     assert main(["train", *tiny]) == 130
     assert (
         said(capsys)
-        == "interrupted after 1 steps. There is no checkpoint to resume from yet: start again, with another output_dir."
+        == "interrupted after 1 step. There is no checkpoint to resume from yet: start again, with another output_dir."
     )
     assert main(["resume", str(tmp_path / "run")]) == 2
     assert said(capsys).startswith(f"{tmp_path / 'run'} has no checkpoint to resume from; start again with ")

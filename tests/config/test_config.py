@@ -418,9 +418,6 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
         ("model.lora_alpha", 8.0, {"model": {"lora_r": 0}}, "has no effect without an adapter: set model.lora_r to"),
         ("model.lora_target_modules", ["q_proj"], {}, "has no effect without an adapter: set model.lora_r to a rank"),
         ("model.lora_target_modules", [], {"model": {"lora_r": 2}}, "name at least one layer, or leave it out"),
-        ("model.revision", "v2", {}, "has no effect unless model.name is a hub name; leave it out"),
-        ("model.gguf_file", "x.gguf", {}, "has no effect unless model.name is a folder or a hub name; leave it out"),
-        ("model.trust_remote_code", True, {}, "has no effect unless model.name is a folder or a hub name; leave it"),
         ("data.split", "test", {"data": {"train": "x.jsonl"}}, "has no effect unless data.train is a hub name or "),
         ("data.eval", "x.jsonl", {"data": {"eval_size": 0}}, "has no effect unless data.eval_size is above 0; leave"),
         ("data.eval_split", "a", {"data": {"eval": "x.csv"}}, "has no effect unless held-out prompts come from a hub "),
@@ -454,6 +451,26 @@ def test_a_setting_in_conflict_is_named_with_the_remedy(
     setting: str, value: Any, context: dict[str, Any], sentence: str
 ) -> None:
     assert refused(setting, value, **context).startswith(f"{setting}={value!r}: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--model.revision", "v2"],
+            "model.revision='v2': has no effect unless model.name is a hub name; leave it out",
+        ),
+        (
+            ["--model.gguf_file", "x"],
+            "model.gguf_file='x': has no effect unless model.name is a folder or a hub name; ",
+        ),
+        (["--model.trust_remote_code", "true"], "model.trust_remote_code=True: has no effect unless model.name is a "),
+    ],
+)
+def test_how_to_load_the_builtin_model_is_no_setting_of_the_command_line(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loading.load_config(arguments)
+    assert str(caught.value).startswith(sentence)
 
 
 def test_a_controller_needs_a_place_where_its_coefficient_acts() -> None:

@@ -154,6 +154,7 @@ def wanted(hint: Any) -> str:
         str: "give a text",
         list[str]: "give a list, such as [first, second]",
         list[float]: "give a list of numbers, such as [1.0, 0.5]",
+        dict[str, Any]: "give a mapping, such as {name: value}",
     }
     return sentences[hint]
 
@@ -164,6 +165,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in options)
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in options)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
     if hint is float:

@@ -25,6 +25,7 @@ def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
     """Every setting of a run, as config.yaml and the checkpoints hold them."""
     complete = {**config.to_dict(), "output_dir": str(run_dir)}
     complete["reward"]["url"] = None  # it is in functions
+    complete["overwrite_output_dir"] = False  # `train --config RUN/config.yaml` must not remove the run
     return complete
 
 
@@ -48,6 +49,9 @@ class Config(Named):
     step moves the policy); the guard (rolls a failing run back)."""
     output_dir: str | None = None
     """Folder of the run; None makes a new folder under runs/, named after the preset and the time."""
+    overwrite_output_dir: bool = False
+    """Replace the run that output_dir holds, finished or stopped, as a notebook needs whose cell runs again. A run that
+    another process trains is never replaced. config.yaml records false, so that training from it destroys nothing."""
     max_steps: int = 60
     """Number of training steps. A step is one rollout and the updates made with it."""
     save_steps: int = 20
@@ -76,6 +80,8 @@ class Config(Named):
         check_types("", self)
         for name in ("max_steps", "save_total_limit"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be greater than 0")
+        remedy = "set output_dir to the folder whose run is to be replaced, or leave it out"
+        require(self.output_dir is not None or not self.overwrite_output_dir, "overwrite_output_dir", True, remedy)
         require(self.save_steps >= 0, "save_steps", self.save_steps, "must be 0 or more")
         # 2^63: the seeds of permutations and generators are signed 64-bit numbers.
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or more, and below 2^63")

@@ -90,7 +90,9 @@ def load_config(arguments: Sequence[str]) -> Config:
         if name in SECTIONS:
             fields |= {field: complete[name][field] for field in fields if isinstance(complete[name][field], list)}
     merged = over(merged, given)
-    return Config.from_preset(merged.pop("preset", "safe"), **merged)
+    config = Config.from_preset(merged.pop("preset", "safe"), **merged)
+    config.model.check_source()
+    return config
 
 
 def _files_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

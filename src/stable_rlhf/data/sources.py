@@ -17,6 +17,7 @@ from datasets.table import InMemoryTable
 from stable_rlhf.data.chat import ROLES, Message, hh_prompt
 from stable_rlhf.errors import PromptError
 from stable_rlhf.files import ASSETS
+from stable_rlhf.hub import hub_fault
 from stable_rlhf.text import quoted
 
 FORMATS = ("auto", "prompt", "hh")
@@ -80,7 +81,9 @@ def _hub(name: str, *, split: str, config_name: str | None, data_dir: str | None
     except (OSError, ValueError) as error:
         wanted = f"{name!r} (config {config_name!r}, split {split!r})"
         remedy = "No such file exists either. Check the name and the network."
-        raise PromptError(f"data set {wanted} could not be loaded from the hub: {error} {remedy}") from error
+        raise PromptError(
+            f"data set {wanted} could not be loaded: {(hub_fault(error) or str(error)).rstrip('.')}. {remedy}"
+        ) from error
     if not isinstance(dataset, datasets.Dataset):
         raise PromptError(f"data set {name!r}, split {split!r}, gave a {type(dataset).__name__}; name one plain split.")
     return dataset

@@ -9,6 +9,7 @@ import datasets
 from stable_rlhf.config import DataConfig
 from stable_rlhf.data.sources import load_prompts
 from stable_rlhf.errors import ConfigError
+from stable_rlhf.text import counted
 
 
 def split_datasets(
@@ -33,7 +34,7 @@ def split_datasets(
         return train, load_prompts(source, format=data.format, split=data.eval_split, limit=size)
     if len(train) <= size:
         raise ConfigError(
-            f"data.eval_size={size}: the training set has only {len(train)} rows; lower it or set data.eval"
+            f"data.eval_size={size}: the training set has only {counted(len(train), 'row')}; lower it or set data.eval"
         )
     held_out = train.train_test_split(test_size=size, seed=seed)["test"]
     # Data sets hold one conversation at several lengths, and prompts twice: none of a held-out one is trained on.

@@ -49,7 +49,9 @@ from stable_rlhf.policy import (
 )
 from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
-from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, starts
+from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, remove_run, starts
+from stable_rlhf.text import counted
+from stable_rlhf.training.arguments import check_arguments
 from stable_rlhf.training.callbacks import CallbackStates, callback_arguments, callback_handler
 from stable_rlhf.training.given import as_given, check_named, probe_servers
 from stable_rlhf.training.recovery import STAYS, Recovery
@@ -75,8 +77,9 @@ class Run:
         peft_config: LoraConfig | None = None,
     ) -> None:
         refuse_many_processes()
+        check_arguments(model, reward_funcs, args, processing_class, reward_processing_classes, callbacks, peft_config)
         model = str(model) if isinstance(model, Path) else model
-        self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset)
+        self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset, peft_config)
         check_named(config, model)
         probe_servers(config)
         self.controller = controller_of(config.kl.settings)
@@ -199,6 +202,8 @@ class Run:
     def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
         """Makes the run folder, or loads the checkpoint to resume from."""
         self._lock.take()
+        if self.args.overwrite_output_dir and not resume_from_checkpoint:
+            remove_run(self.run_dir)
         self.callback_states.check()
         self.writer = MetricsWriter(self.run_dir)
         if resume_from_checkpoint:
@@ -206,7 +211,7 @@ class Run:
         elif (self.run_dir / "metrics.jsonl").exists() or store.found(self.run_dir / "checkpoints"):
             raise ConfigError(
                 f"output_dir={str(self.run_dir)!r}: holds a run already; resume it with `stable-rlhf resume "
-                f"{self.run_dir}`, or choose another folder"
+                f"{self.run_dir}`, set overwrite_output_dir to replace it, or choose another folder"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
         # Written again by a resume, which may train longer.
@@ -239,8 +244,8 @@ class Run:
             )
         if self.steps_done > self.args.max_steps:
             raise ConfigError(
-                f"max_steps={self.args.max_steps}: the run has already done {self.steps_done} steps; give that many or "
-                "more, or resume from an older checkpoint"
+                f"max_steps={self.args.max_steps}: the run has already done {counted(self.steps_done, 'step')}; give "
+                "that many or more, or resume from an older checkpoint"
             )
         forget_after(self.run_dir, self.writer, self.steps_done)
         self.recovery.resume(tensors, state)

@@ -67,7 +67,7 @@ def tried(file: Path, folder: Path) -> None:
         for name in ("metrics.jsonl", "final/model.safetensors", "report.html")
         if not (work / "run" / name).is_file()
     ]
-    if missing or "The recipes are" not in said:
+    if missing or "ppo-adaptive" not in said:
         sys.exit(f"{file.name}: the run lacks {missing}, or the recipes are not there: {said}")
     print(f"{file.name}: installed, trained a step and wrote its report")
 

@@ -2,8 +2,8 @@
 
     python scripts/execute_notebook.py docs/break-ppo.ipynb
 
-Paths of this machine in the outputs are cut, and what only differs from run to run (execution times, cell ids that
-change) is not stored. A cell that fails ends it with 1, and the notebook stays as it was.
+What is of this machine only (paths, warnings of its libraries, execution times) is not stored. A cell that fails ends
+it with 1, and the notebook stays as it was.
 """
 
 from __future__ import annotations
@@ -28,18 +28,22 @@ def executed(file: Path) -> nbformat.NotebookNode:
             notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": folder}}
         )
         client.execute()
-        cut_paths(notebook, folder)
+        clean(notebook, folder)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     return notebook
 
 
-def cut_paths(notebook: nbformat.NotebookNode, folder: str) -> None:
-    """Replaces the folder that the notebook ran in, which no reader has, in every text output."""
+def clean(notebook: nbformat.NotebookNode, folder: str) -> None:
+    """Takes what is of this machine only out of the outputs: warnings of its libraries, and the folder it ran in."""
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
+        outputs = cell.get("outputs", [])
+        kept = [output for output in outputs if not output.get("text", "").startswith(sys.prefix)]
+        for output in kept:
             if "text" in output:
                 output["text"] = output["text"].replace(folder, ".")
+        if "outputs" in cell:
+            cell["outputs"] = kept
 
 
 def main() -> None:

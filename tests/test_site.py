@@ -1,4 +1,4 @@
-"""The site's pages say what the code does: papers, tables of TRL's names, the notebook, links; the package's metadata."""
+"""The site's pages say what the code does: papers, TRL's names, the notebook, links; and the package's metadata."""
 
 from __future__ import annotations
 
@@ -135,6 +135,7 @@ def test_the_notebook_is_stored_as_it_ran_from_top_to_bottom_without_an_error_th
     assert all(output["output_type"] != "error" for output in outputs)
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert "/tmp/" not in json.dumps(outputs)
+    assert "site-packages" not in json.dumps(outputs)
 
 
 def test_every_name_that_the_notebook_imports_is_there() -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from stable_rlhf import errors
 from stable_rlhf.cli.main import USAGE, main
+from stable_rlhf.cli.parser import Parser
 from stable_rlhf.config import loading
 from stable_rlhf.config.algorithm import CriticConfig
 from stable_rlhf.config.config import Config
@@ -156,6 +157,16 @@ def test_a_first_argument_that_is_not_an_option_is_the_file(tmp_path: Path) -> N
 def test_values_are_read_as_people_write_them(arguments: str, section: str, field: str, value: object) -> None:
     config = loading.load_config(arguments.split())
     assert getattr(getattr(config, section) if section else config, field) == value
+
+
+@pytest.mark.parametrize(("text", "number"), [("100", 100), ("1e2", 100), ("1.5e1", 15), ("-3", -3), ("2.0", 2)])
+def test_the_numbers_of_other_commands_are_read_the_same_way(text: str, number: int) -> None:
+    made = Parser()
+    made.add_argument("--port", type=int)
+    assert made.parse_args([f"--port={text}"]).port == number
+    for wrong in ("1.5", "1e-1", "x"):
+        with pytest.raises(errors.ConfigError, match="^argument --port: "):
+            made.parse_args(["--port", wrong])
 
 
 def test_help_says_null_as_the_command_line_and_yaml_do(capsys: pytest.CaptureFixture[str]) -> None:

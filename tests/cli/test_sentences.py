@@ -117,7 +117,7 @@ def test_weights_that_are_missing_or_damaged_are_a_sentence(
 
 
 def test_an_adapter_given_as_an_object_is_named_as_that(tiny: list[str]) -> None:
-    config = load_config([*tiny, "--model.lora_r", "2", "--model.lora_target_modules", "[q_proj]"])
+    config = load_config(tiny)
     adapter = LoraConfig(target_modules=["nope"], task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=r"^peft_config: target_modules=\{'nope'\}: Target modules"):
         SAFETrainer(config.model.name, args=config, peft_config=adapter)

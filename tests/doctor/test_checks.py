@@ -22,7 +22,8 @@ from stable_rlhf.doctor import checks, dry_run, findings
 from stable_rlhf.doctor import memory as doctor_memory
 from stable_rlhf.hardware import memory
 from stable_rlhf.policy.actor_critic import ActorCritic
-from stable_rlhf.policy.loading import load_policy, lora_config
+from stable_rlhf.policy.adapter import lora_config
+from stable_rlhf.policy.loading import load_policy
 from stable_rlhf.rollout.merged_weights import decoding_model
 from tests.faults.servers import answer, misbehaving
 from tests.tiny_runs import policy

@@ -165,7 +165,7 @@ def test_the_numbers_of_other_commands_are_read_the_same_way(text: str, number: 
     made.add_argument("--port", type=int)
     assert made.parse_args([f"--port={text}"]).port == number
     for wrong in ("1.5", "1e-1", "x"):
-        with pytest.raises(errors.ConfigError, match="^argument --port: "):
+        with pytest.raises(errors.ConfigError, match=r"^argument --port: "):
             made.parse_args(["--port", wrong])
 
 

@@ -13,6 +13,7 @@ NAME = 255
 
 RUN_FILES = (
     *("config.yaml", "metrics.jsonl", "timings.jsonl", "incidents.jsonl", "evaluation.json", "report.html"),
+    "starts.jsonl",
     *("completions", "checkpoints", "snapshot", "final", ".final"),
 )
 """Files and folders that a run writes in its folder, the lock excepted."""

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart check test faults mutants clean
+.PHONY: install quickstart check docs test notebook dist-test faults mutants clean
 
 # The virtual environment with pinned versions; made again when a pin or a dependency changes.
 install: .venv/installed
@@ -19,9 +19,22 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+# The site of docs/, in site/: a broken link, a page outside the navigation or a name without docstring is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: install
 	$(BIN)/pytest
+
+# Executes docs/break-ppo.ipynb again and stores its outputs: minutes.
+notebook: install
+	$(BIN)/python scripts/execute_notebook.py docs/break-ppo.ipynb
+
+# Builds wheel and sdist, installs each into an empty environment, and trains a step there: minutes, with a network.
+dist-test:
+	$(PYTHON) scripts/test_distributions.py
 
 # Every fault in its long form, counted: about five minutes. `make faults SEED=5` has others; tests/faults/test_faults.py a few of each.
 SEED ?= 4

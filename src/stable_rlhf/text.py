@@ -43,7 +43,7 @@ def excerpt(text: str, limit: int) -> str:
     """At most `limit` characters of `visible` text, and the number of those left out. The cost does not depend on the
     length of the text."""
     shown, taken = _first(text, limit, "\n")
-    return shown if taken == len(text) else f"{shown}… ({len(text) - taken} more characters)"
+    return shown if taken == len(text) else f"{shown}… ({counted(len(text) - taken, 'more character')})"
 
 
 def ends(text: str, limit: int) -> str:
@@ -68,7 +68,7 @@ def valid_unicode(text: str) -> str:
 def clipped(text: str, limit: int) -> str:
     """At most the first `limit` characters of `valid_unicode` text, and the number of those left out."""
     text = valid_unicode(text)
-    return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit} more characters)"
+    return text if len(text) <= limit else f"{text[:limit]}… ({counted(len(text) - limit, 'more character')})"
 
 
 def _first(text: str, limit: int, newline: str) -> tuple[str, int]:
@@ -101,6 +101,11 @@ def readable_size(size: float) -> str:
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
     return f"{size / 1e3:.3g} kB"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 step, 2 steps."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def formatted(value: float | None, form: str) -> str:

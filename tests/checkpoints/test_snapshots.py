@@ -269,7 +269,7 @@ def test_what_the_folder_has_of_steps_that_are_repeated_goes_and_is_named(
     capsys.readouterr()
     resume.forget_after(run.run_dir, run.writer, run.steps_done)
     assert capsys.readouterr().err == (
-        "Removed everything after step 3 (including step-000005); those steps will be repeated\n"
+        "Removed everything from step 3 on (including step-000005); those steps will be repeated\n"
     )
     assert [incident["step"] for incident in incidents.read(run.run_dir)] == [0, 1, 2]
     assert [[row["step"] for row in rows] for rows in run.writer.check().values()] == [[0, 1, 2]] * 2

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 
 from stable_rlhf import errors
 from stable_rlhf.cli.main import USAGE, main
+from stable_rlhf.cli.parser import Parser
 from stable_rlhf.config import loading
 from stable_rlhf.config.algorithm import CriticConfig
 from stable_rlhf.config.config import Config
@@ -124,6 +126,58 @@ def test_a_controller_without_settings_takes_an_empty_mapping_of_them(tmp_path: 
     assert loading.load_config(["--config", str(file)]).kl.settings == NoneSettings()
 
 
+def test_a_first_argument_that_is_not_an_option_is_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("max_steps: 7\nreward: {functions: a:f}\n")
+    assert loading.load_config([str(file), "--seed", "1"]) == Config.from_preset(
+        max_steps=7, seed=1, reward={"functions": ["a:f"]}
+    )
+    assert loading.load_config([str(file), "--reward.functions+", "b:g"]).reward.functions == ["a:f", "b:g"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "section", "field", "value"),
+    [
+        ("--max_steps 1e2", "", "max_steps", 100),
+        ("--max_steps=1.2E+2", "", "max_steps", 120),
+        ("--seed 9007199254740993", "", "seed", 9007199254740993),
+        ("--optim.microbatch_tokens 1e4", "optim", "microbatch_tokens", 10000),
+        ("--optim.learning_rate 1e-5", "optim", "learning_rate", 1e-5),
+        ("--optim.max_preview_kl None", "optim", "max_preview_kl", None),
+        ("--optim.max_preview_kl null", "optim", "max_preview_kl", None),
+        ("--output_dir None", "", "output_dir", None),
+        ("--data.limit=None", "data", "limit", None),
+        ("--reward.normalise none", "reward", "normalise", "none"),
+        ("--reward.functions length", "reward", "functions", ["length"]),
+        ("--reward.functions=http://127.0.0.1:1/x", "reward", "functions", ["http://127.0.0.1:1/x"]),
+        ("--reward.weights 2", "reward", "weights", [2.0]),
+        ("--model.lora_r 2 --model.lora_target_modules q_proj", "model", "lora_target_modules", ["q_proj"]),
+    ],
+)
+def test_values_are_read_as_people_write_them(arguments: str, section: str, field: str, value: object) -> None:
+    config = loading.load_config(arguments.split())
+    assert getattr(getattr(config, section) if section else config, field) == value
+
+
+@pytest.mark.parametrize(("text", "number"), [("100", 100), ("1e2", 100), ("1.5e1", 15), ("-3", -3), ("2.0", 2)])
+def test_the_numbers_of_other_commands_are_read_the_same_way(text: str, number: int) -> None:
+    made = Parser()
+    made.add_argument("--port", type=int)
+    assert made.parse_args([f"--port={text}"]).port == number
+    for wrong in ("1.5", "1e-1", "x"):
+        with pytest.raises(errors.ConfigError, match=r"^argument --port: "):
+            made.parse_args(["--port", wrong])
+
+
+def test_help_says_null_as_the_command_line_and_yaml_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "None" not in shown
+    assert "(type: str | null, default: null)" in " ".join(shown.split())
+    assert shown.startswith("usage: stable-rlhf train [FILE] [--config FILE] [--section.field VALUE ...]\n")
+    assert "smollm2-sentiment" in shown
+
+
 def test_a_list_can_be_replaced_or_added_to() -> None:
     assert loading.load_config(["--reward.functions", "[a:f, b:g]"]).reward.functions == ["a:f", "b:g"]
     assert loading.load_config(["--reward.functions+", "a:f"]).reward.functions == ["builtin", "a:f"]
@@ -169,7 +223,11 @@ def test_a_list_can_be_replaced_or_added_to() -> None:
         ("--max_step 5", "unknown setting --max_step. Did you mean max_steps?"),
         ("--lam 1", "unknown setting --lam. Did you mean optim.lam or critic.lam?"),
         ("--zzz 1", "unknown setting --zzz; `stable-rlhf train --help` lists them"),
-        ("data.jsonl", "unexpected 'data.jsonl': a setting is given as --section.field VALUE, a file as --config FILE"),
+        ("data.jsonl", "--config data.jsonl: No such file or directory; check the path"),
+        ("--seed 1 data.jsonl", "unexpected 'data.jsonl': a setting is given as --section.field VALUE, a file as "),
+        ("recipe:smolm2-hh", "--config recipe:smolm2-hh: there is no such recipe. Did you mean recipe:smollm2-hh?"),
+        ("--max_steps 1.5", "max_steps='1.5': give a whole number"),
+        ("--max_steps None", "max_steps='None': give a whole number"),
         ("--optim x", "--optim is a section: give its fields one by one, such as --optim.learning_rate VALUE"),
         ("--preset safer", f"preset='safer': choose one of {', '.join(PRESETS)}"),
     ],
@@ -277,9 +335,13 @@ def test_usage_is_shown_when_asked_for_and_an_unknown_command_is_named(capsys: p
     assert (main(["--help"]), main([])) == (0, 2)
     assert capsys.readouterr().out == 2 * (USAGE + "\n")
     assert main(["trian"]) == 2
+    assert said(capsys) == "there is no command 'trian'. Did you mean train?"
+    assert main(["zzz"]) == 2
     assert said(capsys).endswith(
-        "no command 'trian'; the commands are train, resume, report, doctor, serve-reward, export"
+        "no command 'zzz'; the commands are train, resume, report, doctor, serve-reward, export"
     )
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"stable-rlhf {metadata.version('stable-rlhf')}\n"
 
 
 def test_the_package_runs_as_a_module_as_launchers_start_it() -> None:
@@ -287,7 +349,7 @@ def test_the_package_runs_as_a_module_as_launchers_start_it() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == errors.Exit.BAD_INPUT
     assert done.stdout == ""
-    assert done.stderr.startswith("stable-rlhf: there is no command 'trian'; the commands are train, ")
+    assert done.stderr.startswith("stable-rlhf: there is no command 'trian'. Did you mean train?")
     assert done.stderr.count("\n") == 1
 
 
@@ -394,7 +456,7 @@ def test_ctrl_c_says_how_to_go_on_and_writes_the_report(
     tiny += ["--reward.functions", '["tests.cli.test_main:pressed"]']
     assert main(["train", *tiny]) == 130
     run = tmp_path / "run"
-    assert said(capsys) == f"interrupted after 1 steps. `stable-rlhf resume {run}` continues from step 1."
+    assert said(capsys) == f"interrupted after 1 step. `stable-rlhf resume {run}` continues from step 1."
     assert (run / "report.html").exists()
     assert main(["resume", str(run)]) == 0
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1]
@@ -409,7 +471,7 @@ def test_ctrl_c_before_the_first_checkpoint_says_so(
     assert main(["train", *tiny]) == 130
     assert (
         said(capsys)
-        == "interrupted after 1 steps. There is no checkpoint to resume from yet: start again, with another output_dir."
+        == "interrupted after 1 step. There is no checkpoint to resume from yet: start again, with another output_dir."
     )
     assert main(["resume", str(tmp_path / "run")]) == 2
     assert said(capsys).startswith(f"{tmp_path / 'run'} has no checkpoint to resume from; start again with ")

@@ -117,7 +117,7 @@ def test_weights_that_are_missing_or_damaged_are_a_sentence(
 
 
 def test_an_adapter_given_as_an_object_is_named_as_that(tiny: list[str]) -> None:
-    config = load_config([*tiny, "--model.lora_r", "2", "--model.lora_target_modules", "[q_proj]"])
+    config = load_config(tiny)
     adapter = LoraConfig(target_modules=["nope"], task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=r"^peft_config: target_modules=\{'nope'\}: Target modules"):
         SAFETrainer(config.model.name, args=config, peft_config=adapter)
@@ -203,13 +203,13 @@ ENDINGS: dict[str, tuple[BaseException, type[BaseException], Exit, str]] = {
         RuntimeError(f"{CUDA_SAID}. GPU 0 has 1 MiB."),
         OutOfMemoryError,
         Exit.FAILED,
-        f"after 1 steps: {CUDA_SAID}; {LESS_THEN}",
+        f"after 1 step: {CUDA_SAID}; {LESS_THEN}",
     ),
     "memory in a reward": (
         short_of_memory_in_a_reward(),
         OutOfMemoryError,
         Exit.FAILED,
-        f"after 1 steps, in the reward: {CUDA_SAID}; {LESS_THEN}",
+        f"after 1 step, in the reward: {CUDA_SAID}; {LESS_THEN}",
     ),
     "the guard": (
         GuardStop("step 1: the KL is 30."),
@@ -224,12 +224,12 @@ ENDINGS: dict[str, tuple[BaseException, type[BaseException], Exit, str]] = {
         Exit.FAILED,
         "step 1: the loss is nan",
     ),
-    "Ctrl-C": (KeyboardInterrupt(), Interrupted, Exit.INTERRUPTED, f"interrupted after 1 steps. {GOES_ON}"),
+    "Ctrl-C": (KeyboardInterrupt(), Interrupted, Exit.INTERRUPTED, f"interrupted after 1 step. {GOES_ON}"),
     "SIGTERM": (
         Interrupted(signal.SIGTERM),
         Interrupted,
         Exit.TERMINATED,
-        f"interrupted after 1 steps. {GOES_ON}",
+        f"interrupted after 1 step. {GOES_ON}",
     ),
 }
 

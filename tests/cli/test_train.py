@@ -93,7 +93,7 @@ def test_a_checkpoint_may_be_named_without_its_path_and_what_is_done_again_is_sa
     assert main(["train", *tiny, "--max_steps", "3", "--save_total_limit", "3"]) == 0
     capsys.readouterr()
     assert main(["resume", str(tmp_path / "run"), "--checkpoint", "step-000001"]) == 0
-    told = "Removed everything after step 1 (including step-000002, step-000003); those steps will be repeated\n"
+    told = "Removed everything from step 1 on (including step-000002, step-000003); those steps will be repeated\n"
     assert capsys.readouterr().err == told
     assert main(["resume", str(tmp_path / "run"), "--checkpoint", "step-000003"]) == 0
     assert capsys.readouterr().err == ""  # there is nothing after it

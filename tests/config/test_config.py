@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from stable_rlhf.config import loading
+from stable_rlhf.config import files, loading
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.presets import PRESETS
@@ -417,9 +420,6 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
         ("model.lora_alpha", 8.0, {"model": {"lora_r": 0}}, "has no effect without an adapter: set model.lora_r to"),
         ("model.lora_target_modules", ["q_proj"], {}, "has no effect without an adapter: set model.lora_r to a rank"),
         ("model.lora_target_modules", [], {"model": {"lora_r": 2}}, "name at least one layer, or leave it out"),
-        ("model.revision", "v2", {}, "has no effect unless model.name is a hub name; leave it out"),
-        ("model.gguf_file", "x.gguf", {}, "has no effect unless model.name is a folder or a hub name; leave it out"),
-        ("model.trust_remote_code", True, {}, "has no effect unless model.name is a folder or a hub name; leave it"),
         ("data.split", "test", {"data": {"train": "x.jsonl"}}, "has no effect unless data.train is a hub name or "),
         ("data.eval", "x.jsonl", {"data": {"eval_size": 0}}, "has no effect unless data.eval_size is above 0; leave"),
         ("data.eval_split", "a", {"data": {"eval": "x.csv"}}, "has no effect unless held-out prompts come from a hub "),
@@ -446,13 +446,33 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
         ("kl.in_loss", "k2", {"preset": "ppo-nokl"}, "has no effect with kl.controller=none, whose coefficient is 0: "),
         ("beta", 0.1, {}, "unknown setting; the top level has preset, output_dir, "),
         ("optim.beta", 0.1, {}, "unknown setting; optim has learning_rate, "),
-        ("optim", 5, {}, "a section is a dictionary of the fields to change"),
+        ("optim", 5, {}, "give a dictionary of the fields to change, or OptimConfig(...)"),
     ],
 )
 def test_a_setting_in_conflict_is_named_with_the_remedy(
     setting: str, value: Any, context: dict[str, Any], sentence: str
 ) -> None:
     assert refused(setting, value, **context).startswith(f"{setting}={value!r}: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--model.revision", "v2"],
+            "model.revision='v2': has no effect unless model.name is a hub name; leave it out",
+        ),
+        (
+            ["--model.gguf_file", "x"],
+            "model.gguf_file='x': has no effect unless model.name is a folder or a hub name; ",
+        ),
+        (["--model.trust_remote_code", "true"], "model.trust_remote_code=True: has no effect unless model.name is a "),
+    ],
+)
+def test_how_to_load_the_builtin_model_is_no_setting_of_the_command_line(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loading.load_config(arguments)
+    assert str(caught.value).startswith(sentence)
 
 
 def test_a_controller_needs_a_place_where_its_coefficient_acts() -> None:
@@ -475,10 +495,108 @@ def test_the_batch_size_that_is_proposed_divides() -> None:
 
 
 def test_a_section_of_another_kind_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^optim=.*: give OptimConfig\(...\); Config.from_preset takes dictionaries$"
-    ):
-        Config(optim={"lam": 1.0})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match=r"^optim=.*: give OptimConfig"):
+    sentence = r"^optim=.*: give a dictionary of the fields to change, or OptimConfig\(\.\.\.\)$"
+    with pytest.raises(ConfigError, match=sentence):
         Config(optim=ModelConfig())  # pyright: ignore[reportArgumentType]
     assert Config(optim=OptimConfig(lam=1)).optim.lam == 1  # a whole number is a number
+
+
+# -- settings as people write them ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_section_given_as_a_dictionary_changes_the_presets_and_is_checked(preset: str) -> None:
+    given = Config(preset=preset, optim={"gamma": 0.5})  # pyright: ignore[reportArgumentType]
+    assert given == Config.from_preset(preset, optim={"gamma": 0.5})
+    assert given.optim == dataclasses.replace(Config(preset=preset).optim, gamma=0.5)
+    with pytest.raises(ConfigError, match=r"^optim\.gamma=2: must be in \(0, 1\]$"):
+        Config(preset=preset, optim={"gamma": 2})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Config(max_step=5), "max_step=5: unknown setting. Did you mean max_steps?"),  # pyright: ignore
+        (lambda: Config(learning_rate=1), "learning_rate=1: unknown setting. Did you mean optim.learning_rate or "),  # pyright: ignore
+        (lambda: Config(optimm={}), "optimm={}: unknown setting. Did you mean optim?"),  # pyright: ignore
+        (lambda: Config(preset="ppo", beta=0.1), "beta=0.1: unknown setting. Did you mean kl.settings.beta?"),  # pyright: ignore
+        (lambda: Config.from_preset(optim={"lamm": 1}), "optim.lamm=1: unknown setting. Did you mean optim.lam?"),
+        (lambda: Config.from_preset(rollout={"lam": 1}), "rollout.lam=1: unknown setting. Did you mean optim.lam or "),
+        (lambda: OptimConfig(learning_rat=1), "learning_rat=1: unknown setting. Did you mean learning_rate?"),  # pyright: ignore
+        (lambda: OptimConfig(zzz=1), "zzz=1: unknown setting; OptimConfig has learning_rate, "),  # pyright: ignore
+        (lambda: Config("ppo"), "Config('ppo'): give each setting by its name, such as preset=VALUE"),  # pyright: ignore
+        (lambda: Config(preset=["ppo"]), "preset=['ppo']: choose one of safe, "),  # pyright: ignore
+    ],
+)  # fmt: skip
+def test_a_keyword_that_is_no_setting_is_named_with_the_one_that_was_meant(make: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert str(caught.value).startswith(sentence)
+
+
+def test_one_entry_is_a_list_of_one_and_a_number_without_a_fraction_is_whole() -> None:
+    config = Config.from_preset(
+        max_steps=1e2, reward={"functions": "length", "weights": 2.0}, guard={"patience": 3.0}, log={"report_to": "x"}
+    )
+    assert (config.max_steps, type(config.max_steps)) == (100, int)
+    assert (config.reward.functions, config.reward.weights) == (["length"], [2.0])
+    assert (config.guard.patience, type(config.guard.patience)) == (3, int)
+    assert config.log.report_to == ["x"]
+    window = Config.from_preset(kl={"settings": {"window": 2e1}}).kl.settings.window  # pyright: ignore
+    assert (window, type(window)) == (20, int)
+    for wrong in (1.5, math.inf, "1e2"):
+        assert refused("max_steps", wrong) == f"max_steps={wrong!r}: give a whole number"
+
+
+def test_a_copy_of_the_settings_is_equal() -> None:
+    config = Config.from_preset("ppo", optim={"gamma": 0.5})
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config  # noqa: S301  our own bytes
+
+
+# -- files of settings ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_gives_the_settings_that_the_command_line_reads_from_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: ppo\nmax_steps: 1e2\nmodel: {lora_r: 4e0, lora_alpha: None}\nreward: {functions: a:f}\n")
+    config = Config.from_yaml(file)
+    assert config == loading.load_config([str(file)]) == loading.load_config(["--config", str(file)])
+    assert (config.max_steps, config.model.lora_r, config.model.lora_alpha) == (100, 4, None)
+    assert config.reward.functions == ["a:f"]
+    changed = Config.from_yaml(str(file), max_steps=3, optim={"lam": 0.5}, model={"lora_alpha": 2})
+    assert (changed.max_steps, changed.optim.lam, changed.model.lora_r) == (3, 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("optim: {lamm: 1}", "optim.lamm=1: unknown setting. Did you mean optim.lam?"),
+        ("optim: {lam: 2}", "optim.lam=2: must be in [0, 1]"),
+        ("1: 2", "1=2: unknown setting; the top level has preset, "),
+        ("[1]", "is a list; give a mapping of settings, such as `preset: safe`"),
+    ],
+)
+def test_a_wrong_file_is_named_in_python_too(text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        Config.from_yaml(tmp_path / "run.yaml")
+    assert str(caught.value).startswith(f"{tmp_path / 'run.yaml'}: {sentence}")
+
+
+@pytest.mark.parametrize("value", ["1e2", "None", "null", "1e-4", "12", "", "true", "~"])
+def test_a_text_that_looks_like_something_else_comes_back_as_a_text(value: str, tmp_path: Path) -> None:
+    settings = {"name": value, "lists": [value], "number": 1e-4, "nothing": None}
+    (tmp_path / "x.yaml").write_text(files.settings_text(settings))
+    assert files.read_settings(tmp_path / "x.yaml") == settings
+
+
+def test_a_recipe_is_read_by_its_name_and_a_misspelt_one_is_named() -> None:
+    config = Config.from_yaml("recipe:smollm2-sentiment", max_steps=1)
+    assert config == loading.load_config(["recipe:smollm2-sentiment", "--max_steps", "1"])
+    assert (config.model.lora_r, config.max_steps) == (32, 1)
+    with pytest.raises(
+        ConfigError, match=r"^recipe:smolm2-hh: there is no such recipe\. Did you mean recipe:smollm2-hh\?$"
+    ):
+        Config.from_yaml("recipe:smolm2-hh")
+    with pytest.raises(ConfigError, match=r"^--config recipe:\.\./x: there is no such recipe\. The recipes are "):
+        loading.load_config(["recipe:../x"])

@@ -79,6 +79,7 @@ REWARD_MODEL = {"reward": {"functions": ["builtin"]}}
 TURNED: dict[str, Turn | str] = {
     "preset": Turn(to="ppo"),
     "output_dir": Turn(to=None, shows_in="files"),
+    "overwrite_output_dir": "training/test_arguments.py::test_a_run_is_replaced_where_that_is_asked_for",
     "max_steps": Turn(to=3),
     "save_steps": Turn(to=1, shows_in="files"),
     "save_total_limit": Turn(to=1, shows_in="files", given={"save_steps": 1}),
@@ -99,6 +100,7 @@ TURNED: dict[str, Turn | str] = {
     "model.lora_r": Turn(to=2, shows_in="files"),
     "model.lora_alpha": Turn(to=64.0, given=LORA),
     "model.lora_target_modules": Turn(to=["q_proj"], shows_in="weights", given=LORA),
+    "model.lora_options": Turn(to={"use_rslora": True}, shows_in="weights", given=LORA),
     "model.cuda_graphs": "learner/test_passes.py::test_graphs_are_captured_where_they_are_asked_for",
     "model.torch_compile": "learner/test_passes.py::test_a_compiled_model_gives_the_figures_of_the_plain_one",
     "model.self_check": "policy/test_self_check.py::test_a_run_tries_its_model_unless_the_check_is_off",

@@ -226,7 +226,7 @@ def test_long_prompts_and_completions_are_cut_with_a_count(tmp_path: Path) -> No
     known = evaluation.record(tmp_path, "before", SIDE, [sample("p" * 20_003, "c" * 20_001, 1.0)])
     (kept,) = known["samples"]
     assert kept["prompt"] == "p" * 20_000 + "… (3 more characters)"
-    assert kept["before"] == "c" * 20_000 + "… (1 more characters)"
+    assert kept["before"] == "c" * 20_000 + "… (1 more character)"
     (kept,) = evaluation.record(tmp_path, "after", SIDE, [sample("p", "d" * 20_000, 1.0)])["samples"]
     assert kept["after"] == "d" * 20_000
 

@@ -109,7 +109,7 @@ def test_a_second_sigint_stops_at_once(tiny: Tiny) -> None:
     assert child.end(SOON) == Exit.INTERRUPTED
     assert time.monotonic() - began < SOON
     run = tiny.folder / "twice"
-    assert sentence(child.said) == f"interrupted after 1 steps. `stable-rlhf resume {run}` continues from step 1."
+    assert sentence(child.said) == f"interrupted after 1 step. `stable-rlhf resume {run}` continues from step 1."
 
 
 @pytest.mark.parametrize(

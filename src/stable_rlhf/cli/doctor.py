@@ -13,8 +13,6 @@ from stable_rlhf.runs import check_output
 def doctor(arguments: list[str]) -> int:
     if asks_for_help(arguments):
         return show_settings("doctor", arguments)
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", *arguments]
     config = load_config(arguments)
     check_output(Path(config.output_dir or "runs"))
     from transformers.utils import logging  # torch and transformers load only when the settings are good

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from stable_rlhf.cli.doctor import doctor
 from stable_rlhf.cli.export import export
@@ -15,14 +17,15 @@ from stable_rlhf.console import protect_terminal
 from stable_rlhf.errors import ConfigError, Exit, Interrupted, StableRLHFError
 
 USAGE = """\
-stable-rlhf train [--config FILE] [--section.field VALUE ...]   train a policy; without arguments, the built-in one
+stable-rlhf train [FILE] [--section.field VALUE ...]            train a policy; without arguments, the built-in one
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    resume a run from its newest checkpoint
 stable-rlhf report RUN [--watch]                                write RUN/report.html, or show it while the run goes on
 stable-rlhf export CHECKPOINT OUT [--merge]                     make a checkpoint a folder for from_pretrained
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
 stable-rlhf doctor [FILE] [--section.field VALUE ...]           check a run before it starts, forecast its time
 
-`stable-rlhf train --help` lists every setting."""
+`stable-rlhf train --help` lists every setting. A FILE is YAML, or recipe:NAME for one that ships with the package.
+`stable-rlhf --version` prints the version."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,9 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return Exit.DONE if arguments else Exit.BAD_INPUT
+    if arguments[0] == "--version":
+        print(f"stable-rlhf {version('stable-rlhf')}")
+        return Exit.DONE
     try:
         if arguments[0] not in commands:
-            raise ConfigError(f"there is no command {arguments[0]!r}; the commands are {', '.join(commands)}")
+            close = difflib.get_close_matches(arguments[0], commands, n=1)
+            meant = f". Did you mean {close[0]}?" if close else f"; the commands are {', '.join(commands)}"
+            raise ConfigError(f"there is no command {arguments[0]!r}{meant}")
         return commands[arguments[0]](arguments[1:])
     except (StableRLHFError, Interrupted) as error:
         return say(error, error.exit_code)

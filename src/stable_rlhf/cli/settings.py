@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stable_rlhf.config import parser_for
+from stable_rlhf.config import help_text
 from stable_rlhf.errors import Exit
 
 
@@ -12,8 +12,5 @@ def asks_for_help(arguments: list[str]) -> bool:
 
 def show_settings(command: str, arguments: list[str]) -> int:
     """Prints every setting, with the defaults of the preset and the controller that the arguments name."""
-    made = parser_for(arguments, command)
-    if command == "doctor":
-        made.description = "The first argument may be a FILE of settings: the same as --config FILE."
-    made.print_help()
+    print(help_text(arguments, command), end="")
     return Exit.DONE

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stable_rlhf.config.checks import check_types, not_negative, only_with, positive, require
+from stable_rlhf.config.checks import Named, check_types, not_negative, only_with, positive, require
 from stable_rlhf.control import CONTROLLERS, ControllerSettings, settings_class
 from stable_rlhf.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Named):
     """The policy's update (PPO), the optimiser, and the preview of each optimiser step.
 
     PPO is Schulman et al. 2017; docs/algorithm.md has the preview.
@@ -70,7 +70,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticConfig:
+class CriticConfig(Named):
     """The value heads on the policy's last hidden state (docs/algorithm.md, Critic)."""
 
     heads: Literal[1, 2] = 2
@@ -130,7 +130,7 @@ defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class KLConfig:
+class KLConfig(Named):
     """The controller, a rule that sets the KL coefficient at each step, and where the KL acts.
 
     docs/algorithm.md (Controllers) has the rules.

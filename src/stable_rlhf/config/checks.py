@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
+from stable_rlhf.control import as_whole
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.text import valid_unicode
 
@@ -82,12 +84,52 @@ def check_url(setting: str, url: str) -> None:
     require(not parts.fragment, setting, shown, "has a part after '#', which is never sent to a server; leave it out")
 
 
+class Named:
+    """Base class of settings: refuses a keyword that is not one of them, and names the one that was probably meant."""
+
+    def __new__(cls, *values: Any, **given: Any) -> Self:
+        known = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+        if values:
+            raise ConfigError(f"{cls.__name__}({values[0]!r}): give each setting by its name, such as {known[0]}=VALUE")
+        for name in given:
+            if name not in known:
+                raise ConfigError(f"{name}={given[name]!r}: unknown setting{cls._suggestion(name, given)}")
+        return super().__new__(cls)
+
+    @classmethod
+    def _suggestion(cls, name: str, given: Mapping[str, Any]) -> str:
+        known = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        return f". Did you mean {close[0]}?" if close else f"; {cls.__name__} has {', '.join(known)}"
+
+
+def as_meant(value: Any, hint: Any) -> Any:
+    """A value as the type that an annotation asks for, where nothing else can be meant.
+
+    A float without a fraction is an int (1e2 is 100), and one entry is a list of one.
+    """
+    if int in alternatives(hint):
+        return as_whole(value)
+    return [value] if is_list(hint) and _fits([value], hint) else value
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows: (int, NoneType) for ``int | None``."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def is_list(hint: Any) -> bool:
+    return any(typing.get_origin(option) is list for option in alternatives(hint))
+
+
 def check_types(section: str, config: Any) -> None:
     """Requires every field of a dataclass to have its annotated type. An int is accepted as a float; True is not a
-    number."""
+    number. A field that ``as_meant`` reads as its type is replaced."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
+        hint = hints[field.name]
+        value = as_meant(getattr(config, field.name), hint)
+        object.__setattr__(config, field.name, value)
         setting = f"{section}.{field.name}" if section else field.name
         require(_fits(value, hint), setting, value, wanted(hint))
         for text in value if isinstance(value, list) else [value]:
@@ -105,7 +147,7 @@ def wanted(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"choose one of {', '.join(map(str, options))}"
     if dataclasses.is_dataclass(hint):
-        return f"give {typing.cast(type, hint).__name__}(...); Config.from_preset takes dictionaries"
+        return f"give a dictionary of the fields to change, or {typing.cast(type, hint).__name__}(...)"
     sentences = {
         bool: "give true or false",
         int: "give a whole number",
@@ -114,6 +156,7 @@ def wanted(hint: Any) -> str:
         list[str]: "give a list, such as [first, second]",
         list[float]: "give a list of numbers, such as [1.0, 0.5]",
         list[str | int]: "give a list of texts or whole numbers, such as [<|im_end|>, 2]",
+        dict[str, Any]: "give a mapping, such as {name: value}",
     }
     return sentences[hint]
 
@@ -124,6 +167,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in options)
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in options)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
     if hint is float:

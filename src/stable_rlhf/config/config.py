@@ -1,28 +1,31 @@
 """The complete settings of a run, and how presets and overrides make them.
 
-``Config(preset="ppo")`` and ``stable-rlhf train --preset ppo`` give the same object: a section that is not given is the
-preset's. ``Config.from_preset`` takes partial overrides, as the command line does.
+``Config(preset="ppo")`` and ``stable-rlhf train --preset ppo`` give the same object: what is not given is the preset's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
-from stable_rlhf.config.checks import check_types, is_url, made, only_with, require, url_without_secrets
+from stable_rlhf.config.checks import Named, check_types, is_url, made, only_with, require, url_without_secrets
+from stable_rlhf.config.files import over, read_settings
+from stable_rlhf.config.names import fields_of, setting_types, suggestion
 from stable_rlhf.config.presets import PRESETS, preset_section
 from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig, RolloutConfig
-from stable_rlhf.control import GuardConfig
+from stable_rlhf.control import CONTROLLERS, GuardConfig
+from stable_rlhf.errors import ConfigError
 
 
 def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
     """Every setting of a run, as config.yaml and the checkpoints hold them."""
     complete = {**config.to_dict(), "output_dir": str(run_dir)}
     complete["reward"]["url"] = None  # it is in functions
+    complete["overwrite_output_dir"] = False  # `train --config RUN/config.yaml` must not remove the run
     return complete
 
 
@@ -50,10 +53,11 @@ _FROM_PRESET: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Named):
     """A whole run.
 
-    A section that is not given is the preset's; a section that is given replaces the preset's.
+    A section that is not given is the preset's. A section given as a dictionary, as in a YAML file, changes the fields
+    that it names; a section given as an object replaces the preset's.
     """
 
     preset: str = "safe"
@@ -64,6 +68,9 @@ class Config:
     step moves the policy); the guard (rolls a failing run back)."""
     output_dir: str | None = None
     """Folder of the run; None makes a new folder under runs/, named after the preset and the time."""
+    overwrite_output_dir: bool = False
+    """Replace the run that output_dir holds, finished or stopped, as a notebook needs whose cell runs again. A run that
+    another process trains is never replaced. config.yaml records false, so that training from it destroys nothing."""
     max_steps: int = 60
     """Number of training steps. A step is one rollout and the updates made with it."""
     save_steps: int = 20
@@ -104,10 +111,12 @@ class Config:
     log: LogConfig = _FROM_PRESET
 
     def __post_init__(self) -> None:
-        require(self.preset in PRESETS, "preset", self.preset, f"choose one of {', '.join(PRESETS)}")
-        for name, section in SECTIONS.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, made(section, preset_section(self.preset, name, {})))
+        known = isinstance(self.preset, str) and self.preset in PRESETS
+        require(known, "preset", self.preset, f"choose one of {', '.join(PRESETS)}")
+        for name in SECTIONS:
+            given = getattr(self, name)
+            if given is None or isinstance(given, Mapping):
+                object.__setattr__(self, name, self._section(name, given or {}))
         check_types("", self)
         for name in ("max_steps", "save_total_limit"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be greater than 0")
@@ -116,6 +125,8 @@ class Config:
         self._check_best()
         for name in ("hub_model_id", "hub_private"):
             only_with("", self, name, self.push_to_hub, "push_to_hub is true")
+        remedy = "set output_dir to the folder whose run is to be replaced, or leave it out"
+        require(self.output_dir is not None or not self.overwrite_output_dir, "overwrite_output_dir", True, remedy)
         # 2^63: the seeds of permutations and generators are signed 64-bit numbers.
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or more, and below 2^63")
         minibatches = self.optim.num_mini_batches
@@ -138,24 +149,52 @@ class Config:
 
     @classmethod
     def from_preset(cls, preset: str = "safe", **overrides: Any) -> Config:
-        """The preset with overrides: top-level settings as they are, a section as a dictionary of fields to change.
+        """The preset with overrides: the same as ``Config(preset=preset, **overrides)``.
 
-        ``Config.from_preset("ppo", max_steps=10, optim={"learning_rate": 1e-4})``. Raises ConfigError on unknown names.
+        ``Config.from_preset("ppo", max_steps=10, optim={"learning_rate": 1e-4})``. Raises ConfigError.
         """
-        require(preset in PRESETS, "preset", preset, f"choose one of {', '.join(PRESETS)}")
-        top = [f.name for f in dataclasses.fields(cls)]
-        for name, value in overrides.items():
-            require(name in top, name, value, f"unknown setting; the top level has {', '.join(top)}")
-        arguments = {"preset": preset, **{k: v for k, v in overrides.items() if k not in SECTIONS}}
-        for name, section in SECTIONS.items():
-            given = overrides.get(name, {})
-            require(isinstance(given, dict), name, given, "a section is a dictionary of the fields to change")
+        return cls(preset=preset, **overrides)
+
+    @classmethod
+    def from_yaml(cls, file: str | Path, **overrides: Any) -> Config:
+        """The settings of a YAML file, or of a recipe (``recipe:smollm2-sentiment``), with overrides.
+
+        A section in ``overrides`` is a dictionary of the fields to change; they replace the file's fields. Raises
+        ConfigError, which names the file, for a file that cannot be read and for wrong settings in it.
+        """
+        content = over({str(name): value for name, value in read_settings(file).items()}, overrides)
+        try:
+            return cls(**content)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+
+    @classmethod
+    def _suggestion(cls, name: str, given: Mapping[str, Any]) -> str:
+        return _similar(cls, name, given, also=[field.name for field in dataclasses.fields(cls)])
+
+    def _section(self, name: str, given: Mapping[str, Any]) -> Any:
+        """A section of the preset with the fields of a dictionary changed."""
+        section = SECTIONS[name]
+        for field, value in given.items():
             known = [f.name for f in dataclasses.fields(section)]
-            for field, value in given.items():
-                require(field in known, f"{name}.{field}", value, f"unknown setting; {name} has {', '.join(known)}")
-            arguments[name] = made(section, preset_section(preset, name, given))
-        return cls(**arguments)
+            if field not in known:
+                close = _similar(type(self), f"{name}.{field}", {"preset": self.preset, name: given}, also=())
+                raise ConfigError(f"{name}.{field}={value!r}: unknown setting{close}")
+        return made(section, preset_section(self.preset, name, dict(given)))
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain dictionaries, the controller's own included: complete, and reusable as input."""
         return dataclasses.asdict(self)
+
+
+def _similar(top: type, name: str, given: Mapping[str, Any], also: Iterable[str]) -> str:
+    """The setting that an unknown name probably means, or the names that there are."""
+    kl = given.get("kl")
+    controller = kl.get("controller") if isinstance(kl, Mapping) else None
+    if controller not in CONTROLLERS:
+        preset = given.get("preset")
+        controller = PRESETS.get(preset if isinstance(preset, str) else "", {}).get("kl", {}).get("controller", "safe")
+    section = name.rpartition(".")[0]
+    has = fields_of(section, controller) if section else also
+    listed = f"; {section or 'the top level'} has {', '.join(has)}"
+    return suggestion(name, [*also, *setting_types(top, controller)], controller, listed)

@@ -10,7 +10,7 @@ from stable_rlhf.config.sections import SECTIONS
 from stable_rlhf.errors import CheckpointError
 
 MAY_CHANGE = {
-    "preset", "output_dir", "max_steps", "save_steps", "save_total_limit", "log", "guard",
+    "preset", "output_dir", "overwrite_output_dir", "max_steps", "save_steps", "save_total_limit", "log", "guard",
     "eval_steps", "load_best_model_at_end", "push_to_hub", "hub_model_id", "hub_private",
     "model.name", "model.revision", "model.gguf_file", "model.trust_remote_code",  # its weights are compared
     "model.device", "model.self_check", "model.gradient_checkpointing", "model.cuda_graphs", "model.torch_compile",

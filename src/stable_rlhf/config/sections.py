@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
-from stable_rlhf.config.checks import check_types, check_url, is_url, not_negative, only_with, positive, require
+from stable_rlhf.config.checks import Named, check_types, check_url, is_url, not_negative, only_with, positive, require
 from stable_rlhf.control import GuardConfig
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
@@ -17,7 +17,7 @@ _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Named):
     """The policy to train, and how it is held in memory."""
 
     name: str = "builtin"
@@ -43,6 +43,9 @@ class ModelConfig:
     lora_target_modules: list[str] | None = None
     """Names of the linear layers that get an adapter; None is every linear layer except the LM head. Only with lora_r >
     0."""
+    lora_options: dict[str, Any] | None = None
+    """More fields of peft.LoraConfig, such as {use_rslora: true} or {target_modules: REGULAR_EXPRESSION}; None leaves
+    them at PEFT's defaults. Only with lora_r > 0."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass. This takes less memory and about a third more time."""
     cuda_graphs: bool | None = None
@@ -60,11 +63,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types("model", self)
         not_negative("model", self, "lora_r")
-        for name in ("gguf_file", "trust_remote_code"):
-            only_with("model", self, name, self.name != "builtin", "model.name is a folder or a hub name")
-        on_hub = self.name != "builtin" and not Path(self.name).is_dir()
-        only_with("model", self, "revision", on_hub, "model.name is a hub name")
-        for name in ("lora_alpha", "lora_target_modules"):
+        for name in ("lora_alpha", "lora_target_modules", "lora_options"):
             value = getattr(self, name)
             remedy = "has no effect without an adapter: set model.lora_r to a rank above 0, or leave it out"
             require(value is None or self.lora_r > 0, f"model.{name}", value, remedy)
@@ -72,10 +71,26 @@ class ModelConfig:
             positive("model", self, "lora_alpha")
         remedy = "name at least one layer, or leave it out for every linear layer"
         require(self.lora_target_modules != [], "model.lora_target_modules", self.lora_target_modules, remedy)
+        for name in ("r", "lora_alpha"):
+            remedy = f"set model.{'lora_r' if name == 'r' else name} instead"
+            require(name not in (self.lora_options or {}), "model.lora_options", self.lora_options, remedy)
+
+    def check_source(self, given_as_object: bool = False) -> None:
+        """Refuses settings that say how to load a model where ``name`` cannot be loaded so.
+
+        Called once the name is known: `SAFETrainer` may be given it, or a model, next to these settings.
+        """
+        if given_as_object:
+            for name in ("gguf_file", "revision", "trust_remote_code"):
+                only_with("model", self, name, False, "the model is given by its name; this one is an object")
+        for name in ("gguf_file", "trust_remote_code"):
+            only_with("model", self, name, self.name != "builtin", "model.name is a folder or a hub name")
+        on_hub = self.name != "builtin" and not Path(self.name).is_dir()
+        only_with("model", self, "revision", on_hub, "model.name is a hub name")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Named):
     """The prompts to train on and to evaluate on."""
 
     train: str = "builtin"
@@ -128,7 +143,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(Named):
     """The rewards: where they come from, how they are scaled, and how reward servers are called."""
 
     functions: list[str] = dataclasses.field(default_factory=lambda: ["builtin"])
@@ -217,7 +232,7 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Named):
     """How completions are sampled. A step is one rollout: a batch of prompts with a completion each."""
 
     batch_size: int = 64
@@ -242,7 +257,7 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Named):
     """Records and output besides metrics.jsonl."""
 
     report_to: list[str] = dataclasses.field(default_factory=list)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from stable_rlhf.control import baselines, paper, safe
-from stable_rlhf.control.base import Controller, Decision, Observation
+from stable_rlhf.control.base import Controller, Decision, Observation, as_whole
 from stable_rlhf.control.baselines import AdaptiveSettings, AsymmetricSettings, FixedSettings, NoneSettings
 from stable_rlhf.control.guard import Action, Guard, Verdict
 from stable_rlhf.control.guard_config import GuardConfig
@@ -39,6 +39,7 @@ __all__ = [
     "RewardNormaliser",
     "SafeSettings",
     "Verdict",
+    "as_whole",
     "controller_of",
     "controller_settings",
     "make_controller",

@@ -95,11 +95,22 @@ def setting(default: Any, low: float | None = None, high: float | None = None, *
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
+def as_whole(value: Any) -> Any:
+    """A float without a fraction as an int, so that 1e2 is 100 where a whole number is wanted; else the same value."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def check_settings(settings: Settings) -> None:
-    """Raises ValueError for the first field that is not finite, out of range, or of another type than its default."""
+    """Raises ValueError for the first field that is not finite, out of range, or of another type than its default.
+
+    A whole number may be given as a float; it becomes an int.
+    """
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         wanted = type(field.default)
+        if wanted is int:
+            value = as_whole(value)
+            object.__setattr__(settings, field.name, value)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if (wanted is float and not number) or (wanted is not float and type(value) is not wanted):
             raise ValueError(

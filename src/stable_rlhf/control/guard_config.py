@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from stable_rlhf.control.base import as_whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
@@ -74,6 +76,8 @@ class GuardConfig:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             fits, remedy = _KINDS[hints[field.name]]
+            if hints[field.name] is int:
+                object.__setattr__(self, field.name, as_whole(getattr(self, field.name)))
             self._require(fits(getattr(self, field.name)), field.name, remedy)
 
     def _require(self, ok: bool, name: str, remedy: str) -> None:

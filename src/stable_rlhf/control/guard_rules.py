@@ -137,7 +137,11 @@ def non_finite(config: GuardConfig, state: GuardState, figures: Figures) -> str 
 def skipped_steps(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
     """policy/skipped_steps > 0: optimiser steps whose gradient was not finite and that were not taken."""
     count = figures.get("policy/skipped_steps") or 0
-    return f"{count:.0f} optimiser steps had a gradient that is not finite and were not taken" if count else None
+    if not count:
+        return None
+    one = count == 1
+    steps, taken = ("step", "was not taken") if one else ("steps", "were not taken")
+    return f"{count:.0f} optimiser {steps} had a gradient that is not finite and {taken}"
 
 
 def max_kl(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:

@@ -18,6 +18,7 @@ from datasets.table import InMemoryTable
 from stable_rlhf.data.rows import FORMATS, convention, prompts_in
 from stable_rlhf.errors import PromptError
 from stable_rlhf.files import ASSETS
+from stable_rlhf.hub import hub_fault
 from stable_rlhf.text import ends, quoted
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
@@ -115,7 +116,9 @@ def _hub(
         remedy = (
             "Check its files." if Path(name).is_dir() else "No such file exists either. Check the name and the network."
         )
-        raise PromptError(f"data set {wanted} could not be loaded {where}: {said(error)}. {remedy}") from error
+        raise PromptError(
+            f"data set {wanted} could not be loaded {where}: {hub_fault(error) or said(error)}. {remedy}"
+        ) from error
     if not isinstance(dataset, datasets.Dataset):
         raise PromptError(f"data set {name!r}, split {split!r}, gave a {type(dataset).__name__}; name one plain split.")
     return dataset

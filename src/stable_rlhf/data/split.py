@@ -13,6 +13,7 @@ from stable_rlhf.data.given import as_dataset, dataset_of
 from stable_rlhf.data.sources import load_prompts, with_prompts
 from stable_rlhf.data.streamed import StreamedRows
 from stable_rlhf.errors import ConfigError
+from stable_rlhf.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,9 @@ def hold_out(train: Prompts, size: int, seed: int) -> tuple[Prompts, Prompts]:
     """(the rows to train on, ``size`` rows held out, drawn by ``seed``)."""
     count, texts = len(train.numbers), train.dataset["prompt"][:]
     if count <= size:
-        raise ConfigError(f"data.eval_size={size}: the training set has only {count} rows; lower it or set data.eval")
+        raise ConfigError(
+            f"data.eval_size={size}: the training set has only {counted(count, 'row')}; lower it or set data.eval"
+        )
     rows = datasets.Dataset.from_dict({"row": range(count)})
     chosen = rows.train_test_split(test_size=size, seed=seed)["test"]["row"][:]
     # Data sets hold one conversation at several lengths, and prompts twice: none of a held-out one is trained on.

@@ -91,8 +91,11 @@ def check_output(found: Findings, config: Config) -> None:
     """Checks that the run's folder is free and can be made."""
     folder = Path(config.output_dir or "runs")
     shown = f"output_dir={config.output_dir!r}" + ("" if config.output_dir else " (a new folder under runs)")
-    if config.output_dir is not None and (folder / "metrics.jsonl").exists():
-        found.fail(f"{shown}: holds a run already; continue it with `stable-rlhf resume`, or choose another folder")
+    if config.output_dir is not None and (folder / "metrics.jsonl").exists() and not config.overwrite_output_dir:
+        remedy = (
+            "continue it with `stable-rlhf resume`, set overwrite_output_dir to replace it, or choose another folder"
+        )
+        found.fail(f"{shown}: holds a run already; {remedy}")
         return
     if (fault := unwritable(folder)) is not None:
         found.fail(f"{shown}: {fault}; choose another folder")

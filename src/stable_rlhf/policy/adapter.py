@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,25 @@ def lora_config(config: ModelConfig) -> LoraConfig | None:
     """The adapter that the settings ask for; None for ``model.lora_r=0``."""
     if config.lora_r == 0:
         return None
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha or 2 * config.lora_r,  # pyright: ignore[reportArgumentType]
-        lora_dropout=0.0,  # dropout would make the ratio of two different policies
-        target_modules=config.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
+    fields: dict[str, Any] = {
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha or 2 * config.lora_r,
+        "lora_dropout": 0.0,  # dropout would make the ratio of two different policies
+        "target_modules": config.lora_target_modules or "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+    options, known = config.lora_options or {}, [field.name for field in dataclasses.fields(LoraConfig)]
+    for name, value in options.items():
+        remedy = "give a value of peft.LoraConfig; config.yaml cannot hold an object, so pass peft_config again"
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"peft.LoraConfig has no such field{f'. Did you mean {close[0]}?' if close else ''}"
+        if name not in known or (isinstance(value, str) and value.startswith("<")):
+            raise ConfigError(f"model.lora_options={{{name}: {value!r}}}: {remedy}")
+    try:
+        return LoraConfig(**{**fields, **options})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.lora_options={options!r}: {error}") from error
 
 
 def with_adapter(model: Any, config: ModelConfig, peft_config: LoraConfig | None = None) -> Any:

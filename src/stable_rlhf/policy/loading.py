@@ -17,6 +17,7 @@ from stable_rlhf.config import ModelConfig
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import ASSETS
 from stable_rlhf.hardware import resolve_device
+from stable_rlhf.hub import hub_fault
 from stable_rlhf.policy.adapter import (
     adapter_base,
     adapter_folder,
@@ -55,7 +56,7 @@ def model_named(config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: of the package gguf
-        raise _not_a_model(config, str(error)) from error
+        raise _not_a_model(config, hub_fault(error) or str(error)) from error
 
 
 def _not_a_model(config: ModelConfig, fault: str) -> ConfigError:

@@ -15,6 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from stable_rlhf.errors import RewardInputError
 from stable_rlhf.files import ASSETS
 from stable_rlhf.hardware import shortage
+from stable_rlhf.hub import hub_fault
 from stable_rlhf.rewards.model import require_one_label
 
 BUILTIN_MODEL = ASSETS / "reward_model"
@@ -101,5 +102,7 @@ def _loaded(path: str, config: Any, dtype: torch.dtype, trust: dict[str, bool]) 
 
 def _said(error: Exception) -> str:
     """An exception's name and text on one line. OSErrors and ValueErrors of Transformers are sentences already."""
+    if (fault := hub_fault(error)) is not None:
+        return f"{fault}."
     text = " ".join(str(error).split()).rstrip(".") + "."
     return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"

@@ -6,7 +6,7 @@ from stable_rlhf.runs.evaluation import evaluation_rows, read
 from stable_rlhf.runs.lock import RunLock
 from stable_rlhf.runs.metrics import MetricsWriter, read_rows, write_completions
 from stable_rlhf.runs.names import METRICS
-from stable_rlhf.runs.output import check_output, check_writable
+from stable_rlhf.runs.output import check_output, check_writable, remove_run
 
 __all__ = [
     "METRICS",
@@ -20,6 +20,7 @@ __all__ = [
     "model_card",
     "read",
     "read_rows",
+    "remove_run",
     "starts",
     "write_completions",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from stable_rlhf.errors import ConfigError
@@ -9,6 +10,26 @@ from stable_rlhf.files import unwritable
 
 NAME = 255
 """Most bytes of a file's name on common file systems."""
+
+RUN_FILES = (
+    *("config.yaml", "metrics.jsonl", "timings.jsonl", "incidents.jsonl", "evaluation.json", "report.html"),
+    "starts.jsonl",
+    *("completions", "checkpoints", "snapshot", "final", ".final"),
+)
+"""Files and folders that a run writes in its folder, the lock excepted."""
+
+
+def remove_run(folder: Path) -> None:
+    """Removes what a run wrote in its folder; other files stay. The caller holds the run's lock.
+
+    The checkpoints go first: without rows they would still be a run that can be resumed.
+    """
+    for name in sorted(RUN_FILES, key=lambda name: name != "checkpoints"):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_output(folder: Path) -> None:

@@ -28,6 +28,7 @@ from stable_rlhf.errors import (
 )
 from stable_rlhf.files import NO_ROOM, error_number, existing
 from stable_rlhf.hardware import shortage
+from stable_rlhf.text import counted
 
 
 @contextlib.contextmanager
@@ -43,13 +44,15 @@ def failures_named(run: Path, steps: Callable[[], int]) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
-        raise Interrupted(signum, f"interrupted after {steps()} steps. {how_to_resume(run)}") from error
+        raise Interrupted(signum, f"interrupted after {counted(steps(), 'step')}. {how_to_resume(run)}") from error
     except SaveError as error:
         error.args = (f"{error}. {how_to_resume(run)}",)
         raise
     except RewardError as error:
         if error.__cause__ is not None and (said := shortage(error.__cause__)) is not None:  # of a model that scores
-            raise OutOfMemoryError(f"after {steps()} steps, in the reward: {said}; {_with_less(run)}") from error
+            raise OutOfMemoryError(
+                f"after {counted(steps(), 'step')}, in the reward: {said}; {_with_less(run)}"
+            ) from error
         error.args = (f"{error} {how_to_resume(run)}",)
         raise
     except PromptError as error:  # a row of a stream: those of a data set are checked before
@@ -67,7 +70,7 @@ def failures_named(run: Path, steps: Callable[[], int]) -> Iterator[None]:
     except RuntimeError as error:
         if (said := shortage(error)) is None:
             raise
-        raise OutOfMemoryError(f"after {steps()} steps: {said}; {_with_less(run)}") from error
+        raise OutOfMemoryError(f"after {counted(steps(), 'step')}: {said}; {_with_less(run)}") from error
 
 
 @contextlib.contextmanager

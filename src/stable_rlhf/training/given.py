@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from stable_rlhf.config import Config, is_url, only_with
@@ -14,9 +14,12 @@ from stable_rlhf.errors import ConfigError
 from stable_rlhf.hardware import resolve_device
 from stable_rlhf.policy import check_model
 from stable_rlhf.rewards import listed, remote_reward
+from stable_rlhf.training.arguments import as_settings
 
 
-def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Config:
+def as_given(
+    config: Config, model: Any, reward_funcs: Any, train: Any, peft_config: LoraConfig | None = None
+) -> Config:
     """Puts the names of the model, rewards and data actually used into the settings, so that config.yaml is true.
 
     An object that was not loaded by name gets a name that cannot be loaded: `stable-rlhf resume` then refuses it
@@ -24,7 +27,9 @@ def as_given(config: Config, model: Any, reward_funcs: Any, train: Any) -> Confi
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = model if isinstance(model, str) else base.config._name_or_path or f"<{type(base).__name__}>"
-    given: dict[str, Any] = {"model": dataclasses.replace(config.model, name=name)}
+    settings = dataclasses.replace(config.model, name=name)
+    settings.check_source(given_as_object=not isinstance(model, str))
+    given: dict[str, Any] = {"model": settings if peft_config is None else as_settings(settings, peft_config)}
     if reward_funcs is not None:
         functions = [_reward_name(function) for function in listed(reward_funcs)]
         given["reward"] = dataclasses.replace(config.reward, functions=functions, url=None)

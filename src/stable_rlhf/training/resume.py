@@ -74,6 +74,6 @@ def forget_after(run_dir: Path, writer: MetricsWriter, step: int) -> None:
         tell(f"{kept}: a damaged checkpoint of a later step now has this name; you may remove it")
         later = [name for name in later if not kept.name.startswith(f"damaged-{name}")]
     if later:
-        tell(f"Removed everything after step {step} (including {', '.join(later)}); those steps will be repeated")
+        tell(f"Removed everything from step {step} on (including {', '.join(later)}); those steps will be repeated")
     writer.truncate(step)
     incidents.truncate(run_dir, step)

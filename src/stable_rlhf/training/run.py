@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
@@ -29,7 +28,7 @@ from stable_rlhf.checkpoints import (
     restore,
     store,
 )
-from stable_rlhf.config import Config, complete_settings, flat_settings
+from stable_rlhf.config import Config, complete_settings, flat_settings, settings_text
 from stable_rlhf.console import Progress, tell
 from stable_rlhf.control import Guard, RewardNormaliser, controller_of
 from stable_rlhf.data import PromptEncoder, StreamedPrompts, split_datasets, turn_end_missing
@@ -55,7 +54,9 @@ from stable_rlhf.policy import (
 )
 from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
-from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, model_card, starts
+from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, model_card, remove_run, starts
+from stable_rlhf.text import counted
+from stable_rlhf.training.arguments import check_arguments
 from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
 from stable_rlhf.training.fingerprints import SameInputs
 from stable_rlhf.training.given import as_given, check_held_out, check_named, probe_servers
@@ -84,8 +85,9 @@ class Run:
         peft_config: LoraConfig | None = None,
     ) -> None:
         refuse_many_processes()
+        check_arguments(model, reward_funcs, args, processing_class, reward_processing_classes, callbacks, peft_config)
         model = str(model) if isinstance(model, Path) else model
-        self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset)
+        self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset, peft_config)
         check_named(config, model)
         probe_servers(config)
         self.controller = controller_of(config.kl.settings)
@@ -246,6 +248,8 @@ class Run:
     def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
         """Makes the run folder, or loads the checkpoint to resume from."""
         self._lock.take()
+        if self.args.overwrite_output_dir and not resume_from_checkpoint:
+            remove_run(self.run_dir)
         self.callback_states.check()
         self.events.check()
         self.repository = prepare_upload(self.args, self.run_dir)
@@ -255,12 +259,12 @@ class Run:
         elif (self.run_dir / "metrics.jsonl").exists() or store.found(self.run_dir / "checkpoints"):
             raise ConfigError(
                 f"output_dir={str(self.run_dir)!r}: holds a run already; resume it with `stable-rlhf resume "
-                f"{self.run_dir}`, or choose another folder"
+                f"{self.run_dir}`, set overwrite_output_dir to replace it, or choose another folder"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
         save_description(self.model, self.processing_class, self.run_dir / "model")
         # Written again by a resume, which may train longer.
-        replace_text(self.run_dir / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        replace_text(self.run_dir / "config.yaml", settings_text(self.settings))
         if not resume_from_checkpoint:
             RandomState().load_state_dict(self._random)
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved
@@ -290,8 +294,8 @@ class Run:
             )
         if self.steps_done > self.args.max_steps:
             raise ConfigError(
-                f"max_steps={self.args.max_steps}: the run has already done {self.steps_done} steps; give that many or "
-                "more, or resume from an older checkpoint"
+                f"max_steps={self.args.max_steps}: the run has already done {counted(self.steps_done, 'step')}; give "
+                "that many or more, or resume from an older checkpoint"
             )
         forget_after(self.run_dir, self.writer, self.steps_done)
         self.recovery.resume(tensors, state)

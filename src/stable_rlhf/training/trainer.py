@@ -25,6 +25,7 @@ from stable_rlhf.errors import (
 from stable_rlhf.hardware import memory
 from stable_rlhf.policy import saved_fault
 from stable_rlhf.runs import evaluation, incidents, write_completions
+from stable_rlhf.text import counted
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.failures import failures_named, misfits_named
 from stable_rlhf.training.hub import upload
@@ -271,7 +272,7 @@ class SAFETrainer(Run):
             done = "learned from the rest of the step"
         else:
             try:
-                done = f"went back to the state after {self._roll_back()} steps"
+                done = f"went back to the state after {counted(self._roll_back(), 'step')}"
             except CheckpointError as error:
                 action, fault = Action.STOP, error
                 done = f"could not go back, since the last good state cannot be read ({error}), and stopped"
@@ -290,7 +291,7 @@ class SAFETrainer(Run):
     def _what_next(self, action: Action) -> str:
         most = self.args.guard.max_rollbacks
         if action is Action.STOP:
-            return f"and stopped there, after guard.max_rollbacks={most} roll-backs"
+            return f"and stopped there, after guard.max_rollbacks={most} roll-back{'' if most == 1 else 's'}"
         return (
             f"(roll-back {self.guard.state.rollbacks} of {most}) and continues with other prompts, the learning rate "
             f"at {self.recovery.factor:g} x its setting and the KL held tighter by the same factor"

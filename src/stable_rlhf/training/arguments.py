@@ -1,0 +1,108 @@
+"""Checks of the objects given to `SAFETrainer`: an argument of another kind is named, with what to give."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+
+from stable_rlhf.config import PRESETS, Config, ModelConfig
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.rewards import listed
+from stable_rlhf.text import quoted
+
+_BY_FIELD = {"r": "lora_r", "lora_alpha": "lora_alpha", "target_modules": "lora_target_modules"}
+"""Fields of LoraConfig that have a setting of their own. The others are in `model.lora_options`."""
+
+_NOT_CHOSEN = ("task_type", "base_model_name_or_path", "peft_version", "auto_mapping", "inference_mode")
+"""Fields that PEFT fills in itself where an adapter is made. The task is a causal language model's always."""
+
+
+def check_arguments(
+    model: Any,
+    reward_funcs: Any,
+    args: Any,
+    processing_class: Any,
+    reward_processing_classes: Any,
+    callbacks: Any,
+    peft_config: Any,
+) -> None:
+    """Raises ConfigError for the first argument of another kind than `SAFETrainer` takes."""
+    if args is not None and not isinstance(args, Config):
+        preset = f"Config(preset={args!r})" if args in list(PRESETS) else "Config(preset='safe', max_steps=100)"
+        preset = "Config(**args)" if isinstance(args, Mapping) else preset
+        raise _wrong("args", args, f"give {preset}, or Config.from_yaml(FILE)")
+    if not isinstance(model, str | Path | nn.Module):
+        raise _wrong("model", model, "give one causal language model, its folder, or its name on the hub")
+    if isinstance(model, nn.Module) and not (isinstance(model, PeftModel) or hasattr(model, "config")):
+        raise _wrong("model", model, "give a causal language model of Transformers, such as AutoModelForCausalLM loads")
+    for function in [] if reward_funcs is None else listed(reward_funcs):
+        if not (isinstance(function, str | Path) or callable(function)):
+            remedy = "give functions, names such as 'package.module:function', or sequence-classification models"
+            raise _wrong("reward_funcs", function, remedy)
+    _check_tokenizer("processing_class", processing_class)
+    if isinstance(reward_processing_classes, str) or not isinstance(reward_processing_classes, Sequence | None):
+        remedy = "give a list with a tokenizer or None for each reward"
+        raise _wrong("reward_processing_classes", reward_processing_classes, remedy)
+    for tokenizer in reward_processing_classes or []:
+        _check_tokenizer("reward_processing_classes", tokenizer)
+    if callbacks is not None and not isinstance(callbacks, Sequence):
+        raise _wrong("callbacks", callbacks, "give a list of transformers.TrainerCallback objects")
+    for callback in callbacks or []:
+        if not (isinstance(callback, TrainerCallback) or _is_class_of(callback, TrainerCallback)):
+            raise _wrong("callbacks", callback, "give a list of transformers.TrainerCallback objects")
+    if peft_config is not None and not isinstance(peft_config, LoraConfig):
+        kind = "another adapter than LoRA" if isinstance(peft_config, PeftConfig) else "no adapter"
+        raise _wrong("peft_config", peft_config, f"it is {kind}; give a peft.LoraConfig, or set model.lora_r")
+
+
+def as_settings(settings: ModelConfig, adapter: LoraConfig) -> ModelConfig:
+    """The model's settings with those of ``peft_config``, so that config.yaml has the adapter that is trained.
+
+    Raises ConfigError where the settings ask for another adapter.
+    """
+    usual, given = LoraConfig().to_dict(), adapter.to_dict()
+    own = {name for name, value in given.items() if value != usual.get(name)} - {*_BY_FIELD, *_NOT_CHOSEN}
+    options = {name: _plain(given[name]) for name in sorted(own)}
+    fields: dict[str, Any] = {"lora_r": adapter.r, "lora_alpha": float(adapter.lora_alpha)}
+    targets = adapter.target_modules
+    if isinstance(targets, str) and targets != "all-linear":  # a regular expression
+        options["target_modules"] = targets
+    fields["lora_target_modules"] = sorted(targets) if targets and not isinstance(targets, str) else None
+    if targets is None:
+        options["target_modules"] = None  # PEFT's own choice for the architecture
+    recorded = dataclasses.replace(settings, **fields, lora_options=options or None)
+    if settings.lora_r > 0 and settings != recorded:
+        raise ConfigError(
+            f"peft_config: model.lora_r={settings.lora_r!r} in args asks for an adapter too, and for another one; "
+            "leave out peft_config or the settings model.lora_*"
+        )
+    return recorded
+
+
+def _plain(value: Any) -> Any:
+    """A value as config.yaml can hold it. An object becomes a text in angle brackets, which a resume refuses."""
+    value = sorted(value) if isinstance(value, set) else value
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        return f"<{type(value).__name__}>"
+
+
+def _check_tokenizer(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, PreTrainedTokenizerBase | ProcessorMixin):
+        raise _wrong(name, value, "give a tokenizer, such as AutoTokenizer.from_pretrained(NAME), or None")
+
+
+def _is_class_of(value: Any, kind: type) -> bool:
+    return isinstance(value, type) and issubclass(value, kind)
+
+
+def _wrong(argument: str, value: Any, remedy: str) -> ConfigError:
+    return ConfigError(f"SAFETrainer({argument}={quoted(value)}): is a {type(value).__name__}; {remedy}")

@@ -235,7 +235,7 @@ def test_what_is_learned_after_a_state_was_put_back_does_not_reach_the_state(run
 
 
 def test_the_states_of_callbacks_are_copies_under_names_of_their_own(run: SAFETrainer) -> None:
-    first = next(callback for callback in run.handler.callbacks if isinstance(callback, Best))
+    first = next(callback for callback in run.events.handler.callbacks if isinstance(callback, Best))
     found = run.callback_states.state_dict()
     first.attributes["scores"].append(2.0)
     assert found == {
@@ -247,7 +247,7 @@ def test_the_states_of_callbacks_are_copies_under_names_of_their_own(run: SAFETr
 @pytest.mark.parametrize("callbacks", [True, False])
 def test_callbacks_get_their_states_back_where_that_is_asked_for(run: SAFETrainer, callbacks: bool) -> None:
     state = taken(run)
-    first = next(callback for callback in run.handler.callbacks if isinstance(callback, Best))
+    first = next(callback for callback in run.events.handler.callbacks if isinstance(callback, Best))
     first.attributes = {"scores": [7.0]}
     checkpoints_state.restore(
         {name: part for name, part in run.parts.items() if callbacks or name != "callbacks"}, *state

@@ -25,12 +25,13 @@ NAMES = [
     if section or field not in SECTIONS
 ]
 MAY_CHANGE = [
-    "preset", "output_dir", "max_steps", "save_steps", "save_total_limit",
+    "preset", "output_dir", "overwrite_output_dir", "max_steps", "save_steps", "save_total_limit",
+    "eval_steps", "load_best_model_at_end", "push_to_hub", "hub_model_id", "hub_private",
     "model.name", "model.revision", "model.gguf_file", "model.trust_remote_code", "model.device",
-    "model.gradient_checkpointing", "model.cuda_graphs", "model.torch_compile",
+    "model.self_check", "model.gradient_checkpointing", "model.cuda_graphs", "model.torch_compile",
     "optim.microbatch_tokens",
     "reward.batch_size", "reward.trust_remote_code", "reward.timeout", "reward.retries", "reward.max_wait",
-    "reward.token_env",
+    "reward.token_env", "reward.accept_changed",
     *(f"log.{field}" for field in SECTIONS["log"].__dataclass_fields__),
     *(f"guard.{field}" for field in SECTIONS["guard"].__dataclass_fields__),
 ]  # fmt: skip

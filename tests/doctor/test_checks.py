@@ -100,7 +100,7 @@ def verdicts(found: list[tuple[str, str]]) -> dict[str, str]:
     return {text.split(":")[0].split("=")[0]: verdict for verdict, text in found if verdict}
 
 
-GOOD = dict.fromkeys(("output_dir", "data", "reward", "disk", "memory", "step", "forecast"), "ok")
+GOOD = dict.fromkeys(("output_dir", "data", "reward", "disk", "memory", "model", "step", "forecast"), "ok")
 
 
 # --- a run ------------------------------------------------------------------------------------------
@@ -128,9 +128,10 @@ def test_a_good_run_is_described_line_by_line_and_leaves_nothing_behind(
     # 8,832 weights and two heads of 105: 3 x 4 bytes of the weights, 4 x 4 of the heads; final/ has 4 and 2 x 4.
     assert "needed for 2 + 1 checkpoints of 219 kB, 328 kB of snapshots and the final model of 37 kB" in texts[1]
     assert "gradients 36.2 kB, AdamW's two moments 72.3 kB, KV cache of the rollout 5.12 kB" in texts[9]
-    assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[10])
-    assert texts[11].startswith("forecast: 50 steps x ")
-    assert texts[11].endswith("; checkpoints of 219 kB every 20 steps and at the end")
+    assert texts[10].startswith("model: a few tokens have the same log-probs alone")
+    assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[11])
+    assert texts[12].startswith("forecast: 50 steps x ")
+    assert texts[12].endswith("; checkpoints of 219 kB every 20 steps and at the end")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -38,7 +38,9 @@ class Tiny:
         tokenizer = byte_tokenizer()
         policy(tokenizer).save_pretrained(folder / "policy")
         tokenizer.save_pretrained(folder / "policy")
-        (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS * 2))
+        for name, prompts in (("prompts", PROMPTS * 2), ("held-out", PROMPTS[:4])):
+            lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+            (folder / f"{name}.jsonl").write_text("".join(lines))
         return cls(folder)
 
     def arguments(self, run: str, *more: str) -> list[str]:
@@ -46,7 +48,8 @@ class Tiny:
         before and after."""
         return [
             *("train", "--output_dir", str(self.folder / run), "--model.name", str(self.folder / "policy")),
-            *("--data.train", str(self.folder / "prompts.jsonl"), "--data.eval_size", "4", "--model.device", "cpu"),
+            *("--data.train", str(self.folder / "prompts.jsonl"), "--data.eval", str(self.folder / "held-out.jsonl")),
+            *("--data.eval_size", "4", "--model.device", "cpu"),
             *("--reward.functions", '["tests.faults.injections:reward"]', "--log.progress", "false"),
             *("--rollout.batch_size", "8", "--rollout.max_completion_length", "6", "--optim.learning_rate", "1e-2"),
             *("--max_steps", str(STEPS), "--save_steps", "2", "--guard.snapshot_steps", "3"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.hardware import attention
-from stable_rlhf.rollout import decoder
+from stable_rlhf.rollout import attend as one_token
 from tests.policy.test_architectures import PARTICULAR, PECULIAR, WINDOWED, make
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -68,7 +68,7 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     return out
 
 
-@pytest.mark.parametrize("attend", [attention.attend, decoder.attend])
+@pytest.mark.parametrize("attend", [attention.attend, one_token.attend])
 @pytest.mark.parametrize("positions", [1, 5])
 @pytest.mark.parametrize("scaling", [None, 0.5])
 def test_attention_is_the_softmax_over_what_may_be_seen_at_the_models_own_scale(

@@ -51,7 +51,10 @@ def test_a_roll_back_to_a_damaged_state_ends_the_run_with_its_last_checkpoint_as
     (incident,) = incidents.read(run_dir)  # with rule and figures, like every verdict
     assert (incident["step"], incident["action"], incident["rule"]) == (1, "stop", "max_kl")
     assert incident["figures"]["objective/kl"] > 1e-9
-    resumes = f"`stable-rlhf resume {run_dir}` continues from step 1."
+    resumes = (
+        f"`train(resume_from_checkpoint=True)` of a SAFETrainer made as before, with output_dir='{run_dir}', continues "
+        "from step 1."
+    )
     assert str(stop.value) == f"{incidents.sentence(incident)} {resumes}"  # whatever `guard` is then
     (saved,) = store.found(run_dir / "checkpoints")
     assert store.load(saved)[1]["step"] == store.steps_of(saved) == 1

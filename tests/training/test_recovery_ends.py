@@ -159,7 +159,7 @@ def test_without_the_guard_a_figure_that_is_not_finite_ends_the_run_and_nothing_
     state = json.loads((tmp_path / "checkpoints" / "step-000002" / "state.json").read_text())
     assert "snapshot" not in state
     assert sorted(path.name for path in (tmp_path / "checkpoints" / "step-000002").glob("*.safetensors")) == [
-        "model.safetensors", "optimizer.safetensors", "random.safetensors",
+        "model.safetensors", "optimizer.safetensors", "random.safetensors", "reward_random.safetensors",
     ]  # fmt: skip
 
 

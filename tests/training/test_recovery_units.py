@@ -115,7 +115,7 @@ def test_a_roll_back_leaves_steps_prompts_draws_schedule_and_callbacks_as_they_h
     tokenizer, tmp_path: Path
 ) -> None:
     run = begun(tokenizer, tmp_path, rollback_factor=0.25)
-    counter = next(callback for callback in run.handler.callbacks if isinstance(callback, Counts))
+    counter = next(callback for callback in run.events.handler.callbacks if isinstance(callback, Counts))
     taken = run.stream.take(3)
     torch.rand(2)
     run.counters.step, run.counters.episode, counter.count = 4, 35, 5

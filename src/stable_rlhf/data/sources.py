@@ -116,9 +116,8 @@ def _hub(
         remedy = (
             "Check its files." if Path(name).is_dir() else "No such file exists either. Check the name and the network."
         )
-        raise PromptError(
-            f"data set {wanted} could not be loaded {where}: {hub_fault(error) or said(error)}. {remedy}"
-        ) from error
+        why = (hub_fault(error) or said(error)).rstrip(".")
+        raise PromptError(f"data set {wanted} could not be loaded {where}: {why}. {remedy}") from error
     if not isinstance(dataset, datasets.Dataset):
         raise PromptError(f"data set {name!r}, split {split!r}, gave a {type(dataset).__name__}; name one plain split.")
     return dataset

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]
 from transformers import PreTrainedModel
 
 from stable_rlhf.config import CriticConfig
@@ -23,11 +22,16 @@ from stable_rlhf.ops.logprobs import token_statistics
 from stable_rlhf.ops.objective import soft_min
 from stable_rlhf.policy.adapter import adapter_is_new
 from stable_rlhf.policy.self_check import forward_fault, reference_fault
-from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_length, layers, lm_head
+from stable_rlhf.policy.transformer import (
+    causal_lm,
+    compile_layer,
+    context_length,
+    frozen_copy,
+    layers,
+    lm_head,
+    switch_dropout_off,
+)
 from stable_rlhf.records import Tokens
-
-NOISE = ("drop", "jitter")
-"""Parts of the names under which Transformers' layers keep what they drop or add at random while they train."""
 
 
 class ValueHead(nn.Module):
@@ -272,25 +276,6 @@ def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
         sample = values[:: max(1, len(values) // 1024)].float().cpu()  # 1,024 a tensor: fast at any size
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
-
-
-def frozen_copy(policy: Any) -> Any:
-    """A copy whose trained weights never change; weights that are not trained are shared."""
-    shared: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
-    return copy.deepcopy(policy, shared).requires_grad_(False).eval()
-
-
-def switch_dropout_off(policy: nn.Module) -> None:
-    """Sets every dropout, layer drop and router noise to 0, in modules and in the numbers that layers keep.
-
-    The mode alone would not do: a layer that is recomputed is in training mode, and a callback may call ``train()``.
-    """
-    for module in policy.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and any(part in name.lower() for part in NOISE):
-                setattr(module, name, 0.0)
 
 
 def compile_layers(model: ActorCritic) -> None:

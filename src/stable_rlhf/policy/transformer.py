@@ -1,13 +1,18 @@
-"""Finds the parts of a Transformers model: LM head, layers, end tokens, context length."""
+"""The parts of a Transformers model: LM head, layers, end tokens, context length; its dropout switched off, a copy."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+NOISE = ("drop", "jitter")
+"""Parts of the names under which Transformers' layers keep what they drop or add at random while they train."""
 
 
 def causal_lm(policy: Any) -> Any:
@@ -52,3 +57,22 @@ def context_length(model: Any) -> int | None:
             bounds += [kind.get("original_max_position_embeddings")]
             bounds += [getattr(config, "original_max_position_embeddings", None)]
     return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def frozen_copy(policy: Any) -> Any:
+    """A copy whose trained weights never change; weights that are not trained are shared."""
+    shared: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False).eval()
+
+
+def switch_dropout_off(policy: nn.Module) -> None:
+    """Sets every dropout, layer drop and router noise to 0, in modules and in the numbers that layers keep.
+
+    The mode alone would not do: a layer that is recomputed is in training mode, and a callback may call ``train()``.
+    """
+    for module in policy.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and any(part in name.lower() for part in NOISE):
+                setattr(module, name, 0.0)

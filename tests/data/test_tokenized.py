@@ -65,9 +65,6 @@ REFUSED = {
     "{{ 1 // 0 }}": r"refuses the chat .* by zero",
     "": r"gives '', no text",
     "{% if false %}a{% endif %} \n": r"gives ' ', no text",
-    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}": (
-        r"ignores add_generation_prompt, so the prompt ends before 'assistant ' and the policy would have to write"
-    ),
 }
 
 
@@ -75,6 +72,18 @@ REFUSED = {
 def test_a_template_that_fails_costs_a_sentence_with_the_row(template: str) -> None:
     with pytest.raises(PromptError, match=r"the data set, row 7: the chat template " + REFUSED[template]):
         encoded(words(template=template), CHAT)
+
+
+def test_a_template_without_a_generation_prompt_is_said_once_since_the_policy_may_have_been_trained_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = words(template="{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}")
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert encoded(tokenizer, CHAT) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    said = (
+        "the data set, row 7: the chat template ignores add_generation_prompt, so the prompt ends before 'assistant '"
+    )
+    assert capsys.readouterr().err.count(said) == 1
 
 
 @pytest.mark.parametrize(

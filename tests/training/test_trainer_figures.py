@@ -295,8 +295,6 @@ def test_a_prompt_that_leaves_no_room_in_the_model_is_refused_before_anything_is
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     config = settings(tmp_path / "run", rollout={"max_completion_length": 64 - 8})
-    with pytest.raises(
-        PromptError, match=r"row 7: the prompt has 9 tokens.*context of 64.*data\.max_prompt_length to 8 "
-    ):
+    with pytest.raises(PromptError, match=r"row 7: .*9 tokens.*context of 64.*data\.max_prompt_length to 8 "):
         trainer(config, tokenizer)
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from stable_rlhf.console import tell
 from stable_rlhf.data.chat import Message, Prompt, without_none
 from stable_rlhf.data.sources import said
 from stable_rlhf.errors import PromptError
@@ -122,16 +123,16 @@ class PromptTokenizer:
     def _check_generation_prompt(
         self, chat: Sequence[Message], arguments: Mapping[str, Any], prompt: str, where: str
     ) -> None:
-        """Raises PromptError where the template writes a heading before an answer, but not as a generation prompt."""
+        """Says where the template writes a heading before an answer, but not as a generation prompt."""
         bare = self._rendered(chat, arguments, add_generation_prompt=False)
         around = answer_in(self.tokenizer, chat, arguments)
         if bare == prompt and around is not None and around[0].startswith(bare):
             heading = around[0].removeprefix(bare)
             if heading.strip():
-                raise PromptError(
+                tell(
                     f"{where}: the chat template ignores add_generation_prompt, so the prompt ends before "
-                    f"{quoted(heading)} and the policy would have to write that itself. Add {{% if "
-                    "add_generation_prompt %}}...{{% endif %}} with it at the template's end."
+                    f"{quoted(heading)} and the policy has to write that itself. Unless it was trained so, add {{% if "
+                    "add_generation_prompt %}...{% endif %} with it at the template's end"
                 )
 
 

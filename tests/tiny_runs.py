@@ -28,7 +28,16 @@ def policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalL
 
 def lora(model: LlamaForCausalLM, seed: int = 0) -> Any:
     """The policy with an adapter that changes it (B is not zero), by the same numbers whatever was drawn before."""
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return moved(new_lora(model), seed)
+
+
+def new_lora(model: LlamaForCausalLM) -> Any:
+    """The policy with an adapter as PEFT makes it, which adds nothing yet."""
+    return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def moved(adapted: Any, seed: int = 0) -> Any:
+    """The policy, whose adapter has other weights now, as if it had learned."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:

@@ -14,7 +14,7 @@ from stable_rlhf.control import Decision
 from stable_rlhf.learner import Learning, Passes, make_batch, make_passes, measure, optimizer_groups, update
 from stable_rlhf.policy.actor_critic import ActorCritic
 from stable_rlhf.records import Batch, Rollout, Tokens
-from tests.tiny_runs import lora, policy
+from tests.tiny_runs import moved, new_lora, policy
 
 ROWS = 8
 ONE_STEP = {"num_iterations": 1, "num_mini_batches": 1, "max_grad_norm": 1e9}
@@ -41,10 +41,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast, config: Config, adapter: bool
     """A policy that has left its reference, and target heads that lag behind the heads."""
     base = policy(tokenizer)
     torch.manual_seed(1)
-    model = ActorCritic(lora(base) if adapter else base, config.critic, autocast=config.model.dtype == "bfloat16")
+    given = new_lora(base) if adapter else base
+    model = ActorCritic(given, config.critic, autocast=config.model.dtype == "bfloat16")
+    if adapter:
+        moved(model.policy)
     generator = torch.Generator().manual_seed(2)
-    moved = [] if adapter else model.policy_parameters()
-    for parameter in [*moved, *model.target_heads.parameters()]:
+    whole = [] if adapter else model.policy_parameters()
+    for parameter in [*whole, *model.target_heads.parameters()]:
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model
 

@@ -62,9 +62,9 @@ def test_both_presets_see_the_same_texts_of_the_same_length_and_learn_nothing(ti
         trainer: SAFETrainer = overhead.make_trainer(preset, tmp_path / preset, arguments)
         score = trainer.scorer.score
 
-        def keep(prompts, completions, columns, ended, texts=texts, score=score):
+        def keep(prompts, completions, *more, texts=texts, score=score):
             texts.append(list(completions))
-            return score(prompts, completions, columns, ended)
+            return score(prompts, completions, *more)
 
         trainer.scorer.score = keep  # type: ignore[method-assign]
         for _ in range(3):

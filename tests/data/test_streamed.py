@@ -191,7 +191,8 @@ def test_a_bad_row_in_a_run_says_how_to_resume_and_loses_nothing(tokenizer: Any,
     config = settings(tmp_path / "run", max_steps=3, save_steps=0, data={"eval_size": 0}, rollout={"batch_size": 4})
     run = trainer(config, tokenizer, train_dataset=Source([*good, " "]))
     with pytest.raises(
-        PromptError, match=r"row 9: the prompt is empty\. .*`stable-rlhf resume .*` continues from step 2"
+        PromptError,
+        match=r"row 9: the prompt is empty\. .*`train\(resume_from_checkpoint=True\)` .* from step 2",
     ):
         run.train()
     repaired = trainer(config, tokenizer, train_dataset=Source([*good, "p 8"]))

@@ -103,7 +103,7 @@ def test_long_runs_stay_small_and_keep_their_spikes() -> None:
 
 def test_every_figure_that_a_run_records_is_in_a_plot_and_in_one_only() -> None:
     drawn = Counter(line.metric for section in figures.SECTIONS.values() for plot in section for line in plot.lines)
-    numbers = (set(METRICS) | set(TIMINGS)) - TEXT_METRICS - {"step", "episode", "rewards/<name>/mean"}
+    numbers = (set(METRICS) | set(TIMINGS)) - TEXT_METRICS - {"step", "episode", "rewards/<name>/mean", "user/<name>"}
     assert set(drawn) == numbers | {figures.AVERAGE}
     assert set(drawn.values()) == {1}
     for plot in (plot for section in figures.SECTIONS.values() for plot in section):
@@ -139,3 +139,12 @@ def test_values_that_are_read_are_those_of_the_rows(tmp_path: Path) -> None:
     kl = [float(f"{row['objective/kl']:.5g}") for row in rows]
     assert {"steps": list(range(40)), "values": kl, "bin": 1} in read
     assert {"steps": list(range(40)), "values": [2.0] * 40, "bin": 1} in read  # seconds, of timings.jsonl
+
+
+def test_what_reward_functions_record_has_a_plot_of_its_own_where_there_is_any() -> None:
+    rows = [{"step": 0, "user/length": 3.0, "rewards/a/mean": 1.0}, {"step": 1, "user/length": 4.0, "user/b/c": 1.0}]
+    plot = figures.recorded_plot(rows)
+    assert [(line.metric, line.label) for line in plot.lines] == [("user/length", "length"), ("user/b/c", "b/c")]
+    assert plot in figures.sections(rows)["Objective"]
+    titles = [plot.title for plot in figures.sections(rows[:0])["Objective"]]
+    assert "Recorded by rewards" not in titles

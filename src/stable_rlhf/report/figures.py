@@ -278,22 +278,35 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
 
 
 def rewards_plot(rows: Rows) -> Plot:
-    """The plot of the reward functions (`rewards/<name>/mean`), each a line: names are known only from the run."""
-    names = list(dict.fromkeys(name for row in rows for name in row if re.fullmatch(r"rewards/[^/]+/mean", name)))
+    """The plot of the reward functions (`rewards/<name>/mean`)."""
+    return _named(rows, "rewards/", "/mean", "Each reward", "Mean of each reward function, unweighted.", "reward")
+
+
+def recorded_plot(rows: Rows) -> Plot:
+    """The plot of what reward functions record themselves (`user/<name>`)."""
+    caption = "Figures that the reward functions recorded with log_metric."
+    return _named(rows, "user/", "", "Recorded by rewards", caption, "figure")
+
+
+def _named(rows: Rows, before: str, after: str, title: str, caption: str, unit: str) -> Plot:
+    """A plot with a line for each figure of this form: names are known only from the run."""
+    form = re.compile(f"{before}(.+){after}")
+    names = list(dict.fromkeys(name for row in rows for name in row if form.fullmatch(name)))
     more = f" The first {MOST_REWARDS} of {len(names)}." if len(names) > MOST_REWARDS else ""
     styles = [f"c{1 + n % COLOURS}" + (" dashed" if n >= COLOURS else "") for n in range(MOST_REWARDS)]
     return Plot(
-        title="Each reward",
-        caption=f"Mean of each reward function, unweighted.{more}",
-        units=("reward",),
+        title=title,
+        caption=caption + more,
+        units=(unit,),
         lines=tuple(
-            _line(name, name.removeprefix("rewards/").removesuffix("/mean"), style)
+            _line(name, name.removeprefix(before).removesuffix(after), style)
             for name, style in zip(names, styles, strict=False)
         ),
     )
 
 
 def sections(rows: Rows) -> dict[str, Sequence[Plot]]:
-    """The plots of a run by section: SECTIONS, with the plot of its reward functions after the reward."""
+    """The plots of a run by section: SECTIONS, with those of its reward functions after the reward."""
     first, *rest = SECTIONS["Objective"]
-    return {**SECTIONS, "Objective": (first, rewards_plot(rows), *rest)}
+    own = [recorded] if (recorded := recorded_plot(rows)).lines else []
+    return {**SECTIONS, "Objective": (first, rewards_plot(rows), *own, *rest)}

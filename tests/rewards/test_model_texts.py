@@ -193,7 +193,7 @@ def test_an_adapter_that_cannot_be_a_reward_is_refused_by_a_sentence(tmp_path: P
         resolve_reward(tmp_path / "two")
     adapter(base, tmp_path / "lost")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(RewardInputError, match=r"'.*lost' could not be loaded: .*base"):
+    with pytest.raises(RewardInputError, match=r"'.*lost' is an adapter of '.*base', which could not be loaded: "):
         resolve_reward(tmp_path / "lost")
     (tmp_path / "lost" / "adapter_model.safetensors").rename(tmp_path / "lost" / "adapter_model.bin")
     with pytest.raises(RewardInputError, match=r"is an adapter without adapter_model\.safetensors"):

@@ -86,7 +86,14 @@ def _merged(path: str, spec: str, dtype: torch.dtype, trust_remote_code: bool) -
         raise RewardInputError(f"the reward model {spec!r} is an adapter without {_ADAPTER}: save it as safetensors.")
     with safe_open(weights, framework="pt") as file:
         given = set(file.keys())
-    model, missing = _loaded(base, AutoConfig.from_pretrained(base, num_labels=1, **trust), dtype, trust)
+    try:
+        known = AutoConfig.from_pretrained(base, num_labels=1, **trust)
+    except (OSError, ValueError) as error:
+        raise RewardInputError(
+            f"the reward model {spec!r} is an adapter of {base!r}, which could not be loaded: {_said(error)} Put the "
+            "model there, or merge the adapter where it is."
+        ) from error
+    model, missing = _loaded(base, known, dtype, trust)
     missing = [name for name in missing if not any(key.endswith(f".{name}") for key in given)]
     merged = PeftModel.from_pretrained(model, path).merge_and_unload()  # pyright: ignore[reportCallIssue]
     own = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))

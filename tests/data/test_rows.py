@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import datasets
@@ -116,3 +117,13 @@ def test_a_column_of_another_name_is_read_and_kept_under_its_own() -> None:
 def test_a_row_without_a_prompt_costs_a_sentence(row: dict[str, Any], message: str) -> None:
     with pytest.raises(PromptError, match=message):
         prompts([row])
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_a_chat_that_a_table_holds_as_json_text_is_read_as_a_chat(column: str) -> None:
+    assert prompts([{column: json.dumps([USER])}, {column: json.dumps([ANSWER, USER])}]) == [[USER], [ANSWER, USER]]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[not json", '["a"]', '[{"role": "user"}]', "[]", '{"role": "user"}'])
+def test_a_text_that_is_json_but_no_chat_stays_a_text(text: str) -> None:
+    assert prompts([{"prompt": text}]) == [text]

@@ -60,6 +60,12 @@ class PromptEncoder:
         self._bos = cast(int | None, tokenizer.bos_token_id)
         self._longest, self._context, self._completion = max_prompt_length, context_length, max_completion_length
 
+    def _remedy(self) -> str:
+        room = (self._context or 0) - self._completion
+        if room < 1:
+            return "Lower rollout.max_completion_length."
+        return f"Set data.max_prompt_length to {room} to cut it."
+
     def encode(self, row: Mapping[str, Any], where: str) -> tuple[list[int], bool]:
         """(token ids, whether they were cut). Raises PromptError for a prompt that cannot be used; ``where`` names the
         row."""
@@ -69,8 +75,7 @@ class PromptEncoder:
         if self._context is not None and len(kept) + self._completion > self._context:
             raise PromptError(
                 f"{where}: the prompt has {len(kept)} tokens, which with rollout.max_completion_length "
-                f"({self._completion}) do not fit the model's context of {self._context}. Set "
-                f"data.max_prompt_length to {max(1, self._context - self._completion)} to cut it."
+                f"({self._completion}) do not fit the model's context of {self._context}. {self._remedy()}"
             )
         return kept, is_long
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -91,12 +92,33 @@ def prompt_in(row: Mapping[str, Any], how: Convention, where: str) -> Prompt:
     """The checked prompt of one row; ``where`` names it. Raises PromptError."""
     if how.format == "hh":
         return _hh(row.get("chosen"), where)
-    values = [row.get(column) for column in how.columns]
+    values = [_read_chat(row.get(column)) for column in how.columns]
     if how.format == "prompt":
         return checked(values[0], where)
     if how.format == "messages":
         return checked(_before_the_answer(values[0]), where)
     return checked(_common_beginning(*values, where=where), where)
+
+
+def _read_chat(value: object) -> object:
+    """The chat that a text is as JSON, as a table without lists (CSV) has to hold it; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        chat = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return chat if _is_chat(chat) else value
+
+
+def _is_chat(value: object) -> bool:
+    """Whether it is a list of messages, by TRL's names of their parts or ShareGPT's."""
+    kinds = ({"role", "content"}, {"from", "value"})
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, Mapping) and any(kind <= message.keys() for kind in kinds) for message in value)
+    )
 
 
 def checked(prompt: object, where: str) -> Prompt:

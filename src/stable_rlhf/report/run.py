@@ -147,7 +147,7 @@ def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: {error}") from error
     if not evaluation.get("after"):
-        notes.append("evaluation.json has no `after`: the run stopped before its last evaluation.")
+        notes.append("evaluation.json has no `after`: the last evaluation was not made, or not yet.")
     return evaluation
 
 

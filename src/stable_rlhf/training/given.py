@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,10 @@ def as_given(
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = model if isinstance(model, str) else base.config._name_or_path or f"<{type(base).__name__}>"
+    if (
+        isinstance(model, str) and Path(name).expanduser().is_dir()
+    ):  # a run is resumed and its adapter loaded from anywhere
+        name = os.path.abspath(Path(name).expanduser())
     settings = dataclasses.replace(config.model, name=name)
     settings.check_source(given_as_object=not isinstance(model, str))
     given: dict[str, Any] = {"model": settings if peft_config is None else as_settings(settings, peft_config)}

@@ -28,7 +28,7 @@ from stable_rlhf.checkpoints import (
     restore,
     store,
 )
-from stable_rlhf.config import Config, complete_settings, flat_settings, settings_text
+from stable_rlhf.config import Config, complete_settings, flat_settings, given_in_python, settings_text
 from stable_rlhf.console import Progress, tell
 from stable_rlhf.control import Guard, RewardNormaliser, controller_of
 from stable_rlhf.data import PromptEncoder, StreamedPrompts, split_datasets, turn_end_missing
@@ -257,9 +257,11 @@ class Run:
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
         elif (self.run_dir / "metrics.jsonl").exists() or store.found(self.run_dir / "checkpoints"):
+            command = f"`stable-rlhf resume {self.run_dir}`"
+            how = command if given_in_python(self.settings) is None else "train(resume_from_checkpoint=True)"
             raise ConfigError(
-                f"output_dir={str(self.run_dir)!r}: holds a run already; resume it with `stable-rlhf resume "
-                f"{self.run_dir}`, set overwrite_output_dir to replace it, or choose another folder"
+                f"output_dir={str(self.run_dir)!r}: holds a run already; resume it with {how}, set "
+                "overwrite_output_dir to replace it, or choose another folder"
             )
         self.run_dir.mkdir(parents=True, exist_ok=True)
         save_description(self.model, self.processing_class, self.run_dir / "model")

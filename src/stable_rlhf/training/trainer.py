@@ -319,6 +319,8 @@ class SAFETrainer(Run):
     def _evaluate_on_the_way(self) -> None:
         """Evaluates into ``during`` of evaluation.json, and has the checkpoint saved where it is the best so far."""
         self.control.should_evaluate = False
+        if self._evaluated is not None and self._evaluated[0] == self.steps_done:
+            return  # a second callback asks for it after the same step
         if self.eval_dataset is None:
             tell("control.should_evaluate: there are no held-out prompts; give eval_dataset, or set data.eval_size")
             return

@@ -248,11 +248,16 @@ class Run:
     def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
         """Makes the run folder, or loads the checkpoint to resume from."""
         self._lock.take()
-        if self.args.overwrite_output_dir and not resume_from_checkpoint:
-            remove_run(self.run_dir)
         self.callback_states.check()
         self.events.check()
         self.repository = prepare_upload(self.args, self.run_dir)
+        if self.args.overwrite_output_dir and not resume_from_checkpoint:
+            if self.steps_done:  # the run in the folder is this trainer's own, and its policy is no longer the first
+                raise ConfigError(
+                    f"this trainer has already done {counted(self.steps_done, 'step')}: resume with "
+                    "train(resume_from_checkpoint=True), or make a new SAFETrainer to replace the run"
+                )
+            remove_run(self.run_dir)  # last, so that whatever is refused above costs no run
         self.writer = MetricsWriter(self.run_dir)
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)

@@ -379,8 +379,10 @@ class Run:
         """Uploads policy or adapter, tokenizer, value heads and model card as they are now; returns the address.
 
         ``repo_id``: None is ``hub_model_id``, or the name of the run's folder. ``kwargs``: ``private``, ``token``, and
-        the options of huggingface_hub's ``upload_folder``, such as ``commit_message``. Raises UploadError.
+        the options of huggingface_hub's ``upload_folder``, such as ``commit_message``. A repository that this makes is
+        private unless ``hub_private`` or ``private`` says otherwise. Raises UploadError.
         """
         with tempfile.TemporaryDirectory(prefix="stable-rlhf-upload-") as folder:
             self.write_card(self.save_model(folder))
+            kwargs = {"private": self.args.hub_private, **kwargs}
             return upload(Path(folder), repo_id or self.args.hub_model_id or self.run_dir.name, **kwargs)

@@ -100,3 +100,17 @@ def test_a_tokenizer_with_several_chat_templates_is_exported_with_all(tmp_path: 
     run.train()
     assert main(["export", str(run.run_dir), str(tmp_path / "out")]) == Exit.DONE
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == several.chat_template
+
+
+def test_what_does_not_fit_next_to_the_policy_is_not_checked(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    run = trainer(settings(tmp_path, max_steps=1), tokenizer)
+    run.train()
+    used = type(run.model.policy).forward
+
+    def lacks(model: Any, **given: Any) -> Any:
+        if model is not run.model.policy:
+            raise torch.OutOfMemoryError("of the copy")
+        return used(model, **given)
+
+    monkeypatch.setattr(type(run.model.policy), "forward", lacks)
+    assert saved_fault(run.model, tmp_path / "final") is None

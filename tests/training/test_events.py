@@ -12,7 +12,8 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from stable_rlhf import ConfigError
-from tests.tiny_runs import PROMPTS, settings, trainer
+from stable_rlhf.errors import RewardUnavailable
+from tests.tiny_runs import PROMPTS, letters, settings, trainer
 
 EVENTS = [
     "init_end", "train_begin", "train_end", "epoch_begin", "epoch_end", "step_begin", "step_end", "pre_optimizer_step",
@@ -166,3 +167,18 @@ def test_a_trainer_that_resumes_after_a_failure_begins_its_epoch(tokenizer, tmp_
         run.train()
     run.train(resume_from_checkpoint=True)
     assert [step for event, step, _ in record.seen if event == "epoch_begin"] == [0, 1]
+
+
+def test_a_reward_that_fails_in_an_evaluation_costs_no_step(tokenizer, tmp_path: Path) -> None:
+    evaluations = iter(range(9))
+
+    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        if prompts[0] == HELD_OUT[0]["prompt"] and next(evaluations) == 2:  # the one after the second step
+            raise RewardUnavailable("the server is gone.")
+        return letters(prompts, completions)
+
+    config = settings(tmp_path, max_steps=3, save_steps=0, eval_steps=1)
+    run = trainer(config, tokenizer, reward, eval_dataset=HELD_OUT)
+    with pytest.raises(RewardUnavailable, match=r"is gone\. .* continues from step 2\."):
+        run.train()
+    assert run.train(resume_from_checkpoint=True).global_step == 3

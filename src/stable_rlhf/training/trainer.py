@@ -247,7 +247,12 @@ class SAFETrainer(Run):
             self.events.log(self._to_log)
             self._to_log = None
         if self.control.should_evaluate:
-            self._evaluate_on_the_way()
+            try:
+                self._evaluate_on_the_way()
+            except RewardError as error:  # the step itself is done, and would be lost
+                with said_if_lost(error):
+                    self.save_checkpoint()
+                raise
         if (self.control.should_save or self.control.should_training_stop) and self._saved_at != self.steps_done:
             self.save_checkpoint()
 

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import math
 import random
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -443,3 +444,16 @@ def test_a_long_log_is_copied_with_the_trainers_state_and_stays_apart() -> None:
     scorer.score(["a"], ["b"], {}, [True])
     assert seen[0].log_history == [{"reward": 2.0}, {}]
     assert state == SimpleNamespace(log_history=[{"reward": 1.0}], stateful={"a": [1]})
+
+
+def test_a_column_that_cannot_be_copied_is_named() -> None:
+    scorer = Scorer([resolve_reward(lambda prompts, completions, **columns: [0.0])])
+    with pytest.raises(RewardError, match=r"^the data set's column 'file' cannot be copied .*TypeError: cannot pickle"):
+        scorer.score(["a"], ["b"], {"file": [threading.Lock()]}, [True])
+
+
+@pytest.mark.parametrize("weights", [[1e300], [-2.0]])
+def test_a_weighted_sum_has_the_bound_of_a_score(weights: list[float]) -> None:
+    scorer = Scorer([resolve_reward(lambda prompts, completions, **columns: [1e30])], weights)
+    with pytest.raises(RewardError, match=r"^a weighted sum of scores is .* in size, more than 1e\+30: lower reward\."):
+        scorer.score(["a"], ["b"], {}, [True])

@@ -119,7 +119,7 @@ def test_a_resumed_stream_goes_on_in_its_pass(tokenizer, tmp_path: Path) -> None
         record = Record()
         half = settings(tmp_path / folder, max_steps=steps, rollout={"batch_size": 4})
         run = trainer(half, tokenizer, train_dataset=Rows(), callbacks=[record])
-        run.train(resume_from_checkpoint=resumed)
+        assert run.train(resume_from_checkpoint=resumed).metrics["epoch"] == run.epoch > 0
         return [entry for entry in record.seen if entry[0] in ("epoch_begin", "epoch_end", "train_begin")]
 
     whole = seen("whole", 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from stable_rlhf.training.run import Run
 from stable_rlhf.training.step import Loop, Step, take_step
 from stable_rlhf.training.stopwatch import Stopwatch
 from stable_rlhf.training.trackers import log_completions
+from stable_rlhf.user_code import RandomStream
 
 
 class SAFETrainer(Run):
@@ -103,6 +105,7 @@ class SAFETrainer(Run):
                 steps, samples = self.steps_done - began_at, self.counters.episode - episodes
                 logged = self.events.recorded(self.rows)
                 result = TrainResult(self.steps_done, evaluated, logged, self._rollbacks, seconds, steps, samples)
+                result.metrics["epoch"] = self.epoch  # the records of a stream's steps do not have it
                 self.events.log(result.training)
                 self.events.train_end()
                 self._finish()
@@ -223,7 +226,8 @@ class SAFETrainer(Run):
         if every and number % every == 0:
             sampled = completion_rows(step.rollout, step.measured)
             write_completions(self.run_dir, number, sampled)
-            log_completions(self.events.handler.callbacks, self.events.arguments, number + 1, sampled)
+            with self.shield.around(RandomStream(self.args.seed, zlib.crc32(b"completions"), number)):
+                log_completions(self.events.handler.callbacks, self.events.arguments, number + 1, sampled)
         return row
 
     @property

@@ -97,6 +97,7 @@ def test_a_column_of_another_name_is_read_and_kept_under_its_own() -> None:
             {"prompt": "a", "completions": ["b"]},
             r"a column 'completions', which is an argument of every reward\. Rename",
         ),
+        ({"prompt": "a", "trainer_state": 1}, "a column 'trainer_state', which is an argument of every reward"),
         (
             {"prompt": [USER, ANSWER]},
             r"row 1: .* ends with an assistant message, .*data\.format=messages leaves it out",

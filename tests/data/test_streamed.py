@@ -198,3 +198,17 @@ def test_a_bad_row_in_a_run_says_how_to_resume_and_loses_nothing(tokenizer: Any,
     repaired = trainer(config, tokenizer, train_dataset=Source([*good, "p 8"]))
     repaired.train(resume_from_checkpoint=True)
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fault", ["the source", "the row"])
+def test_after_a_row_that_could_not_be_read_no_row_is_left_out(fault: str) -> None:
+    source = Source([*LETTERS, "a"], fails_at=4) if fault == "the source" else Source([*"abc", " ", *"ea"])
+    prompts = stream(source)
+    taken(prompts, 2)
+    before = prompts.state_dict()
+    for _ in range(2):  # it fails as long as it is not repaired
+        with pytest.raises(PromptError, match="the stream, row 4"):
+            prompts.take(2)
+        prompts.load_state_dict(before)
+    source.fails_at, source.rows[3] = None, "d"
+    assert taken(prompts, 6) == [*"cdea", *"ab"]

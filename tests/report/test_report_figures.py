@@ -137,3 +137,14 @@ def test_a_crash_is_shaded_on_the_plots_of_a_run_that_has_one(tmp_path: Path) ->
         page = html.write_report(written(tmp_path / name, rows)).read_text()
         shaded.append(re.findall(r'<rect class="crash" x="([\d.]+)" y="0" width="([\d.]+)"', page))
     assert shaded == [[("546.2", "201.7")], []]  # 65 / 119 and (89 - 65) / 119 of the width
+
+
+def test_the_query_of_a_reward_servers_url_is_not_in_the_report(tmp_path: Path) -> None:
+    written(tmp_path, [{"step": 0}])
+    (tmp_path / "config.yaml").write_text(
+        "preset: safe\nreward:\n  functions:\n  - 'https://host:1/score?token=it''s-secret'\n  - HTTP://h/x?key=secret\n"
+    )
+    page = html.write_report(tmp_path).read_text()
+    assert "secret" not in page
+    assert page.count("https://host:1/score") == 2
+    assert about(tmp_path)["reward"] == "https://host:1/score, http://h/x"

@@ -6,6 +6,9 @@ import asyncio
 import functools
 import math
 import random
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -424,3 +427,33 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path):
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(RewardError, match=r"could not be loaded: .*A reward is a sequence-classification model"):
         resolve_reward(tmp_path / "gone")
+
+
+def test_a_long_log_is_copied_with_the_trainers_state_and_stays_apart() -> None:
+    state = SimpleNamespace(log_history=[{"reward": 1.0}], stateful={"a": [1]})
+    seen: list[Any] = []
+
+    def changes(prompts, completions, trainer_state, **columns):
+        seen.append(trainer_state)
+        trainer_state.log_history[0]["reward"] = 2.0
+        trainer_state.log_history.append({})
+        trainer_state.stateful["a"].append(2)
+        return [0.0] * len(prompts)
+
+    scorer = Scorer([resolve_reward(changes)], trainer_state=lambda: state)
+    scorer.score(["a"], ["b"], {}, [True])
+    assert seen[0].log_history == [{"reward": 2.0}, {}]
+    assert state == SimpleNamespace(log_history=[{"reward": 1.0}], stateful={"a": [1]})
+
+
+def test_a_column_that_cannot_be_copied_is_named() -> None:
+    scorer = Scorer([resolve_reward(lambda prompts, completions, **columns: [0.0])])
+    with pytest.raises(RewardError, match=r"^the data set's column 'file' cannot be copied .*TypeError: cannot pickle"):
+        scorer.score(["a"], ["b"], {"file": [threading.Lock()]}, [True])
+
+
+@pytest.mark.parametrize("weights", [[1e300], [-2.0]])
+def test_a_weighted_sum_has_the_bound_of_a_score(weights: list[float]) -> None:
+    scorer = Scorer([resolve_reward(lambda prompts, completions, **columns: [1e30])], weights)
+    with pytest.raises(RewardError, match=r"^a weighted sum of scores is .* in size, more than 1e\+30: lower reward\."):
+        scorer.score(["a"], ["b"], {}, [True])

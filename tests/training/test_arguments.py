@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,17 @@ def test_a_run_that_trains_is_never_replaced_and_one_that_is_resumed_is_not_eith
 def test_a_folder_to_replace_has_to_be_named() -> None:
     with pytest.raises(ConfigError, match=r"^overwrite_output_dir=True: set output_dir to the folder"):
         Config(overwrite_output_dir=True)
+
+
+def test_a_run_is_replaced_by_a_new_trainer_only_and_only_once_nothing_is_refused(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stable_rlhf.training.hub.get_token", lambda: None)
+    config = settings(tmp_path / "run", overwrite_output_dir=True, max_steps=1, save_steps=1)
+    run = finished(config, tokenizer)
+    there = sorted(path for path in run.run_dir.rglob("*") if path.is_file())
+    with pytest.raises(ConfigError, match=r"^this trainer has already done 1 step: resume with train\("):
+        run.train()
+    with pytest.raises(ConfigError, match="there is no token for the hub"):
+        trainer(dataclasses.replace(config, push_to_hub=True), tokenizer).train()
+    assert sorted(path for path in run.run_dir.rglob("*") if path.is_file()) == there

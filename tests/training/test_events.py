@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from stable_rlhf import ConfigError
-from tests.tiny_runs import PROMPTS, settings, trainer
+from stable_rlhf.errors import RewardUnavailable
+from tests.tiny_runs import PROMPTS, letters, settings, trainer
 
 EVENTS = [
     "init_end", "train_begin", "train_end", "epoch_begin", "epoch_end", "step_begin", "step_end", "pre_optimizer_step",
@@ -110,3 +112,73 @@ def test_early_stopping_says_which_settings_it_needs(tokenizer, tmp_path: Path) 
         trainer(settings(tmp_path), tokenizer, callbacks=[EarlyStoppingCallback()]).train()
     with pytest.raises(ConfigError, match="eval_steps=2: there are no held-out prompts"):
         trainer(settings(tmp_path, eval_steps=2), tokenizer)
+
+
+def test_a_resumed_stream_goes_on_in_its_pass(tokenizer, tmp_path: Path) -> None:
+    def seen(folder: str, steps: int, resumed: bool = False) -> list[tuple[str, int, float]]:
+        record = Record()
+        half = settings(tmp_path / folder, max_steps=steps, rollout={"batch_size": 4})
+        run = trainer(half, tokenizer, train_dataset=Rows(), callbacks=[record])
+        assert run.train(resume_from_checkpoint=resumed).metrics["epoch"] == run.epoch > 0
+        return [entry for entry in record.seen if entry[0] in ("epoch_begin", "epoch_end", "train_begin")]
+
+    whole = seen("whole", 6)
+    seen("stopped", 4)
+    resumed = seen("stopped", 6, resumed=True)
+    assert resumed[:2] == [("train_begin", 4, 1.0), ("epoch_begin", 4, 1.0)]
+    assert resumed[2:] == whole[-len(resumed[2:]) :]
+
+
+class Rows:
+    """A stream of PROMPTS."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(PROMPTS)
+
+
+class AsksTwice(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_evaluate = True
+
+    on_epoch_end = on_step_end
+
+
+def test_after_one_step_there_is_one_evaluation(tokenizer, tmp_path: Path) -> None:
+    run = trainer(settings(tmp_path, max_steps=2), tokenizer, eval_dataset=HELD_OUT, callbacks=[AsksTwice()])
+    assert [figures["step"] for figures in run.train()["during"]] == [1, 2]
+
+
+class FailsOnce(TrainerCallback):
+    failed = False
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 2 and not self.failed:
+            self.failed = True
+            raise OSError("once")
+
+
+def test_a_trainer_that_resumes_after_a_failure_begins_its_epoch(tokenizer, tmp_path: Path) -> None:
+    record = Record()
+    config = settings(tmp_path, max_steps=3, save_steps=1)
+    run = trainer(
+        config, tokenizer, train_dataset=[{"prompt": p} for p in PROMPTS * 3], callbacks=[FailsOnce(), record]
+    )
+    with pytest.raises(OSError, match="once"):
+        run.train()
+    run.train(resume_from_checkpoint=True)
+    assert [step for event, step, _ in record.seen if event == "epoch_begin"] == [0, 1]
+
+
+def test_a_reward_that_fails_in_an_evaluation_costs_no_step(tokenizer, tmp_path: Path) -> None:
+    evaluations = iter(range(9))
+
+    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        if prompts[0] == HELD_OUT[0]["prompt"] and next(evaluations) == 2:  # the one after the second step
+            raise RewardUnavailable("the server is gone.")
+        return letters(prompts, completions)
+
+    config = settings(tmp_path, max_steps=3, save_steps=0, eval_steps=1)
+    run = trainer(config, tokenizer, reward, eval_dataset=HELD_OUT)
+    with pytest.raises(RewardUnavailable, match=r"is gone\. .* continues from step 2\."):
+        run.train()
+    assert run.train(resume_from_checkpoint=True).global_step == 3

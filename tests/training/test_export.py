@@ -14,6 +14,7 @@ from stable_rlhf import ConfigError, SAFETrainer
 from stable_rlhf.cli import main
 from stable_rlhf.errors import Exit
 from stable_rlhf.policy import saved_fault
+from tests.conftest import byte_tokenizer
 from tests.tiny_runs import PROMPTS, lora, policy, settings, trainer
 
 IDS = torch.tensor([[5, 70, 130, 200, 9]])
@@ -90,3 +91,26 @@ def test_a_run_begun_in_python_says_how_it_is_resumed(tokenizer, tmp_path: Path,
     assert main(["resume", str(run.run_dir)]) == Exit.BAD_INPUT
     assert "was given to SAFETrainer as an object" in (said := capsys.readouterr().err)
     assert "train(resume_from_checkpoint=True)" in said
+
+
+def test_a_tokenizer_with_several_chat_templates_is_exported_with_all(tmp_path: Path) -> None:
+    several = byte_tokenizer()
+    several.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    run = trainer(settings(tmp_path / "run", max_steps=1), several)
+    run.train()
+    assert main(["export", str(run.run_dir), str(tmp_path / "out")]) == Exit.DONE
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == several.chat_template
+
+
+def test_what_does_not_fit_next_to_the_policy_is_not_checked(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    run = trainer(settings(tmp_path, max_steps=1), tokenizer)
+    run.train()
+    used = type(run.model.policy).forward
+
+    def lacks(model: Any, **given: Any) -> Any:
+        if model is not run.model.policy:
+            raise torch.OutOfMemoryError("of the copy")
+        return used(model, **given)
+
+    monkeypatch.setattr(type(run.model.policy), "forward", lacks)
+    assert saved_fault(run.model, tmp_path / "final") is None

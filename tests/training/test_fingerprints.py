@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +94,29 @@ def test_a_repaired_reward_is_accepted_where_it_is_set(tokenizer, tmp_path: Path
     accepted = settings(tmp_path, max_steps=2, reward={"accept_changed": True})
     trainer(accepted, tokenizer, repaired).train(resume_from_checkpoint=True)
     assert "its code or its weights differ (accepted: reward.accept_changed)" in capsys.readouterr().err
+
+
+def test_a_partials_arguments_have_one_fingerprint_in_every_process() -> None:
+    """Texts have another hash in each process, and so a set another order; functions have another address."""
+    code = (
+        "import functools\n"
+        "from stable_rlhf.training.fingerprints import reward_fingerprint\n"
+        "from tests.tiny_runs import letters\n"
+        "words = {word: {word + '!', 'b', 'c', 'd'} for word in ('x', 'y')}\n"
+        "print(reward_fingerprint(functools.partial(letters, words=words, by=letters, also=[object()])))\n"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(["src", "."])},
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[2],
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+    by = [reward_fingerprint(functools.partial(letters, words={word}, by=by)) for word, by in
+          (("a", letters), ("b", letters), ("a", vowels))]  # fmt: skip
+    assert len(set(by)) == 3

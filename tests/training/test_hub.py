@@ -134,3 +134,11 @@ def test_what_would_fail_at_the_end_is_known_before_training(
     with pytest.raises(ConfigError, match=f"push_to_hub=True.*{fault}"):
         trainer(settings(tmp_path, push_to_hub=True, hub_model_id=name), tokenizer).train()
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_repository_of_push_to_hub_is_private_unless_said(tokenizer, tmp_path: Path, hub: Hub) -> None:
+    run = trainer(settings(tmp_path, max_steps=1), tokenizer)
+    run.train()
+    for options in ({}, {"private": False}):
+        run.push_to_hub("me/mine", **options)
+    assert [made["visibility"] for made in hub.created if "visibility" in made] == ["private", "public"]

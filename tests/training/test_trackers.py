@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
 from stable_rlhf.training.trackers import NumbersToMLflow, log_completions
-from tests.tiny_runs import settings, trainer
+from tests.tiny_runs import finished, rows, settings, trainer
 
 HELD_OUT = [{"prompt": f"held out {i}"} for i in range(2)]
 
@@ -83,3 +84,10 @@ def test_completions_are_a_table_in_which_nothing_is_markup() -> None:
     columns, data = written["completions"]
     assert columns == ["step", "prompt", "completion", "score", "length", "kl"]
     assert len(data) == 16
+
+
+def test_a_table_of_a_tracker_draws_none_of_the_runs_random_numbers(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    finished(settings(tmp_path / "without"), tokenizer)
+    monkeypatch.setattr("stable_rlhf.training.trainer.log_completions", lambda *_: torch.rand(9))
+    finished(settings(tmp_path / "with"), tokenizer)
+    assert rows(tmp_path / "with") == rows(tmp_path / "without")

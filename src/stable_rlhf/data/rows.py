@@ -14,7 +14,7 @@ from stable_rlhf.text import quoted
 
 FORMATS = ("auto", "prompt", "messages", "preference", "hh")
 _CHATS = ("messages", "conversations")  # the second is ShareGPT's name
-_TAKEN = ("prompts", "completions")
+_TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Names of a reward function's own arguments, so a column cannot have them."""
 
 

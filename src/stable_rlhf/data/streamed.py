@@ -76,6 +76,7 @@ class StreamedPrompts:
         self.truncated: dict[int, bool] = {}
         self._columns: dict[int, dict[str, Any]] = {}
         self._before: dict[int, dict[str, Any]] = {}  # the state before each row in memory
+        self._broken = False  # reading the row after `_end` failed
         self._state = self._start(0, 0)
         self._open(self._state)
         for _ in range(ahead):
@@ -117,20 +118,22 @@ class StreamedPrompts:
         if state == self._before.get(state["taken"], self._end):  # its rows are in memory, or it is where reading is
             self._state = dict(state)
             return
+        self._read_up_to(state)
         for known in (self._before, self._columns, self.input_ids, self.truncated):
             known.clear()
-        self._open(self._start(state["epoch"], state["taken"] - state["position"]))
-        for _ in range(state["position"]):
-            row = next(self._pass, None)
-            if row is None:
-                break
-            self._end = self._after(row)
-        if self._end != state:
+        self._state = dict(state)
+
+    def _read_up_to(self, state: dict[str, Any]) -> None:
+        """Reads the pass again up to a state. Raises PromptError, and changes nothing, where it has other prompts."""
+        rows, end = self._rows.read(state["epoch"]), self._start(state["epoch"], state["taken"] - state["position"])
+        for row in itertools.islice(rows, state["position"]):
+            end = self._after(end, row)
+        if end != state:
             raise PromptError(
                 f"{self._rows.name}: its first {state['position']} rows are not those of the saved run. Resume with "
                 "the same stream (shuffled, if at all, with the same seed), or start a new run."
             )
-        self._state = dict(state)
+        self._pass, self._end, self._broken = rows, end, False
 
     def _start(self, epoch: int, taken: int) -> dict[str, Any]:
         return {"version": self._VERSION, "epoch": epoch, "position": 0, "taken": taken, "digest": ""}
@@ -139,13 +142,20 @@ class StreamedPrompts:
         self._end = start  # the state after the last row that was read
         self._pass = self._rows.read(start["epoch"])
 
-    def _after(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The state after a row that follows the last one read."""
-        text = self._end["digest"] + json.dumps(row["prompt"], sort_keys=True, default=repr)
-        moved = {"position": self._end["position"] + 1, "taken": self._end["taken"] + 1}
-        return {**self._end, **moved, "digest": hashlib.sha256(text.encode()).hexdigest()}
+    def _after(self, before: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+        """The state after a row that follows a state."""
+        text = before["digest"] + json.dumps(row["prompt"], sort_keys=True, default=repr)
+        moved = {"position": before["position"] + 1, "taken": before["taken"] + 1}
+        return {**before, **moved, "digest": hashlib.sha256(text.encode()).hexdigest()}
 
     def _read(self) -> None:
+        if self._broken:  # a generator that raised is at its end: the rows that it did not give would be left out
+            self._read_up_to(self._end)
+        self._broken = True
+        self._read_row()
+        self._broken = False
+
+    def _read_row(self) -> None:
         if (row := next(self._pass, None)) is None and self._end["position"] > 0:
             self._open(self._start(self._end["epoch"] + 1, self._end["taken"]))
             row = next(self._pass, None)
@@ -155,4 +165,4 @@ class StreamedPrompts:
         number, where = self._end["taken"], f"{self._rows.name}, row {self._end['position'] + 1}"
         self.input_ids[number], self.truncated[number] = self._encoder.encode(row, where)
         self._columns[number], self._before[number] = row, self._end
-        self._end = self._after(row)
+        self._end = self._after(self._end, row)

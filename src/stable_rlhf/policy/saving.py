@@ -108,8 +108,8 @@ def _adapter(policy: PeftModel) -> str:
 def saved_fault(model: ActorCritic, folder: Path, trust_remote_code: bool = False) -> str | None:
     """What is wrong with a saved policy: a clause, or None where it loads and gives the policy's logits.
 
-    A model of more than CHECKED bytes is not loaded; nor is an adapter whose base model is not on this machine by the
-    name that the adapter's configuration gives, which then is what the clause says.
+    A model of more than CHECKED bytes, or that does not fit next to the policy, is not loaded. Nor is an adapter whose
+    base model is not on this machine by the name that the adapter's configuration gives: the clause then says so.
     """
     policy: Any = model.policy
     lm = causal_lm(policy)
@@ -130,9 +130,12 @@ def saved_fault(model: ActorCritic, folder: Path, trust_remote_code: bool = Fals
     vocabulary = lm.get_output_embeddings().weight.shape[0]
     ids = torch.arange(2, 10, device=device)[None] % vocabulary  # any few tokens: every weight takes part
     attention = lm.config._attn_implementation
-    saved = saved.to(device).eval()
-    causal_lm(saved).set_attn_implementation(attention)
-    own, loaded = (m(input_ids=ids).logits.float() for m in (policy, saved))
+    try:
+        saved = saved.to(device).eval()
+        causal_lm(saved).set_attn_implementation(attention)
+        own, loaded = (m(input_ids=ids).logits.float() for m in (policy, saved))
+    except torch.OutOfMemoryError:  # of a second copy: the training that it would fail is done, and its policy saved
+        return None
     if own.shape != loaded.shape:
         return f"loaded again it has {loaded.shape[-1]} logits, the policy {own.shape[-1]}"
     difference = ((own - loaded).abs().max() / own.abs().max().clamp(min=1e-6)).item()

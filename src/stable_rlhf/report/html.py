@@ -11,6 +11,7 @@ import base64
 import contextlib
 import datetime
 import hashlib
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from stable_rlhf.config import is_url, url_without_secrets
 from stable_rlhf.control import WINDOW
 from stable_rlhf.errors import SaveError
 from stable_rlhf.files import ASSETS, NO_ROOM
@@ -32,6 +34,9 @@ from stable_rlhf.text import excerpt
 SAMPLES, COMPLETIONS, TEXT_LIMIT = 12, 8, 1500  # rows shown, and characters of each text: the file stays small
 INCIDENTS = 200  # the newest that are shown; a run that skips at every step has one for each
 NAME_LIMIT = 200  # characters of a name at the top: a path or a hub name fits
+
+_QUERY = re.compile(r"(https?://[^\s?]+)\?\S+", re.IGNORECASE)
+"""A URL with a query, which may hold a secret of a reward server; a report is sent to others."""
 
 STYLE = Markup((ASSETS / "report.css").read_text(encoding="utf-8"))
 SCRIPT = Markup((ASSETS / "report.js").read_text(encoding="utf-8"))
@@ -64,6 +69,7 @@ def rendered(run: Run, live: str | None = None) -> str:
         .get_template("report.html.j2")
         .render(
             run=run,
+            config_text=None if run.config_text is None else _QUERY.sub(r"\1?...", run.config_text),
             name=run.path.resolve().name,
             live=live,
             head=head,
@@ -92,6 +98,8 @@ def about(run: Run) -> list[tuple[str, str]]:
         model = f"{_text(model)} (LoRA, rank {_text(rank)})"
     data = _setting(run.config, "data", "train")
     rewards = _setting(run.config, "reward", "functions")
+    if isinstance(rewards, list):
+        rewards = [url_without_secrets(reward) if is_url(reward) else reward for reward in rewards]
     start = run.starts[0] if run.starts else None
     began = None if start is None else datetime.datetime.fromisoformat(start["time"]).strftime("%Y-%m-%d %H:%M %Z")
     seconds = sum(row.get("total_s") or 0 for row in run.timings)

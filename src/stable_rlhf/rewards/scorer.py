@@ -12,7 +12,7 @@ from typing import Any
 from stable_rlhf.data import Text
 from stable_rlhf.errors import RewardError, RewardInputError
 from stable_rlhf.rewards.calls import Samples, call
-from stable_rlhf.rewards.checks import checked, failures_named, shown
+from stable_rlhf.rewards.checks import LARGEST, checked, failures_named, shown
 from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.log import RewardLog
 from stable_rlhf.user_code import RandomStream, Shield
@@ -122,6 +122,11 @@ class Scorer:
             unscored = f"none of {len(rows)} samples was scored by any reward ({', '.join(self.names)})"
             raise RewardError(f"{unscored}: nothing to learn from. The first prompt was {shown(prompts[0])}.")
         total = [self._total(row, end) for row, end in zip(rows, ended, strict=True)]
+        if (largest := max(map(abs, total))) > LARGEST:
+            raise RewardError(
+                f"a weighted sum of scores is {largest:.3g} in size, more than {LARGEST:g}: lower reward.weights or "
+                "the scores."
+            )
         return Scores(total=total, valid=valid, per_function=per_function, metrics=log.metrics, extra=log.columns)
 
     def answers(

@@ -202,9 +202,10 @@ class Events:
             folder = Path(str(self.arguments.output_dir)) / "checkpoints"
             self.state.best_model_checkpoint = str(store.at(folder, counters.best_step))
 
-    def begin(self, counters: Counters, rows: float) -> None:
+    def begin(self, counters: Counters, rows: float, epoch: float) -> None:
         """Puts ``state`` where the run is: also the log so far, of a resumed run. ``rows``: of the training set."""
-        self.state.global_step, self.state.epoch = counters.step, counters.episode / rows
+        self.state.global_step, self.state.epoch = counters.step, epoch
+        self._in_epoch = self.epoch_is_over = False
         self.state.num_train_epochs = math.ceil(
             self.arguments.max_steps * self.arguments.per_device_train_batch_size / rows
         )

@@ -48,7 +48,8 @@ def export(checkpoint: Path, out: Path, merge: bool = False) -> None:
         model.save_pretrained(aside)
         for file in described.iterdir():  # as they were: tokenizer, generation settings, the adapter's configuration
             if file.name != "config.json" and not (merge and file.name == ADAPTER):
-                shutil.copy2(file, aside)
+                # A folder is `additional_chat_templates`, of a tokenizer with several.
+                (shutil.copytree if file.is_dir() else shutil.copy2)(file, aside / file.name)
         save_heads(trained, aside)
         if out.exists():
             out.rmdir()

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import json
+import re
 import textwrap
 import tokenize
 from array import array
@@ -55,9 +56,7 @@ def reward_fingerprint(function: Any) -> str | None:
         parts = [weights_digest(function.model.named_parameters()), function.model.config.to_json_string()]
         return _digest([*parts, tokenizer_fingerprint(function.tokenizer)])
     if isinstance(function, functools.partial):
-        return _digest(
-            [str(reward_fingerprint(function.func)), repr((function.args, sorted(function.keywords.items())))]
-        )
+        return _digest([str(reward_fingerprint(function.func)), _shown((function.args, function.keywords))])
     if type(function).__module__.startswith("stable_rlhf."):  # the client of a reward server
         return None
     routine = inspect.isroutine(function) or inspect.isclass(function)
@@ -69,6 +68,19 @@ def reward_fingerprint(function: Any) -> str | None:
         return _digest([ast.unparse(ast.parse(source))])
     except SyntaxError:  # a lambda's line can begin in the middle of a call
         return _digest([source])
+
+
+def _shown(value: Any) -> str:
+    """An argument as a text that is the same in every process: sets in order, functions by their code, no addresses."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{_shown(key)}: {_shown(item)}' for key, item in value.items()))}}}"
+    if isinstance(value, set | frozenset):
+        return f"set({', '.join(sorted(map(_shown, value)))})"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    if callable(value):
+        return f"{type(value).__name__} {reward_fingerprint(value)}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 class SameInputs:

@@ -248,11 +248,16 @@ class Run:
     def begin(self, resume_from_checkpoint: bool | str | Path | None = None) -> None:
         """Makes the run folder, or loads the checkpoint to resume from."""
         self._lock.take()
-        if self.args.overwrite_output_dir and not resume_from_checkpoint:
-            remove_run(self.run_dir)
         self.callback_states.check()
         self.events.check()
         self.repository = prepare_upload(self.args, self.run_dir)
+        if self.args.overwrite_output_dir and not resume_from_checkpoint:
+            if self.steps_done:  # the run in the folder is this trainer's own, and its policy is no longer the first
+                raise ConfigError(
+                    f"this trainer has already done {counted(self.steps_done, 'step')}: resume with "
+                    "train(resume_from_checkpoint=True), or make a new SAFETrainer to replace the run"
+                )
+            remove_run(self.run_dir)  # last, so that whatever is refused above costs no run
         self.writer = MetricsWriter(self.run_dir)
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
@@ -272,7 +277,7 @@ class Run:
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved
             self.recovery.begin(*capture(self.parts, self.steps_done))
         starts.record(self.run_dir, self.steps_done, described(self.model.device))
-        self.events.begin(self.counters, self.rows)
+        self.events.begin(self.counters, self.rows, self.epoch)
         self._to_log = self._evaluated = None
         self._saved_at = self.steps_done if resume_from_checkpoint else -1
 
@@ -376,8 +381,10 @@ class Run:
         """Uploads policy or adapter, tokenizer, value heads and model card as they are now; returns the address.
 
         ``repo_id``: None is ``hub_model_id``, or the name of the run's folder. ``kwargs``: ``private``, ``token``, and
-        the options of huggingface_hub's ``upload_folder``, such as ``commit_message``. Raises UploadError.
+        the options of huggingface_hub's ``upload_folder``, such as ``commit_message``. A repository that this makes is
+        private unless ``hub_private`` or ``private`` says otherwise. Raises UploadError.
         """
         with tempfile.TemporaryDirectory(prefix="stable-rlhf-upload-") as folder:
             self.write_card(self.save_model(folder))
+            kwargs = {"private": self.args.hub_private, **kwargs}
             return upload(Path(folder), repo_id or self.args.hub_model_id or self.run_dir.name, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from stable_rlhf.training.run import Run
 from stable_rlhf.training.step import Loop, Step, take_step
 from stable_rlhf.training.stopwatch import Stopwatch
 from stable_rlhf.training.trackers import log_completions
+from stable_rlhf.user_code import RandomStream
 
 
 class SAFETrainer(Run):
@@ -103,6 +105,7 @@ class SAFETrainer(Run):
                 steps, samples = self.steps_done - began_at, self.counters.episode - episodes
                 logged = self.events.recorded(self.rows)
                 result = TrainResult(self.steps_done, evaluated, logged, self._rollbacks, seconds, steps, samples)
+                result.metrics["epoch"] = self.epoch  # the records of a stream's steps do not have it
                 self.events.log(result.training)
                 self.events.train_end()
                 self._finish()
@@ -223,7 +226,8 @@ class SAFETrainer(Run):
         if every and number % every == 0:
             sampled = completion_rows(step.rollout, step.measured)
             write_completions(self.run_dir, number, sampled)
-            log_completions(self.events.handler.callbacks, self.events.arguments, number + 1, sampled)
+            with self.shield.around(RandomStream(self.args.seed, zlib.crc32(b"completions"), number)):
+                log_completions(self.events.handler.callbacks, self.events.arguments, number + 1, sampled)
         return row
 
     @property
@@ -247,7 +251,12 @@ class SAFETrainer(Run):
             self.events.log(self._to_log)
             self._to_log = None
         if self.control.should_evaluate:
-            self._evaluate_on_the_way()
+            try:
+                self._evaluate_on_the_way()
+            except RewardError as error:  # the step itself is done, and would be lost
+                with said_if_lost(error):
+                    self.save_checkpoint()
+                raise
         if (self.control.should_save or self.control.should_training_stop) and self._saved_at != self.steps_done:
             self.save_checkpoint()
 
@@ -319,6 +328,8 @@ class SAFETrainer(Run):
     def _evaluate_on_the_way(self) -> None:
         """Evaluates into ``during`` of evaluation.json, and has the checkpoint saved where it is the best so far."""
         self.control.should_evaluate = False
+        if self._evaluated is not None and self._evaluated[0] == self.steps_done:
+            return  # a second callback asks for it after the same step
         if self.eval_dataset is None:
             tell("control.should_evaluate: there are no held-out prompts; give eval_dataset, or set data.eval_size")
             return

@@ -89,7 +89,7 @@ def call(
 
 def _copied(name: str, value: Any) -> Any:
     """A deep copy. The log in a trainer's state, whose entries hold numbers and texts, grows with every step: it is
-    copied entry by entry, which takes a twentieth of the time. Raises RewardError for a value that has no copy."""
+    copied entry by entry, which is much faster. Raises RewardError for a value that has no copy."""
     log = getattr(value, "log_history", None)
     known = {id(log): [dict(entry) for entry in log]} if isinstance(log, list) else {}
     try:

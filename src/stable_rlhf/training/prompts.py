@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from stable_rlhf.console import tell
-from stable_rlhf.data import EncodedPrompts, PromptEncoder, Prompts, PromptStream, StreamedPrompts, StreamedRows
+from stable_rlhf.data import (
+    EncodedPrompts,
+    PromptEncoder,
+    Prompts,
+    PromptStream,
+    StreamedPrompts,
+    StreamedRows,
+    turn_end_missing,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +41,15 @@ class RunPrompts:
         return [("train_dataset", self.train, ids), ("eval_dataset", self.held_out, self.held_out_prompts)]
 
     @property
-    def first(self) -> Any:
-        """The first training prompt."""
-        return self.train[[0]]["prompt"][0]
+    def rows(self) -> float:
+        """Training rows; infinite for a stream, whose length nobody knows."""
+        return math.inf if isinstance(self.train, StreamedPrompts) else len(self.train)
+
+    def say_turn_end(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
+        """Says where the chat template ends an answer with a token that ends no completion."""
+        first = self.train[[0]]["prompt"][0]
+        if (sentence := turn_end_missing(tokenizer, first, end_ids)) is not None:
+            tell(sentence)
 
 
 def encoded(
@@ -58,3 +76,8 @@ def encoded(
         stream=PromptStream(len(train.dataset), seed),
         **kept,
     )
+
+
+def passes_over(stream: PromptStream | StreamedPrompts, episode: int, rows: float) -> float:
+    """Epochs so far: completions sampled / training rows; of a stream the whole passes."""
+    return float(stream.epoch) if isinstance(stream, StreamedPrompts) else episode / rows

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +26,10 @@ from stable_rlhf.checkpoints import (
     restore,
     store,
 )
-from stable_rlhf.config import Config, complete_settings, flat_settings, given_in_python, settings_text
+from stable_rlhf.config import Config, complete_settings, given_in_python, settings_text
 from stable_rlhf.console import Progress, tell
 from stable_rlhf.control import Guard, RewardNormaliser, controller_of
-from stable_rlhf.data import PromptEncoder, StreamedPrompts, split_datasets, turn_end_missing
+from stable_rlhf.data import PromptEncoder, split_datasets
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import replace_text
 from stable_rlhf.hardware import described, refuse_many_processes, replays_graphs, shortage_named
@@ -50,18 +48,17 @@ from stable_rlhf.policy import (
     pad_within,
     prepare_tokenizer,
     save_description,
-    save_policy,
 )
 from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
-from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, model_card, remove_run, starts
+from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, remove_run, starts
 from stable_rlhf.text import counted
 from stable_rlhf.training.arguments import check_arguments
 from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
 from stable_rlhf.training.fingerprints import SameInputs
 from stable_rlhf.training.given import as_given, check_held_out, check_named, probe_servers
-from stable_rlhf.training.hub import prepare_upload, upload
-from stable_rlhf.training.prompts import encoded
+from stable_rlhf.training.hub import prepare_upload
+from stable_rlhf.training.prompts import encoded, passes_over
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.stopping import GracefulStop
@@ -153,8 +150,8 @@ class Run:
         prompts = encoded(train, held_out, encoder, batch_size=config.rollout.batch_size, seed=config.seed)
         self.train_dataset, self.train_prompts, self.stream = prompts.train, prompts.train_prompts, prompts.stream
         self.eval_dataset, self.eval_prompts = prompts.held_out, prompts.held_out_prompts
-        if said := turn_end_missing(self.processing_class, prompts.first, self.sampler.eos_token_ids):
-            tell(said)
+        self.rows = prompts.rows
+        prompts.say_turn_end(self.processing_class, self.sampler.eos_token_ids)
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, config.optim, config.critic), fused=True)
         course = config.optim.lr_scheduler_type
         course = "constant_with_warmup" if course == "constant" else course  # Transformers' `constant` never warms up
@@ -193,16 +190,9 @@ class Run:
         return self.counters.step
 
     @property
-    def rows(self) -> float:
-        """Training rows; infinite for a stream, whose length nobody knows."""
-        return math.inf if isinstance(self.stream, StreamedPrompts) else len(self.train_dataset)
-
-    @property
     def epoch(self) -> float:
         """Passes over the training rows so far; whole ones of a stream."""
-        if isinstance(self.stream, StreamedPrompts):
-            return float(self.stream.epoch)
-        return self.counters.episode / self.rows
+        return passes_over(self.stream, self.counters.episode, self.rows)
 
     @property
     def state(self) -> TrainerState:
@@ -282,7 +272,7 @@ class Run:
         self._saved_at = self.steps_done if resume_from_checkpoint else -1
 
     def end(self) -> None:
-        """Releases the run folder and drops the snapshots; a run that has ended is resumed from a checkpoint."""
+        """Releases the run folder, drops the snapshots; a run that has ended is resumed from a checkpoint."""
         self.recovery.end()
         self._lock.release()
         self._began, self._progress = False, None
@@ -358,33 +348,3 @@ class Run:
         """
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) * self.recovery.factor
-
-    # -- the model ----------------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Saves a Transformers or PEFT folder with tokenizer and value heads; its path (default run_dir/final)."""
-        folder = Path(output_dir or self.run_dir / "final")
-        save_policy(self.model, self.processing_class, folder)
-        return folder
-
-    def save_final(self) -> None:
-        """Saves the model in run_dir/final, whole or not at all: a kill leaves the folder as it was, or removed."""
-        aside = self.save_model(self.run_dir / ".final")
-        shutil.rmtree(self.run_dir / "final", ignore_errors=True)
-        aside.rename(self.run_dir / "final")
-
-    def write_card(self, folder: Path) -> None:
-        """Writes the model card, README.md, into a folder with the policy."""
-        replace_text(folder / "README.md", model_card(self.run_dir, flat_settings(self.settings), self.model.peft))
-
-    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> str:
-        """Uploads policy or adapter, tokenizer, value heads and model card as they are now; returns the address.
-
-        ``repo_id``: None is ``hub_model_id``, or the name of the run's folder. ``kwargs``: ``private``, ``token``, and
-        the options of huggingface_hub's ``upload_folder``, such as ``commit_message``. A repository that this makes is
-        private unless ``hub_private`` or ``private`` says otherwise. Raises UploadError.
-        """
-        with tempfile.TemporaryDirectory(prefix="stable-rlhf-upload-") as folder:
-            self.write_card(self.save_model(folder))
-            kwargs = {"private": self.args.hub_private, **kwargs}
-            return upload(Path(folder), repo_id or self.args.hub_model_id or self.run_dir.name, **kwargs)

@@ -21,26 +21,23 @@ from stable_rlhf.errors import (
     Interrupted,
     PromptError,
     RewardError,
-    UploadError,
 )
 from stable_rlhf.hardware import memory
-from stable_rlhf.policy import saved_fault
 from stable_rlhf.runs import evaluation, incidents, write_completions
 from stable_rlhf.text import counted
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.failures import failures_named, misfits_named
-from stable_rlhf.training.hub import upload
 from stable_rlhf.training.recovery import incident
 from stable_rlhf.training.result import TrainResult
 from stable_rlhf.training.rows import completion_rows, step_row
-from stable_rlhf.training.run import Run
+from stable_rlhf.training.saving import PolicySaving
 from stable_rlhf.training.step import Loop, Step, take_step
 from stable_rlhf.training.stopwatch import Stopwatch
 from stable_rlhf.training.trackers import log_completions
 from stable_rlhf.user_code import RandomStream
 
 
-class SAFETrainer(Run):
+class SAFETrainer(PolicySaving):
     """On-policy actor-critic RLHF with SAFE's controllers (or PPO's, by preset).
 
     Args:
@@ -112,22 +109,6 @@ class SAFETrainer(Run):
                 return result
         finally:
             self.end()
-
-    def _finish(self) -> None:
-        """Checks that final/ loads to the policy, describes it, and uploads it where ``push_to_hub`` asks for it."""
-        final = self.run_dir / "final"
-        if (fault := saved_fault(self.model, final, self.args.model.trust_remote_code)) is not None:
-            tell(f"{final}: {fault}")
-        self.write_card(final)
-        if self.repository is not None:
-            try:
-                self.events.uploading()
-                upload(final, self.repository)
-            except UploadError as error:
-                raise UploadError(
-                    f"{error}; training is finished and all is in {final}: upload it with `hf upload {self.repository} "
-                    f"{final}`, or with push_to_hub() of the trainer"
-                ) from error
 
     def step(self) -> dict[str, Any] | None:
         """Takes one whole step: rollout, update, the guard's verdict, callbacks; snapshot and checkpoint where due.

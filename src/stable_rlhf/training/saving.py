@@ -1,0 +1,65 @@
+"""What a run leaves behind: the policy in final/, its card, its upload."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from stable_rlhf.config import flat_settings
+from stable_rlhf.console import tell
+from stable_rlhf.errors import UploadError
+from stable_rlhf.files import replace_text
+from stable_rlhf.policy import save_policy, saved_fault
+from stable_rlhf.runs import model_card
+from stable_rlhf.training.hub import upload
+from stable_rlhf.training.run import Run
+
+
+class PolicySaving(Run):
+    """A run that can save its policy, describe it, and upload it."""
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Saves a Transformers or PEFT folder with tokenizer and value heads; its path (default run_dir/final)."""
+        folder = Path(output_dir or self.run_dir / "final")
+        save_policy(self.model, self.processing_class, folder)
+        return folder
+
+    def save_final(self) -> None:
+        """Saves the model in run_dir/final, whole or not at all: a kill leaves the folder as it was, or removed."""
+        aside = self.save_model(self.run_dir / ".final")
+        shutil.rmtree(self.run_dir / "final", ignore_errors=True)
+        aside.rename(self.run_dir / "final")
+
+    def write_card(self, folder: Path) -> None:
+        """Writes the model card, README.md, into a folder with the policy."""
+        replace_text(folder / "README.md", model_card(self.run_dir, flat_settings(self.settings), self.model.peft))
+
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> str:
+        """Uploads policy or adapter, tokenizer, value heads and model card as they are now; returns the address.
+
+        ``repo_id``: None is ``hub_model_id``, or the name of the run's folder. ``kwargs``: ``private``, ``token``, and
+        the options of huggingface_hub's ``upload_folder``, such as ``commit_message``. A repository that this makes is
+        private unless ``hub_private`` or ``private`` says otherwise. Raises UploadError.
+        """
+        with tempfile.TemporaryDirectory(prefix="stable-rlhf-upload-") as folder:
+            self.write_card(self.save_model(folder))
+            kwargs = {"private": self.args.hub_private, **kwargs}
+            return upload(Path(folder), repo_id or self.args.hub_model_id or self.run_dir.name, **kwargs)
+
+    def _finish(self) -> None:
+        """Checks that final/ loads to the policy, describes it, and uploads it where ``push_to_hub`` asks for it."""
+        final = self.run_dir / "final"
+        if (fault := saved_fault(self.model, final, self.args.model.trust_remote_code)) is not None:
+            tell(f"{final}: {fault}")
+        self.write_card(final)
+        if self.repository is not None:
+            try:
+                self.events.uploading()
+                upload(final, self.repository)
+            except UploadError as error:
+                raise UploadError(
+                    f"{error}; training is finished and all is in {final}: upload it with `hf upload {self.repository} "
+                    f"{final}`, or with push_to_hub() of the trainer"
+                ) from error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import (
@@ -17,7 +19,7 @@ from transformers import (
 from stable_rlhf.config.config import Config, complete_settings
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.rewards.build import make_scorer
-from stable_rlhf.training.given import as_given
+from stable_rlhf.training.given import as_given, check_columns
 from tests.tiny_runs import letters, lora, policy
 
 CPU = torch.device("cpu")
@@ -142,3 +144,14 @@ def test_a_reward_model_is_given_batches_of_the_size_that_is_set(tokenizer, size
     scorer = make_scorer(config.reward, model, [tokenizer], CPU)
     scorer.score([f"p{i}" for i in range(5)], ["c"] * 5, {}, [True] * 5)
     assert sorted(batches, reverse=True) == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[size]
+
+
+def test_a_column_for_a_reward_server_that_is_not_there_is_named_with_the_one_that_was_meant() -> None:
+    config = Config(reward={"functions": ["http://127.0.0.1:1/"], "columns": ["subjekt"]})
+    rows = datasets.Dataset.from_dict({"prompt": ["a"], "subject": ["b"], "n": [1]})
+    with pytest.raises(ConfigError, match=r"no column 'subjekt'\. Did you mean subject\?$"):
+        check_columns(config, rows)
+    config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, columns=["n", "zz"]))
+    with pytest.raises(ConfigError, match=r"no column 'zz'; it has subject, n$"):
+        check_columns(config, rows)
+    check_columns(config, None)  # of a stream nobody knows yet

@@ -72,12 +72,27 @@ def resolve_reward(
     if not isinstance(spec, str | os.PathLike) or not os.fspath(spec):
         raise RewardInputError(f"the reward {spec!r} is neither a callable, a model, a name nor a path.")
     text = os.fspath(spec)
+    if (meant := _function_in_a_file(text)) is not None:
+        raise RewardInputError(f"reward {text!r}: a function is named MODULE:FUNCTION. Did you mean {meant}?")
     if _IMPORT_PATH.fullmatch(text) and not Path(text).exists():
         return _named(_import(text), name or text.rpartition(":")[2], skip_special_tokens)
     path = str(BUILTIN_MODEL if text == "builtin" else Path(text).expanduser() if text.startswith("~") else text)
     model, own_tokenizer = load_reward_model(path, text, torch.device(device), dtype, trust_remote_code)
     name = name or Path(text).resolve().name
     return RewardFunction(name=name, function=RewardModel(model, tokenizer or own_tokenizer, name=name, **settings))
+
+
+def _function_in_a_file(text: str) -> str | None:
+    """MODULE:FUNCTION where Python code in a file is named in another way: with dots only, or by the file."""
+    path, _, attribute = text.removeprefix("./").partition(":")
+    head, _, last = path.rpartition(".")
+    module, attribute = (head, attribute or "FUNCTION") if last == "py" else (path, attribute)
+    if attribute and last != "py":
+        return None  # MODULE:FUNCTION already
+    for name, function in ((module, attribute or "FUNCTION"), (head, last)):
+        if name and Path(*name.replace("/", ".").split(".")).with_suffix(".py").is_file():
+            return f"{name.replace('/', '.')}:{function}"
+    return None
 
 
 def _named(function: Callable[..., Any], name: str | None, skip_special_tokens: bool) -> RewardFunction:

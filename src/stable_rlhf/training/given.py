@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,16 @@ def check_held_out(config: Config, held_out: Any) -> None:
             f"eval_steps={config.eval_steps!r}: there are no held-out prompts; give eval_dataset, or name data.train "
             "with data.eval_size above 0"
         )
+
+
+def check_columns(config: Config, rows: Any) -> None:
+    """Raises ConfigError for a column that a reward server is to be sent and the data set does not have."""
+    known = [name for name in getattr(rows, "column_names", config.reward.columns) if name != "prompt"]
+    for name in config.reward.columns:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f". Did you mean {close[0]}?" if close else f"; it has {', '.join(known) or 'no other column'}"
+            raise ConfigError(f"reward.columns={config.reward.columns!r}: the data set has no column {name!r}{meant}")
 
 
 def _reward_name(function: Any) -> str:

@@ -56,7 +56,7 @@ from stable_rlhf.text import counted
 from stable_rlhf.training.arguments import check_arguments
 from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
 from stable_rlhf.training.fingerprints import SameInputs
-from stable_rlhf.training.given import as_given, check_held_out, check_named, probe_servers
+from stable_rlhf.training.given import as_given, check_columns, check_held_out, check_named, probe_servers
 from stable_rlhf.training.hub import prepare_upload
 from stable_rlhf.training.prompts import encoded, passes_over
 from stable_rlhf.training.recovery import STAYS, Recovery
@@ -91,6 +91,7 @@ class Run:
         self.normaliser = RewardNormaliser(config.reward.normalise)
         train, held_out = split_datasets(config.data, config.seed, train_dataset, eval_dataset)
         check_held_out(config, held_out)
+        check_columns(config, getattr(train, "dataset", None))  # of a stream they show with its rows
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -299,8 +300,6 @@ class Run:
         if self.steps_done < self.args.max_steps:  # the final model is no longer the last
             shutil.rmtree(self.run_dir / "final", ignore_errors=True)
         evaluation.forget_after(self.run_dir, self.steps_done)
-
-    # -- state --------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> Path:
         """Saves everything the run's future depends on in run_dir/checkpoints/step-<steps done>; returns its path.

@@ -83,5 +83,5 @@ def test_a_folder_with_a_checkpoint_alone_is_left_alone(tokenizer, tmp_path: Pat
     config = guarded(tmp_path / "run", max_steps=2)
     trainer(config, tokenizer).train()
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"holds a run already; resume it with `stable-rlhf resume "):
+    with pytest.raises(ConfigError, match=r"holds a run already; resume it with train.resume_from"):
         trainer(config, tokenizer).train()

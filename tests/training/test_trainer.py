@@ -121,7 +121,7 @@ def test_completions_are_stored_every_so_many_steps_with_skipped_rows_without_a_
 def test_a_second_run_into_the_same_folder_is_refused(tokenizer, tmp_path: Path) -> None:
     run = finished(settings(tmp_path / "run", max_steps=1), tokenizer)
     before = {path: path.read_bytes() for path in run.run_dir.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=r"output_dir=.*holds a run already; resume it with `stable-rlhf resume"):
+    with pytest.raises(ConfigError, match=r"output_dir=.*holds a run already; resume it with train.resume_from"):
         trainer(settings(tmp_path / "run", max_steps=1, seed=3), tokenizer).train()
     assert {path: path.read_bytes() for path in run.run_dir.rglob("*") if path.is_file()} == before
 

@@ -94,8 +94,16 @@ def test_a_template_without_a_generation_prompt_is_said_once_since_the_policy_ma
         TEMPLATE + "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}",
     ],
 )
-def test_a_template_that_writes_nothing_before_an_answer_needs_no_generation_prompt(template: str) -> None:
+def test_a_template_that_writes_nothing_before_an_answer_needs_no_generation_prompt(
+    template: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert encoded(words(template=template), CHAT)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_template_with_a_generation_prompt_is_not_told_to_have_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert encoded(words(template=TEMPLATE), CHAT)
+    assert capsys.readouterr().err == ""
 
 
 def test_tools_and_arguments_of_a_row_reach_the_template() -> None:

@@ -49,6 +49,21 @@ def test_prompts_of_any_length_get_the_tokens_of_each_alone(family: str, capsys:
     assert (said in capsys.readouterr().err) == (family == "bart") == (not decoder.pads)
 
 
+def test_rows_of_the_last_length_that_end_first_do_not_cut_the_others() -> None:
+    lm = make("bart", **BART)
+    decoder = Decoder(ActorCritic(lm, CriticConfig()))
+    prompts = [[11], [21, 22, 23]]
+    ends = likeliest(lm, prompts[1], 1)[0]
+    sampling = Sampling(max_new_tokens=5, temperature=1e-4, eos_token_ids=(ends,), pad_token_id=0)
+    expected = likeliest(lm, prompts[0], 5)
+    assert ends not in expected[:2]  # the first row goes on where the second has ended
+    sampled = decoder.sample(
+        torch.tensor([[0, 0, 11], prompts[1]]), torch.tensor([[False, False, True], [True] * 3]), sampling
+    )
+    assert sampled[1].tolist() == [ends, *[0] * (sampled.shape[1] - 1)]
+    assert sampled[0, :2].tolist() == expected[:2]
+
+
 class Halts(LlamaForCausalLM):
     """Cannot be given the mask of one new token."""
 

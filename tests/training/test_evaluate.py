@@ -155,6 +155,16 @@ def test_an_evaluation_draws_the_same_whatever_was_drawn_before_and_moves_no_dra
     assert seen[0] == seen[1]
 
 
+def test_a_reward_draws_the_same_in_every_evaluation(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def drawn(prompts: list[Any], completions: list[Any]) -> list[float]:
+        return [random.random() for _ in prompts]
+
+    run = trainer(settings(tmp_path), tokenizer, drawn, eval_dataset=[{"prompt": "the cat"}, {"prompt": "a dog"}])
+    first = run.evaluate()
+    run.scorer.random.seed(99)
+    assert run.evaluate() == first
+
+
 def test_an_evaluation_that_fails_moves_no_draw_either(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     def fails(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         draws()

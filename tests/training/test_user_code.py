@@ -179,6 +179,12 @@ def test_an_evaluation_leaves_the_numbers_of_the_rewards_as_they_were(
 def test_a_loop_of_the_users_own_cannot_leave_dropout_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     config = settings(tmp_path, max_steps=2, optim={"num_iterations": 1, "num_mini_batches": 1})
     run = trainer(config, tokenizer, model=dropping(tokenizer))
+    layer = run.model.policy.get_decoder().layers[0].mlp
+
+    def noisy(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + torch.rand_like(output) if module.training else output  # what no name of a setting tells
+
+    layer.register_forward_hook(noisy)
     for _ in range(2):
         run.model.policy.train()
         row = run.step()

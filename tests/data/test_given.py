@@ -249,3 +249,11 @@ def test_the_held_out_part_of_the_same_hub_set_has_its_config_and_revision(monke
             ConfigError, match=r"data\.config_name='main': has no effect unless data\.train is a hub name"
         ):
             DataConfig(train=train, config_name="main")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_formatted_rows_are_plain_values(streamed: bool) -> None:
+    rows = datasets.Dataset.from_dict({"prompt": ["a"], "n": [[1, 2]]})
+    made = as_dataset((rows.to_iterable_dataset() if streamed else rows).with_format("numpy"), "train", "rows")
+    (row,) = made
+    assert (type(row["n"]), row) == (list, {"prompt": "a", "n": [1, 2]})

@@ -90,6 +90,7 @@ def test_a_template_without_a_generation_prompt_is_said_once_since_the_policy_ma
     "template",
     [
         "{% for m in messages %}{% if m.role == 'user' %}a {{ m.content }} b {% endif %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %} {{ m.content }}{% endfor %}",  # a space is no heading
         "{% for m in messages %}{{ m.content }} </s> {% endfor %}",  # EOS between turns, nothing before an answer
         TEMPLATE + "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}",
     ],

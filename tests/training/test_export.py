@@ -15,7 +15,7 @@ from stable_rlhf.cli import main
 from stable_rlhf.errors import Exit
 from stable_rlhf.policy import saved_fault
 from tests.conftest import byte_tokenizer
-from tests.tiny_runs import PROMPTS, lora, policy, settings, trainer
+from tests.tiny_runs import PROMPTS, letters, lora, policy, settings, trainer
 
 IDS = torch.tensor([[5, 70, 130, 200, 9]])
 
@@ -114,3 +114,15 @@ def test_what_does_not_fit_next_to_the_policy_is_not_checked(tokenizer, tmp_path
 
     monkeypatch.setattr(type(run.model.policy), "forward", lacks)
     assert saved_fault(run.model, tmp_path / "final") is None
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_is_saved_is_compared_as_the_policy_computes_in_bfloat16(
+    rank: int, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = settings(
+        tmp_path / "run", max_steps=1, model={"name": str(tiny_folder), "dtype": "bfloat16", "lora_r": rank}
+    )
+    run = SAFETrainer(str(tiny_folder), letters, config, [{"prompt": "the cat"}, {"prompt": "a dog"}] * 4)
+    run.train()
+    assert saved_fault(run.model, run.run_dir / "final") is None

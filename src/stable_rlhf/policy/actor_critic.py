@@ -99,6 +99,7 @@ class ActorCritic(nn.Module):
         # A list hides the copy from state dicts, optimisers and wrappers: it never changes.
         self._policy_parameters = [p for p in policy.parameters() if p.requires_grad]
         self._reference = [] if self.peft and adapter_is_new(policy) else [frozen_copy(policy)]
+        self._all = [module for part in (self, *self._reference) for module in part.modules()]
         self.dropout_off()
         own = causal_lm(policy).config._attn_implementation
         ways = [UNMASKED, own] if own == "sdpa" and self.span == UNBOUNDED else [own]
@@ -118,8 +119,9 @@ class ActorCritic(nn.Module):
 
     def dropout_off(self) -> None:
         """Puts policy, reference and heads into evaluation mode; code of the user's may have put them into another."""
-        for module in (self, *self._reference):
-            module.eval()
+        for module in self._all:  # eval() would walk through the tree, some milliseconds at each event of a large model
+            if module.training:
+                module.training = False
 
     @property
     def device(self) -> torch.device:

@@ -133,15 +133,15 @@ def saved_fault(model: ActorCritic, folder: Path, trust_remote_code: bool = Fals
     try:
         saved = saved.to(device).eval()
         causal_lm(saved).set_attn_implementation(attention)
-        own, loaded = (m(input_ids=ids).logits.float() for m in (policy, saved))
+        with torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):
+            own, loaded = (m(input_ids=ids).logits.float() for m in (policy, saved))
     except torch.OutOfMemoryError:  # of a second copy: the training that it would fail is done, and its policy saved
         return None
     if own.shape != loaded.shape:
         return f"loaded again it has {loaded.shape[-1]} logits, the policy {own.shape[-1]}"
     difference = ((own - loaded).abs().max() / own.abs().max().clamp(min=1e-6)).item()
-    low = (
-        1 if lm.dtype == torch.float32 else 100
-    )  # bfloat16's rounding, of which adapters merged in another order have some
+    # bfloat16's rounding, of which adapters merged in another order have some
+    low = 100 if model.autocast or lm.dtype != torch.float32 else 1
     if not difference < SAME_LOGITS * low:
         return f"loaded again its logits differ from the policy's by {difference:.2g} of the largest"
     return None

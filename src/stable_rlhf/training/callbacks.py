@@ -93,6 +93,8 @@ class ShieldedCallbacks(CallbackHandler):
     def call_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        if all(type(callback) is DefaultFlowCallback for callback in self.callbacks):
+            return super().call_event(event, args, state, control, **kwargs)  # nothing here is the user's
         stream = RandomStream(self.seed, zlib.crc32(event.encode()), state.global_step)
         with self.shield.around(stream):
             return super().call_event(event, args, state, control, **kwargs)

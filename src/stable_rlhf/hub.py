@@ -24,7 +24,7 @@ _SWITCHED_OFF = ("OfflineModeIsEnabled", "outgoing traffic has been disabled", "
 
 
 def hub_fault(error: BaseException) -> str | None:
-    """What the hub's refusal means, to follow the name that was asked for; None if the error is not the hub's.
+    """A clause that explains an error of the hub, for a sentence that has named the model; None for other errors.
 
     The whole chain of causes is read: Transformers and datasets wrap the hub's errors in their own.
     """

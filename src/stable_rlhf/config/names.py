@@ -41,7 +41,7 @@ def suggestion(name: str, known: Iterable[str], controller: str, otherwise: str)
 
 
 def fields_of(section: str, controller: str) -> list[str]:
-    """The names in a section, or in kl.settings; empty if there is no such section."""
+    """The names of the fields of a section, or of kl.settings; empty for an unknown section."""
     if section == "kl.settings":
         return controllers_settings(controller)
     return [field.name for field in dataclasses.fields(SECTIONS[section])] if section in SECTIONS else []

@@ -278,7 +278,7 @@ def _reason(
 
 
 def _budget_reason(settings: SafeSettings, last: float, moved: ThresholdState, terms: PidTerms) -> str:
-    """What the reward does and the budget with it, as the reason's last clause; empty where there is nothing to say.
+    """The last clause of the reason: how the reward moves, and how the budget follows. Empty where it adds nothing.
 
     The budget goes to the multiple that phase and PID ask for. Where that is against the phase (it closes while the
     reward climbs, or opens while it falls), the clause says from where to where, and why: a steep climb opens it more

@@ -18,7 +18,7 @@ from stable_rlhf.text import counted
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What holding rows out of the training set costs. As a text it is a sentence with the reason."""
+    """The number of training rows that are lost by holding rows out; ``str`` gives it as a sentence."""
 
     rows: int
     """Of the whole set."""

@@ -48,7 +48,7 @@ def field_default(name: str) -> Any:
 
 
 class _DryRun(SAFETrainer):
-    """The trainer without checkpoints: after an error there is no run to resume."""
+    """A trainer that saves no checkpoints, since nobody resumes a dry run."""
 
     def save_checkpoint(self) -> Path:
         return self.run_dir

@@ -123,7 +123,6 @@ class SAFETrainer(PolicySaving):
             self.begin()
         if self.steps_done >= self.args.max_steps:
             raise ConfigError(f"max_steps={self.args.max_steps}: all of these steps are done; set a larger max_steps")
-        self.model.dropout_off()  # a loop of the user's own may have changed it since the last step
         try:
             row = self._learn()
             if row is not None and self._progress is not None:

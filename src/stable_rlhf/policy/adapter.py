@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,17 @@ def adapter_folder(config: ModelConfig) -> Path | None:
     """The folder of the adapter that ``model.name`` is, downloaded if need be; None for a model of its own."""
     if config.name == "builtin" or config.gguf_file is not None:
         return None
-    found = find_adapter_config_file(config.name, revision=config.revision)
+    if (folder := Path(config.name)).is_dir():
+        return folder if (folder / "adapter_config.json").is_file() else None
+    return _adapter_on_hub(config.name, config.revision)
+
+
+@functools.cache  # loading a model asks several times, and each asks the network
+def _adapter_on_hub(name: str, revision: str | None) -> Path | None:
+    found = find_adapter_config_file(name, revision=revision)
     if found is None:
         return None
-    if not Path(config.name).is_dir():
-        snapshot_download(config.name, revision=config.revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
     return Path(found).parent
 
 

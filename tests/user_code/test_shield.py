@@ -189,3 +189,40 @@ def test_a_stream_is_restored_from_its_state_and_its_state_moves_nothing() -> No
     other.load_state_dict(state)
     with other.drawn():
         assert draws() == expected
+
+
+# -- CUDA -----------------------------------------------------------------------------------------------------------
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@on_cuda
+def test_random_numbers_of_user_code_on_a_gpu_are_its_own() -> None:
+    def draw() -> float:
+        return float(torch.rand((), device="cuda"))
+
+    torch.manual_seed(1)
+    alone = [draw() for _ in range(3)]
+    torch.manual_seed(1)
+    stream, users, runs = RandomStream(5), [], []
+    for _ in range(3):
+        runs.append(draw())
+        with Shield().around(stream):
+            users.append(draw())
+    assert runs == alone
+    with RandomStream(5).drawn():
+        assert [draw() for _ in range(3)] == users
+    assert len({*users, *runs}) == 6
+
+
+@on_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+def test_the_current_device_of_user_code_is_its_own() -> None:
+    shield = Shield()
+    torch.cuda.set_device(0)
+    with shield.around(RandomStream(0)):
+        torch.cuda.set_device(1)
+    assert torch.cuda.current_device() == 0
+    with shield.around(RandomStream(0)):
+        assert torch.cuda.current_device() == 1
+        torch.cuda.set_device(0)

@@ -77,7 +77,7 @@ def test_how_to_load_a_model_that_is_not_loaded_by_name_is_refused(name: str, to
         LoraConfig(r=2, target_modules="all-linear", use_rslora=True, lora_dropout=0.1),
         LoraConfig(r=2, target_modules=r".*\.q_proj", rank_pattern={"layers.0": 1}, init_lora_weights="gaussian"),
     ],
-    ids=str,
+    ids=["r", "two modules", "all-linear", "pattern"],
 )
 def test_a_peft_config_is_recorded_so_that_the_settings_make_the_same_adapter(adapter: LoraConfig) -> None:
     recorded = as_settings(ModelConfig(), adapter)

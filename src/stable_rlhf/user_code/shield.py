@@ -35,10 +35,11 @@ class Shield:
     @contextlib.contextmanager
     def around(self, stream: RandomStream) -> Iterator[None]:
         """User code runs inside the context and draws random numbers from ``stream``."""
-        with children_end_here(), stream.drawn() as before, _handlers_kept(), self._settings():
+        with stream.drawn() as before, _handlers_kept(), self._settings():
             outer, self.runs_random = self.runs_random, self.runs_random or before
             try:
-                yield
+                with children_end_here():  # innermost: a forked child cannot use CUDA, to read its random state say
+                    yield
             finally:
                 self.runs_random = outer
                 self._modes()

@@ -55,10 +55,10 @@ class Headline:
     largest_fall: float | None  # max_t D_t, crash or not
 
 
-def read_run(run_dir: str | Path) -> Run:
+def read_run(run_dir: str | Path, *, completions: bool = True) -> Run:
     """Reads a run folder. metrics.jsonl is required and must have a row; other missing files are noted.
 
-    Raises NoRunError without metrics.jsonl, RunError naming file and line for what cannot be read.
+    completions: whether the last file of completions is read. Raises NoRunError without metrics.jsonl, RunError naming file and line for what cannot be read.
     """
     path = Path(run_dir)
     if not os.path.isfile(path / "metrics.jsonl"):  # False, where Path.is_file raises, for a name too long to be one
@@ -66,14 +66,14 @@ def read_run(run_dir: str | Path) -> Run:
         remedy = "the run has not done a step yet" if begun else "give the folder of a run"
         raise NoRunError(f"{path / 'metrics.jsonl'} does not exist: {remedy}")
     try:
-        return _read(Path(run_dir))
+        return _read(Path(run_dir), completions)
     except RunError:
         raise
     except (OSError, ValueError) as error:
         raise RunError(str(error)) from error
 
 
-def _read(path: Path) -> Run:
+def _read(path: Path, with_completions: bool) -> Run:
     notes: list[str] = []
     rows, torn = read_rows(path / "metrics.jsonl")
     if not rows:
@@ -82,7 +82,7 @@ def _read(path: Path) -> Run:
         notes.append("metrics.jsonl ends in an incomplete line: the run was stopped while writing it.")
     config_text, config = _read_config(path / "config.yaml", notes)
     evaluation = _read_evaluation(path / "evaluation.json", notes)
-    step, completions = _read_completions(path / "completions", notes)
+    step, completions = _read_completions(path / "completions", notes) if with_completions else (None, ())
     timings = read_rows(path / "timings.jsonl")[0] if (path / "timings.jsonl").is_file() else []
     return Run(
         path=path,

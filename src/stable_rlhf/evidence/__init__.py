@@ -1,0 +1,1 @@
+"""Many runs, told apart honestly: sweeps, and comparisons with intervals. Needs no torch."""

@@ -80,7 +80,7 @@ def estimate(values: Values, statistic: Name = "mean") -> Estimate:
     value = float(STATISTICS[statistic](ordered))
     if (freedom := _freedom(strata)) is None:
         return Estimate(value, None, None, len(ordered))
-    half = stdtrit(freedom, (1 + LEVEL) / 2) * _error(STATISTICS[statistic](ordered[_drawn(strata)]), strata)
+    half = stdtrit(freedom, (1 + LEVEL) / 2) * _error(STATISTICS[statistic](ordered[_drawn(strata)]), strata, statistic)
     return Estimate(value, float(value - half), float(value + half), len(ordered))
 
 
@@ -97,7 +97,7 @@ def difference(ours: Values, others: Values, statistic: Name = "mean") -> Differ
     freedoms = [_freedom(strata) for _, strata in sides]
     if None in freedoms:
         return Difference(value, None, None, None, runs, False)
-    variances = [_error(compute(ordered[_drawn(strata)]), strata) ** 2 for ordered, strata in sides]
+    variances = [_error(compute(ordered[_drawn(strata)]), strata, statistic) ** 2 for ordered, strata in sides]
     error = math.sqrt(sum(variances))
     welch = sum(v**2 / f for v, f in zip(variances, freedoms, strict=True) if f)
     freedom = error**4 / welch if welch else float(sum(f for f in freedoms if f))
@@ -154,7 +154,7 @@ def _paired(pairs: Mapping[tuple[str, int], tuple[float, float]], statistic: Nam
     if (freedom := _freedom(strata)) is None:
         return Difference(value, None, None, None, runs, True)
     drawn = ordered[_drawn(strata)]
-    error = _error(compute(np.real(drawn)) - compute(np.imag(drawn)), strata)
+    error = _error(compute(np.real(drawn)) - compute(np.imag(drawn)), strata, statistic)
     return _tested(value, error, freedom, 2.0 ** (1 - len(pairs)), runs, paired=True)
 
 
@@ -200,7 +200,12 @@ def _indices(strata: tuple[int, ...]) -> np.ndarray:
     )
 
 
-def _error(resampled: np.ndarray, strata: Sequence[int]) -> float:
-    """The standard error. A bootstrap of n runs has the variance with denominator n; here it is that with n - 1."""
+def _error(resampled: np.ndarray, strata: Sequence[int], statistic: Name) -> float:
+    """The standard error. A bootstrap of n runs has the variance with denominator n; here it is that with n - 1.
+
+    Not so for the IQM of one stratum: as soon as runs are cut off, resamples that repeat an outer run already make its
+    error too large by more than that (97 of 100 intervals of five normal runs would hold the truth).
+    """
     runs = sum(strata)
-    return float(np.std(resampled)) * math.sqrt(runs / (runs - len(strata)))
+    cut = statistic == "IQM" and len(strata) == 1 and runs >= 4
+    return float(np.std(resampled)) * (1.0 if cut else math.sqrt(runs / (runs - len(strata))))

@@ -58,7 +58,8 @@ class Headline:
 def read_run(run_dir: str | Path, *, completions: bool = True) -> Run:
     """Reads a run folder. metrics.jsonl is required and must have a row; other missing files are noted.
 
-    completions: whether the last file of completions is read. Raises NoRunError without metrics.jsonl, RunError naming file and line for what cannot be read.
+    ``completions``: whether the last file of completions is read. Raises NoRunError without metrics.jsonl, RunError
+    naming file and line for what cannot be read.
     """
     path = Path(run_dir)
     if not os.path.isfile(path / "metrics.jsonl"):  # False, where Path.is_file raises, for a name too long to be one

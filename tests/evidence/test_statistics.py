@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_equal_runs_have_an_interval_without_width() -> None:
 
 
 def test_the_same_runs_give_the_same_interval_every_time() -> None:
-    assert estimate(arm(FIVE)) == estimate(dict(reversed(arm(FIVE).items())))
+    assert estimate(arm(FIVE)) == estimate(dict(reversed([*arm(FIVE).items()])))
 
 
 def test_no_run_is_refused() -> None:
@@ -106,7 +107,7 @@ def test_percentiles_of_the_runs_are_interpolated() -> None:
 
 def test_arms_of_the_same_seeds_are_compared_by_pairs() -> None:
     found = difference(arm(OTHERS), arm(FIVE))
-    expected = stats.ttest_rel(OTHERS, FIVE)
+    expected: Any = stats.ttest_rel(OTHERS, FIVE)
     low, high = expected.confidence_interval(0.95)
     assert found.paired
     assert found.runs == (5, 5)
@@ -117,7 +118,7 @@ def test_arms_of_the_same_seeds_are_compared_by_pairs() -> None:
 
 def test_arms_of_other_seeds_are_compared_as_independent_runs() -> None:
     found = difference(arm(OTHERS), arm(FIVE, first_seed=10))
-    expected = stats.ttest_ind(OTHERS, FIVE, equal_var=False)
+    expected: Any = stats.ttest_ind(OTHERS, FIVE, equal_var=False)
     low, high = expected.confidence_interval(0.95)
     assert not found.paired
     assert found.p == pytest.approx(expected.pvalue, rel=0.05)

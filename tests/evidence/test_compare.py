@@ -1,0 +1,130 @@
+"""A comparison: literal figures, the baseline, Holm's correction over the arms, and what it warns of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.evidence.compare import Comparison, compare, to_json
+from stable_rlhf.evidence.outcome import Outcome, Status
+from tests.evidence.outcomes import SCORES, outcome
+
+SAFE, PPO, OTHER = [0.9, 0.92, 0.88, 0.91, 0.93], [0.5, 0.7, 0.4, 0.6, 0.45], [0.52, 0.71, 0.38, 0.63, 0.44]
+
+
+def runs(**arms: Sequence[float]) -> list[Outcome]:
+    return [
+        outcome(f"{preset}{seed}", {"reward/final": value, "kl/final": value / 10}, preset=preset, seed=seed)
+        for preset, values in arms.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_an_arm_is_compared_with_the_first_by_pairs_of_seeds() -> None:
+    made = compare(runs(ppo=PPO, safe=SAFE))
+    assert [arm.name for arm in made.arms] == ["ppo", "safe"]
+    cell = made.cells[1, "reward/final"]
+    assert cell.mean.value == pytest.approx(0.908)
+    assert cell.mean.runs == 5
+    assert cell.percentiles == pytest.approx((0.884, 0.91, 0.928))
+    assert cell.difference is not None
+    assert cell.difference.paired
+    assert cell.difference.value == pytest.approx(0.378)
+    assert cell.differs
+    assert cell.improvement is not None
+    assert cell.improvement.value == 1.0
+    assert made.cells[0, "reward/final"].difference is None
+    assert made.cells[1, "kl/final"].improvement is None  # no direction is better
+
+
+def test_the_baseline_is_chosen_by_name() -> None:
+    assert compare(runs(ppo=PPO, safe=SAFE), baseline="safe").baseline == 1
+    with pytest.raises(ConfigError, match="--baseline 'saef': no arm has this name: did you mean 'safe'"):
+        compare(runs(ppo=PPO, safe=SAFE), baseline="saef")
+
+
+def test_holms_correction_is_over_the_arms_of_a_figure() -> None:
+    made = compare(runs(ppo=PPO, other=OTHER, safe=SAFE))
+    raw = [stats.ttest_rel(values, PPO).pvalue for values in (OTHER, SAFE)]
+    adjusted = [made.cells[index, "reward/final"].adjusted_p for index in (1, 2)]
+    assert adjusted[1] == pytest.approx(2 * raw[1], rel=0.2)
+    assert adjusted[0] == pytest.approx(raw[0], rel=0.2)
+    assert made.comparisons == 4
+    assert [made.cells[index, "reward/final"].differs for index in (1, 2)] == [False, True]
+
+
+def test_less_is_better_where_the_measure_says_so() -> None:
+    given = [
+        outcome(f"{preset}{seed}", {"kl/max": value}, preset=preset, seed=seed)
+        for preset, values in (("a", (3.0, 4.0)), ("b", (1.0, 2.0)))
+        for seed, value in enumerate(values)
+    ]
+    found = compare(given).cells[1, "kl/max"].improvement
+    assert found is not None
+    assert found.value == 1.0
+
+
+def with_rewards(name: str, preset: str, rewards: Sequence[float]) -> Outcome:
+    values = np.asarray(rewards, np.float32)
+    made = outcome(name, {"reward/final": float(values[-20:].mean())}, preset=preset, seed=0)
+    steps = np.arange(len(values))
+    return replace(made, curves={SCORES: (steps, values)}, seconds=(steps, 2.0 * (steps + 1.0)))
+
+
+def test_the_reward_to_reach_is_nine_tenths_of_the_best_arms_way() -> None:
+    made = compare([with_rewards("a", "a", [0.0] * 10 + [1.0] * 90), with_rewards("b", "b", [0.0] * 100)])
+    assert made.target == pytest.approx(0.9)
+    figures = {run.name: run.figures for run in made.runs}
+    assert figures["a"]["reward/steps_to"] == 28  # eighteen of the last twenty steps are 1
+    assert figures["a"]["reward/seconds_to"] == pytest.approx(56.0)
+    assert "reward/steps_to" not in figures["b"]
+
+
+def test_no_reward_is_to_be_reached_where_none_rises() -> None:
+    assert compare([with_rewards("a", "a", [1.0] * 40)]).target is None
+
+
+def sentences(made: Comparison) -> str:
+    return "; ".join(made.warnings)
+
+
+def test_few_seeds_and_runs_without_figures_are_said() -> None:
+    assert "an arm has 2 runs: with fewer than 5" in sentences(compare(runs(a=PPO[:2], b=PPO)))
+    assert "an arm has a single run" in sentences(compare(runs(a=PPO[:1], b=PPO)))
+    assert sentences(compare(runs(a=PPO, b=SAFE))) == ""
+    missing = outcome("gone", {}, status=Status.MISSING)
+    made = compare([*runs(a=PPO, b=SAFE), replace(missing, why="it has not begun")])
+    assert "1 of 11 runs have no figures: gone: it has not begun" in sentences(made)
+    crashed = outcome("ill", status=Status.CRASHED, preset="a", seed=9)
+    assert "1 of 11 runs ended early" in sentences(compare([*runs(a=PPO, b=SAFE), crashed]))
+
+
+def test_nothing_to_compare_is_refused_with_the_first_reason() -> None:
+    broken = replace(outcome("x", {}, status=Status.BROKEN), why="metrics.jsonl:1: not JSON")
+    with pytest.raises(ConfigError, match=r"there is nothing to compare: metrics\.jsonl:1: not JSON"):
+        compare([broken])
+
+
+def test_the_json_is_strict_and_has_every_figure() -> None:
+    made = json.loads(to_json(compare(runs(ppo=PPO, safe=SAFE))), parse_constant=pytest.fail)
+    cell = made["arms"][1]["figures"]["reward/final"]
+    assert cell["mean"]["value"] == pytest.approx(0.908)
+    assert cell["mean"]["runs"] == 5
+    assert cell["difference"]["value"] == pytest.approx(0.378)
+    assert cell["difference"]["differs"] is True
+    assert made["runs"][0] == {
+        "name": "ppo0",
+        "arm": "ppo",
+        "seed": 0,
+        "status": "finished",
+        "why": None,
+        "steps": 0,
+        "figures": {"reward/final": 0.5, "kl/final": 0.05},
+    }
+    assert made["measures"]["reward/final"]["better"] == "more"

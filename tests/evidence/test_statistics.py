@@ -20,6 +20,7 @@ from stable_rlhf.evidence.statistics import (
     difference,
     estimate,
     holm,
+    iqm,
     probability_of_improvement,
     spread,
 )
@@ -51,6 +52,12 @@ def test_mean_and_iqm_are_the_literal_numbers() -> None:
     assert estimate(arm(FIVE), "IQM").value == pytest.approx((0.2 + 0.3 + 0.4) / 3, abs=1e-12)
     eight = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 100.0]
     assert estimate(arm(eight), "IQM").value == pytest.approx((3 + 4 + 5 + 6) / 4, abs=1e-12)
+
+
+@pytest.mark.parametrize("runs", range(1, 13))
+def test_the_iqm_is_scipys_trimmed_mean(runs: int) -> None:
+    values = np.random.default_rng(runs).normal(size=(3, runs))
+    assert iqm(values) == pytest.approx(stats.trim_mean(values, 0.25, axis=1), abs=1e-12)
 
 
 def test_the_interval_of_a_mean_is_student_ts() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from stable_rlhf.control import WINDOW
 from stable_rlhf.errors import RunError
 from stable_rlhf.evidence.measures import END, NEAR
-from stable_rlhf.report import Run, facts_of, headline, moving_average, read_run, series
+from stable_rlhf.report import Facts, Headline, Run, facts_of, headline, moving_average, read_run, series
 from stable_rlhf.report.verdict import ENTROPY_GONE, VARIETY_GONE
 
 CURVES = (
@@ -95,7 +95,8 @@ def read_outcome(folder: Path, name: str) -> Outcome:
 
 def outcome(run: Run, name: str) -> Outcome:
     """The outcome of a run that was read."""
-    status, why = _status(run)
+    facts = facts_of(run, head := headline(run))
+    status, why = _status(run, facts)
     settings = flat(run.config)
     return Outcome(
         name=name,
@@ -105,7 +106,7 @@ def outcome(run: Run, name: str) -> Outcome:
         inputs=_inputs(run, settings),
         device=run.starts[-1]["device"] if run.starts else None,
         steps=run.rows[-1]["step"] + 1,
-        figures=figures(run, status),
+        figures=_figures(run, status, head, facts),
         curves={metric: _array(pairs) for metric in CURVES if (pairs := series(run.rows, metric))[0]},
         seconds=_seconds(run),
         gold=_gold(run),
@@ -113,12 +114,10 @@ def outcome(run: Run, name: str) -> Outcome:
     )
 
 
-def figures(run: Run, status: Status) -> dict[str, float]:
+def _figures(run: Run, status: Status, head: Headline, facts: Facts) -> dict[str, float]:
     """Key of a measure -> value. Steps that the guard undid are left out of means at the end and over the run."""
     undone = {incident["step"] for incident in run.incidents if incident["action"] != "skip"}
     rows = [row for row in run.rows if row["step"] not in undone] or list(run.rows)
-    head = headline(run)
-    facts = facts_of(run, head)
     acted = Counter(incident["action"] for incident in run.incidents)
     scores = series(rows, "objective/scores")[1]
     kl = series(rows, "objective/kl")[1]
@@ -185,8 +184,7 @@ def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return made
 
 
-def _status(run: Run) -> tuple[Status, str | None]:
-    facts = facts_of(run, headline(run))
+def _status(run: Run, facts: Facts) -> tuple[Status, str | None]:
     if run.running:
         return Status.RUNNING, f"it is still running: {facts.steps} steps of {facts.planned} are done"
     if facts.gave_up_at is not None:

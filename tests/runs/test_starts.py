@@ -14,9 +14,9 @@ from stable_rlhf.runs import starts
 
 
 def test_a_resume_adds_a_line_and_a_new_run_begins_the_file_anew(tmp_path: Path) -> None:
-    starts.record(tmp_path, 0, "an earlier try")
-    starts.record(tmp_path, 0, "cpu")
-    starts.record(tmp_path, 20, "cuda:0, NVIDIA H100\ud800")
+    starts.record(tmp_path, 0, "an earlier try", {})
+    starts.record(tmp_path, 0, "cpu", {})
+    starts.record(tmp_path, 20, "cuda:0, NVIDIA H100\ud800", {})
     assert [(start["step"], start["device"]) for start in starts.read(tmp_path)] == [
         (0, "cpu"),
         (20, "cuda:0, NVIDIA H100\ufffd"),
@@ -26,16 +26,16 @@ def test_a_resume_adds_a_line_and_a_new_run_begins_the_file_anew(tmp_path: Path)
 
 
 def test_a_line_that_a_kill_tore_is_replaced(tmp_path: Path) -> None:
-    starts.record(tmp_path, 0, "cpu")
+    starts.record(tmp_path, 0, "cpu", {})
     whole = (tmp_path / "starts.jsonl").read_text()
     (tmp_path / "starts.jsonl").write_text(whole + '{"step": 2, "ti')
-    starts.record(tmp_path, 3, "cuda:1")
+    starts.record(tmp_path, 3, "cuda:1", {})
     assert [start["device"] for start in starts.read(tmp_path)] == ["cpu", "cuda:1"]
 
 
 def test_a_run_of_an_older_version_has_none(tmp_path: Path) -> None:
     assert starts.read(tmp_path) == []
-    starts.record(tmp_path, 20, "cpu")
+    starts.record(tmp_path, 20, "cpu", {})
     assert len(starts.read(tmp_path)) == 1
 
 
@@ -43,7 +43,7 @@ def test_a_run_of_an_older_version_has_none(tmp_path: Path) -> None:
     "line", ["{}", "[]", "x", '{"time": "yesterday", "device": "cpu"}', '{"time": "2026-01-01", "device": 1}']
 )
 def test_a_line_that_is_no_start_is_named(tmp_path: Path, line: str) -> None:
-    starts.record(tmp_path, 0, "cpu")
+    starts.record(tmp_path, 0, "cpu", {})
     with (tmp_path / "starts.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(RunError, match=r"starts\.jsonl:2: not a start"):
@@ -95,3 +95,11 @@ def test_sections_of_a_foreign_configuration_are_not_read(tmp_path: Path) -> Non
 )
 def test_a_duration_has_two_units_at_most(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_inputs_and_the_packages_source_are_recorded_by_digest(tmp_path: Path) -> None:
+    starts.record(tmp_path, 0, "cpu", {"data": "d1", "reward": None})
+    (start,) = starts.read(tmp_path)
+    assert start["inputs"] == {"data": "d1", "reward": None}
+    assert start["code"] == starts.source_digest()
+    assert len(start["code"]) == 64

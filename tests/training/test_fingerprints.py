@@ -120,3 +120,12 @@ def test_a_partials_arguments_have_one_fingerprint_in_every_process() -> None:
     by = [reward_fingerprint(functools.partial(letters, words={word}, by=by)) for word, by in
           (("a", letters), ("b", letters), ("a", vowels))]  # fmt: skip
     assert len(set(by)) == 3
+
+
+def test_digests_tell_data_and_rewards_apart_and_are_unknown_where_a_reward_is(tokenizer) -> None:
+    base = inputs(tokenizer).digests()
+    assert base == inputs(copy.deepcopy(tokenizer)).digests()
+    other_data, other_reward = inputs(tokenizer, answer=PROMPTS[::-1]), inputs(tokenizer, reward=vowels)
+    assert [other_data.digests()[name] == base[name] for name in ("data", "reward")] == [False, True]
+    assert [other_reward.digests()[name] == base[name] for name in ("data", "reward")] == [True, False]
+    assert inputs(tokenizer, reward=len).digests()["reward"] is None

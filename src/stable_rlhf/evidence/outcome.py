@@ -206,7 +206,8 @@ def _inputs(run: Run, settings: Mapping[str, Any]) -> dict[str, str]:
         given |= {name: value for name, value in (start.get("inputs") or {}).items() if value is not None}
         versions = start.get("versions")
         if isinstance(versions, Mapping):
-            given |= {name: versions[name] for name in versions}
+            given |= versions
+        given |= {"code": start["code"]} if "code" in start else {}
     return {
         name: value if isinstance(value, str) else json.dumps(value, default=str)
         for name, value in given.items()

@@ -109,6 +109,16 @@ class SameInputs:
     def state_dict(self) -> dict[str, Any]:
         return self._own
 
+    def digests(self) -> dict[str, str | None]:
+        """One of the training data as the policy reads it, one of the rewards; None where a reward has none."""
+        data, rewards = next(iter(self._own["data"].values())), self._own["rewards"]
+        read = [self._own["tokenizer"], self._own["chat template"], json.dumps(data, sort_keys=True)]
+        known = None not in rewards.values()
+        return {
+            "data": None if data is None else _digest(read),
+            "reward": _digest([json.dumps(rewards, sort_keys=True)]) if known else None,
+        }
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Raises CheckpointError for the first of them that differs; the message names it and the remedy."""
         if saved["tokenizer"] != self._own["tokenizer"]:

@@ -267,7 +267,8 @@ class Run:
             RandomState().load_state_dict(self._random)
             incidents.truncate(self.run_dir, 0)  # of a run that was never saved
             self.recovery.begin(*capture(self.parts, self.steps_done))
-        starts.record(self.run_dir, self.steps_done, described(self.model.device))
+        digests = {**self.inputs.digests(), "model": self.reference.fingerprint}
+        starts.record(self.run_dir, self.steps_done, described(self.model.device), digests)
         self.events.begin(self.counters, self.rows, self.epoch)
         self._to_log = self._evaluated = None
         self._saved_at = self.steps_done if resume_from_checkpoint else -1

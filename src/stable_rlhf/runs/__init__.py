@@ -5,11 +5,13 @@ from stable_rlhf.runs.card import model_card
 from stable_rlhf.runs.evaluation import evaluation_rows, read
 from stable_rlhf.runs.lock import RunLock
 from stable_rlhf.runs.metrics import MetricsWriter, read_rows, write_completions
-from stable_rlhf.runs.names import METRICS
+from stable_rlhf.runs.names import METRICS, TEXT_METRICS, TIMINGS
 from stable_rlhf.runs.output import check_output, check_writable, remove_run
 
 __all__ = [
     "METRICS",
+    "TEXT_METRICS",
+    "TIMINGS",
     "MetricsWriter",
     "RunLock",
     "check_output",

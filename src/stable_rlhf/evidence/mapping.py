@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.config import read_settings
+from stable_rlhf.config.files import read_settings
 from stable_rlhf.errors import ConfigError, RunError
 from stable_rlhf.evidence.outcome import CURVES, flat
 from stable_rlhf.evidence.tables import Table, number, step_number

@@ -130,17 +130,18 @@ def _read_trl(path: Path) -> _Log:
     if framework != "TRL PPO":
         notes += trl.notes_on(str(settings["framework"]), columns)
     each = _positive(path, settings, trl.STEPS_PER_ROLLOUT) or trl.rollout_steps(rows)
+    each = 1 if framework == "TRL PPO" else each  # its steps are rollouts
     completions = _positive(path, settings, "rollout.batch_size")
+    spread = len(rows) > 1 and rows[1]["step"] - rows[0]["step"] > 1
     if each > 1:
         settings[trl.STEPS_PER_ROLLOUT] = each
+        notes.append(f"A step is one rollout of {each} optimiser steps; its seconds are their sum.")
+    if spread and framework != "TRL PPO":
         notes.append(
-            f"A step is one rollout of {each} optimiser steps: KL and entropy are means over these, seconds their sum."
+            "A row is a mean over several optimiser steps: where a rollout serves more than one, KL and entropy are of "
+            "the policy while it moved, ours of the policy that sampled."
         )
-    rows = trl.by_rollout(rows, each)
-    timings = [
-        {**time, **({"total_s": time["total_s"] * each} if "total_s" in time else {})}
-        for time in trl.by_rollout(timings, each)
-    ]
+    rows, timings = trl.by_rollout(rows, each), trl.seconds_by_rollout(timings, each)
     _count_completions(rows, timings, completions, notes)
     return _Log(
         rows=rows,

@@ -6,9 +6,9 @@ those of older versions stand after them.
 | theirs | what it is | ours |
 |---|---|---|
 | GRPO, RLOO `reward` | mean of the weighted rewards of a rollout, before any KL | objective/scores |
-| GRPO `kl` | k3, mean over tokens, of the policy in its update; none without a beta | objective/kl |
+| GRPO `kl` | k3, mean over tokens, of the policy before an optimiser step; none without a beta | objective/kl |
 | RLOO `kl` | k1, mean over the rollout's tokens, of the policy that sampled | objective/kl |
-| GRPO, RLOO `entropy` | exact, mean over tokens, of the policy in its update | objective/entropy |
+| GRPO, RLOO `entropy` | exact, mean over tokens, of the policy before an optimiser step | objective/entropy |
 | PPO `objective/kl` | k1 or k3, summed over each answer | / mean length: objective/kl |
 | PPO `objective/entropy` | -log p of the sampled tokens, summed over each answer | / mean length: objective/entropy |
 | GRPO, RLOO `step_time` | seconds of an optimiser step, the sampling before it included | total_s |
@@ -164,14 +164,11 @@ def notes_on(framework: str, columns: Mapping[str, Column]) -> list[str]:
     """What differs from our figures of the same name. `framework`: of `columns_of`, or as the user has it."""
     if "PPO" in framework:
         return []
-    notes = []
     if "objective/kl" not in columns:
-        notes.append("TRL logs no KL without a beta: the KL is not known.")
-    elif "GRPO" in framework:
-        notes.append("GRPO's KL is the estimate k3, RLOO's and ours k1: of the same KL, in nats per token.")
-    taken = "KL and entropy are" if framework == "TRL GRPO" else "The entropy (of GRPO, the KL too) is"
-    notes.append(f"{taken} of the policy in its update, ours of the policy that sampled.")
-    return notes
+        return ["TRL logs no KL without a beta: the KL is not known."]
+    if "GRPO" in framework:
+        return ["GRPO's KL is the estimate k3, RLOO's and ours k1: of the same KL, in nats per token."]
+    return []
 
 
 def rollout_steps(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -185,16 +182,21 @@ def rollout_steps(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def by_rollout(rows: Sequence[Mapping[str, Any]], each: int) -> list[dict[str, Any]]:
-    """Rows of optimiser steps made rows of rollouts: the mean of each figure over the rows that have it."""
-    groups: dict[int, list[Mapping[str, Any]]] = {}
+    """Rows of optimiser steps made rows of rollouts: every figure is that of the first row that has it. KL and entropy
+    are then those of the policy that sampled, as ours are: the first optimiser step has not moved it yet."""
+    made: dict[int, dict[str, Any]] = {}
     for row in rows:
-        groups.setdefault(row["step"] // each, []).append(row)
-    made = []
-    for step, members in groups.items():
-        names = dict.fromkeys(name for row in members for name in row if name != "step")
-        values = {name: [row[name] for row in members if name in row] for name in names}
-        made.append({"step": step, **{name: sum(found) / len(found) for name, found in values.items()}})
-    return made
+        step = row["step"] // each
+        made[step] = {**row, **made.get(step, {}), "step": step}
+    return list(made.values())
+
+
+def seconds_by_rollout(timings: Sequence[Mapping[str, Any]], each: int) -> list[dict[str, Any]]:
+    """Seconds of optimiser steps made seconds of rollouts: `each` times the mean of the rows."""
+    seconds: dict[int, list[float]] = {}
+    for row in timings:
+        seconds.setdefault(row["step"] // each, []).append(row["total_s"])
+    return [{"step": step, "total_s": each * sum(found) / len(found)} for step, found in seconds.items()]
 
 
 def _ppo(names: Mapping[str, str]) -> tuple[dict[str, Column], list[str]]:

@@ -100,11 +100,15 @@ class RewardAsModel(torch.nn.Module):
 
 def groups(config: Config, algorithm: str, beta: float, common: dict[str, Any], reward: CountedReward) -> Any:
     """GRPO's or RLOO's trainer. A generation serves num_iterations passes of num_mini_batches optimiser steps."""
-    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+    if algorithm == "grpo":
+        from trl.trainer.grpo_config import GRPOConfig as Arguments
+        from trl.trainer.grpo_trainer import GRPOTrainer as Trainer
+    else:
+        from trl.trainer.rloo_config import RLOOConfig as Arguments
+        from trl.trainer.rloo_trainer import RLOOTrainer as Trainer
 
-    trainer, settings = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[algorithm]
     parts, passes = config.optim.num_mini_batches, config.optim.num_iterations
-    arguments = settings(
+    arguments: Any = Arguments(
         **common,
         per_device_train_batch_size=config.rollout.batch_size // parts,
         gradient_accumulation_steps=1,
@@ -118,7 +122,7 @@ def groups(config: Config, algorithm: str, beta: float, common: dict[str, Any], 
         beta=beta,
         logging_steps=1,
     )
-    return trainer(
+    return Trainer(
         model=load_policy(config.model)[0],
         reward_funcs=reward,
         args=arguments,
@@ -160,12 +164,13 @@ def ppo(config: Config, beta: float, common: dict[str, Any], reward: CountedRewa
     context = max(map(len, prompts))
     name, loading = policy_source(config.model)
     adapter = config.model.lora_r > 0
+    scorer: Any = RewardAsModel(reward, tokenizer, context)
     trainer = Measured(
         args=arguments,
         processing_class=tokenizer,
         model=load_policy(config.model)[0],
         ref_model=None if adapter else load_policy(config.model)[0],
-        reward_model=RewardAsModel(reward, tokenizer, context),
+        reward_model=scorer,
         value_model=AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **loading),
         train_dataset=Dataset.from_dict({"input_ids": prompts}),
         data_collator=DataCollatorWithPadding(tokenizer, padding="max_length", max_length=context),
@@ -232,20 +237,18 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
 def main(given: Sequence[str]) -> None:
     arguments = parse(given)
     logging.disable_progress_bar()
-    config = Config(
-        output_dir=str(arguments.out),
-        max_steps=arguments.steps,
-        seed=arguments.seed,
-        model={
+    sections: dict[str, Any] = {
+        "model": {
             "name": arguments.model,
             "gguf_file": arguments.gguf_file,
             "lora_r": arguments.lora_r,
             "device": arguments.device,
         },
-        reward={"functions": [arguments.reward]},
-        rollout={"batch_size": arguments.batch_size, "max_completion_length": arguments.max_completion_length},
-        optim={"learning_rate": arguments.learning_rate},
-    )
+        "reward": {"functions": [arguments.reward]},
+        "rollout": {"batch_size": arguments.batch_size, "max_completion_length": arguments.max_completion_length},
+        "optim": {"learning_rate": arguments.learning_rate},
+    }
+    config = Config(output_dir=str(arguments.out), max_steps=arguments.steps, seed=arguments.seed, **sections)
     on_cpu = resolve_device(config.model.device).type == "cpu"
     common: dict[str, Any] = {
         "output_dir": str(arguments.out),

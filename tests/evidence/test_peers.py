@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-import sys
+import runpy
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -204,11 +204,10 @@ def test_figures_of_a_logged_run_are_trls_own_numbers(algorithm: str) -> None:
 @pytest.mark.filterwarnings("ignore:::transformers", "ignore:::trl", "ignore:::torch", "ignore:::accelerate")
 def test_figures_of_a_run_of_trl_are_its_own_numbers(tmp_path: Path) -> None:
     """benchmarks/peers/trl_run.py itself fails unless completions and optimiser steps are as many as ours."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "peers"))
-    import trl_run
-
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "peers" / "trl_run.py"
+    trl_run = runpy.run_path(str(script))
     sizes = ["--steps=2", "--batch-size=16", "--max-completion-length=4", "--device=cpu"]
-    trl_run.main(["--algorithm=grpo", *sizes, "--seed=5", f"--out={tmp_path}"])
+    trl_run["main"](["--algorithm=grpo", *sizes, "--seed=5", f"--out={tmp_path}"])
     check_against_trl(tmp_path, "grpo")
     assert read_foreign(tmp_path).seed == 5
 

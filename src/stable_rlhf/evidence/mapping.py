@@ -191,9 +191,8 @@ def _value(table: Table, place: int, record: Mapping[str, Any], column: Column) 
             by = number(record.get(name))
             if not by:
                 return None
-            name = f"{column.name} / {column.per}"
-            value = number(value / by)
-        return value if column.scale == 1.0 else number(value * column.scale)  # both may overflow
+            name, value = f"{column.name} / {column.per}", value / by
+        return number(value * column.scale)  # both may overflow
     except ValueError as error:
         raise RunError(f"{table.where(place, column.name)}: {name} is {error}") from None
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from stable_rlhf.errors import ConfigError
-from stable_rlhf.evidence.outcome import Status, read_outcome
+from stable_rlhf.evidence.compare import compare
+from stable_rlhf.evidence.outcome import Outcome, Status, read_outcome
 from stable_rlhf.evidence.peers import is_foreign, read_foreign, seed_in
 
 LOGGED = Path(__file__).with_name("trl")
@@ -425,6 +426,15 @@ def test_a_mapping_that_cannot_be_used_is_an_error(tmp_path: Path, text: str, sa
     with pytest.raises(ConfigError, match=r"mapping\.yaml") as caught:
         read_foreign(written(tmp_path / "log.csv", TABLE), path)
     assert said in str(caught.value)
+
+
+def test_a_peer_stands_in_a_table_by_preset_under_its_trainers_name(tmp_path: Path) -> None:
+    ours = [
+        Outcome(name=preset, status=Status.FINISHED, settings={"preset": preset, "seed": 0}, figures={"kl/max": 1.0})
+        for preset in ("safe", "ppo")
+    ]
+    peer = read_foreign(state(tmp_path / "seed0", [grpo(1, 1.0), grpo(2, 2.0)]))
+    assert [arm.name for arm in compare([*ours, peer], ["preset"]).arms] == ["safe", "ppo", "TRL GRPO"]
 
 
 # -- which paths, and which seed ------------------------------------------------------------------------------------

@@ -101,10 +101,12 @@ def _outcome(path: Path, name: str, log: _Log) -> Outcome:
     )
     found = outcome(run, name)
     planned = {} if log.planned is None else {"max_steps": log.planned}
+    # In a table by preset, which our runs have, a peer stands under its trainer's name.
+    named = {"preset": log.settings["framework"]} if "framework" in log.settings else {}
     return replace(
         found,
         why=None if finished else f"it did {log.done} of {log.planned} steps",
-        settings={**log.settings, **planned},
+        settings={**named, **log.settings, **planned},
         inputs={**found.inputs, **log.inputs},
         steps=log.done,
     )

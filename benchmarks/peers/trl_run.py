@@ -15,8 +15,8 @@ Both counts are taken from the run (completions that the reward saw, steps in Ad
 the script fails. Equal too: the policy's weights, adapter, temperature, constant learning rate, AdamW without weight
 decay, gradient norm, clip range. Not equal, since it is what the algorithms differ in: the number of prompts (a group
 of completions to each), the critic (PPO's is a model of its own, trained in full), what the KL coefficient weighs (loss
-per token in GRPO, reward of the sequence in RLOO and PPO), and the preview and guard, which only we have. Written for
-TRL 1.16's GRPO and RLOO and 1.12's PPO; the names used are those of 1.12 too. settings.json says which version ran.
+per token in GRPO, reward of the sequence in RLOO and PPO), and the preview and guard, which only we have. GRPO and
+RLOO run with TRL 1.16 and 1.12, PPO with 1.12: later versions have none. settings.json says which version ran.
 """
 
 from __future__ import annotations

@@ -305,6 +305,12 @@ def test_a_table_of_our_rows_gives_the_figures_of_the_run(tmp_path: Path) -> Non
     assert read_foreign(tmp_path / "log.csv").figures == read_outcome(run, "run").figures
 
 
+def test_nested_json_lines_have_columns_with_dots(tmp_path: Path) -> None:
+    log = written(tmp_path / "log.jsonl", '{"step": 1, "data": {"critic/score": 2.5}}\n')
+    mapping = written(tmp_path / "mapping.yaml", "step: step\nobjective/scores: data.critic/score\n")
+    assert read_foreign(log, mapping).figures["reward/average"] == 2.5
+
+
 def test_names_of_trl_are_understood_in_a_table(tmp_path: Path) -> None:
     text = "train/global_step,train/reward,train/kl,train/frac_reward_zero_std\n1,0.5,0.1,0\n2,1.5,0.3,0\n"
     found = read_foreign(written(tmp_path / "wandb.csv", text))

@@ -63,7 +63,7 @@ def read_foreign(path: Path, mapping: Path | None = None) -> Outcome:
         log = _read_table(path, given) if state is None else _read_trl(state)
     except RunError as error:
         return Outcome(name=name, status=Status.BROKEN, why=str(error))
-    if "seed" not in log.settings and (seed := seed_in(path)) is not None:
+    if log.settings.get("seed") is None and (seed := seed_in(path)) is not None:
         log.settings["seed"] = seed
     return _outcome(path, name, log)
 

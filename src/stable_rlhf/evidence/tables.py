@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.errors import RunError
+from stable_rlhf.evidence.outcome import flat
 from stable_rlhf.text import counted, quoted
 
 CSV = (".csv", ".tsv")
@@ -34,7 +35,7 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """A CSV or JSON-lines file. A torn last line is left out and noted.
+    """A CSV or JSON-lines file. A torn last line is left out and noted; nested objects have columns `outer.inner`.
 
     Raises RunError with file and line for what is neither, and for a file without a row.
     """
@@ -122,6 +123,7 @@ def _read_json_lines(path: Path, text: str) -> Table:
             continue
         try:
             row = json.loads(line)  # NaN, which JSON does not have, is refused where the value is used
+            row = flat(row) if isinstance(row, dict) else row
         except (ValueError, RecursionError) as error:
             if torn and place == len(given):
                 notes = _torn(path)

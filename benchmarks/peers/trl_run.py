@@ -36,8 +36,8 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from stable_rlhf import SAFETrainer
 from stable_rlhf.config import Config
-from stable_rlhf.data import load_prompts
 from stable_rlhf.hardware import resolve_device
 from stable_rlhf.ops.masked import distinct_n
 from stable_rlhf.policy import load_policy, load_tokenizer
@@ -98,7 +98,16 @@ class RewardAsModel(torch.nn.Module):
         return SimpleNamespace(hidden_states=[values[:, None, None].expand(*input_ids.shape, 1)])
 
 
-def groups(config: Config, algorithm: str, beta: float, common: dict[str, Any], reward: CountedReward) -> Any:
+def our_inputs(config: Config) -> tuple[list[str], dict[str, str | None]]:
+    """The prompts that a run of ours with these settings trains on, and the digests that it records of data, reward
+    and model: `compare` then knows that they are the same."""
+    run = SAFETrainer(config.model.name, args=config)
+    return run.train_dataset["prompt"][:], {**run.inputs.digests(), "model": run.reference.fingerprint}
+
+
+def groups(
+    config: Config, prompts: list[str], algorithm: str, beta: float, common: dict[str, Any], reward: CountedReward
+) -> Any:
     """GRPO's or RLOO's trainer. A generation serves num_iterations passes of num_mini_batches optimiser steps."""
     if algorithm == "grpo":
         from trl.trainer.grpo_config import GRPOConfig as Arguments
@@ -126,12 +135,12 @@ def groups(config: Config, algorithm: str, beta: float, common: dict[str, Any], 
         model=load_policy(config.model)[0],
         reward_funcs=reward,
         args=arguments,
-        train_dataset=Dataset.from_dict({"prompt": load_prompts(config.data.train)["prompt"][:]}),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=padded_left(config),
     )
 
 
-def ppo(config: Config, beta: float, common: dict[str, Any], reward: CountedReward) -> Any:
+def ppo(config: Config, prompts: list[str], beta: float, common: dict[str, Any], reward: CountedReward) -> Any:
     """PPO's trainer, which logs the length, distinct-2 and seconds of a step besides its own figures."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -160,8 +169,8 @@ def ppo(config: Config, beta: float, common: dict[str, Any], reward: CountedRewa
         logging_steps=1,
     )
     tokenizer = padded_left(config)
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in load_prompts(config.data.train)["prompt"]]
-    context = max(map(len, prompts))
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    context = max(map(len, rows))
     name, loading = policy_source(config.model)
     adapter = config.model.lora_r > 0
     scorer: Any = RewardAsModel(reward, tokenizer, context)
@@ -172,7 +181,7 @@ def ppo(config: Config, beta: float, common: dict[str, Any], reward: CountedRewa
         ref_model=None if adapter else load_policy(config.model)[0],
         reward_model=scorer,
         value_model=AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **loading),
-        train_dataset=Dataset.from_dict({"input_ids": prompts}),
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
         data_collator=DataCollatorWithPadding(tokenizer, padding="max_length", max_length=context),
     )
     trainer.began = time.perf_counter()
@@ -190,7 +199,7 @@ def optimizer_steps(trainer: Any) -> int:
     return max(int(state["step"]) for state in trainer.optimizer.state.values())
 
 
-def settings(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+def settings(config: Config, arguments: argparse.Namespace, inputs: dict[str, str | None]) -> dict[str, Any]:
     """settings.json: what `compare` cannot know from trainer_state.json."""
     each = config.optim.num_iterations * config.optim.num_mini_batches
     return {
@@ -208,6 +217,7 @@ def settings(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         "optim.num_mini_batches": config.optim.num_mini_batches,
         "optimizer_steps_per_rollout": each,
         "kl.settings.beta": arguments.beta,
+        "inputs": {name: digest for name, digest in inputs.items() if digest is not None},
     }
 
 
@@ -264,14 +274,15 @@ def main(given: Sequence[str]) -> None:
         "report_to": "none",
         "disable_tqdm": True,
     }
+    prompts, inputs = our_inputs(config)
     reward = CountedReward(config)
     if arguments.algorithm == "ppo":
-        trainer = ppo(config, arguments.beta, common, reward)
+        trainer = ppo(config, prompts, arguments.beta, common, reward)
     else:
-        trainer = groups(config, arguments.algorithm, arguments.beta, common, reward)
+        trainer = groups(config, prompts, arguments.algorithm, arguments.beta, common, reward)
     trainer.train()
     trainer.save_state()
-    (arguments.out / "settings.json").write_text(json.dumps(settings(config, arguments), indent=1) + "\n")
+    (arguments.out / "settings.json").write_text(json.dumps(settings(config, arguments, inputs), indent=1) + "\n")
     ours = (
         config.max_steps * config.rollout.batch_size,
         config.max_steps * config.optim.num_iterations * config.optim.num_mini_batches,

@@ -126,7 +126,8 @@ def test_settings_beside_a_state_name_the_run(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/model"}))
     found = read_foreign(folder)
     assert (found.seed, found.settings["optim.learning_rate"]) == (4, 0.5)
-    assert (found.inputs["model"], found.inputs["data"]) == ("some/model", "abc")
+    assert found.settings["model.name"] == "some/model"
+    assert found.inputs == {"framework": "TRL GRPO", "data": "abc"}
     assert found.figures["tokens_per_s"] == 16 * 8 / 2
 
 

@@ -74,7 +74,7 @@ _OF_GRPO = ("policy_loss", "entropy_coef", "cispo_clip_ratio", "clip_ratio")
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """A trainer_state.json: its rows of training, and how far it got."""
+    """A trainer_state.json: the rows of its log, and how far it got."""
 
     table: Table
     done: int
@@ -111,9 +111,7 @@ def read_state(path: Path) -> State:
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
         raise RunError(f"{path}:1: has no list `log_history`, so it is not a state of Transformers' Trainer")
-    places = [place for place, row in enumerate(history) if _of_training(row)]
-    rows = [history[place] for place in places]
-    columns = dict.fromkeys(name for row in rows for name in row)
+    columns = dict.fromkeys(name for row in history for name in row)
     done, planned = (_count(path, state, name) for name in ("global_step", "max_steps"))
     if done is None:
         raise RunError(f"{path}:1: has no `global_step`, so it is not a state of Transformers' Trainer")
@@ -122,8 +120,8 @@ def read_state(path: Path) -> State:
         table=Table(
             path=path,
             columns=list(columns),
-            rows=rows,
-            where=lambda row, column: f"{path}:{_line(text, places[row], column)}",
+            rows=history,  # of evaluations and of the end too: these have none of the columns that are read
+            where=lambda row, column: f"{path}:{_line(text, row, column)}",
         ),
         done=done,
         planned=planned or None,
@@ -214,10 +212,6 @@ def _ppo(names: Mapping[str, str]) -> tuple[dict[str, Column], list[str]]:
     if "objective/scores" not in columns and "objective/rlhf_reward" in names:
         notes.append("objective/rlhf_reward has the KL penalty in it, so it is not the reward: left out.")
     return columns, notes
-
-
-def _of_training(row: Mapping[str, Any]) -> bool:
-    return "train_runtime" not in row and not any(name.startswith("eval_") for name in row)
 
 
 def _number(folder: Path) -> int | None:

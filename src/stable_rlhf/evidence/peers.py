@@ -174,7 +174,7 @@ def _count_completions(
     for row in rows:
         row["episode"] = completions * (row["step"] + 1)
     for time in timings:
-        if time["step"] in lengths and time.get("total_s"):
+        if time["step"] in lengths and time["total_s"] > 1e-6:  # a microsecond is no step
             time["tokens_per_s"] = completions * lengths[time["step"]] / time["total_s"]
 
 

@@ -19,6 +19,9 @@ CSV = (".csv", ".tsv")
 JSON_LINES = (".jsonl", ".ndjson")
 DELIMITERS = ",;\t|"
 
+LARGEST = 1e100
+"""Of a figure. Sums and squares of larger ones leave the numbers of a float, and none is a reward or a KL."""
+
 FULL = 2**53
 """Steps from here on are not exact as a float, and no run has so many."""
 
@@ -52,16 +55,17 @@ def read_table(path: Path) -> Table:
 
 
 def number(value: Any) -> float | None:
-    """A cell as a number; None for an empty one. Raises ValueError, which says what it is, for text, NaN, infinity."""
+    """A cell as a number; None for an empty one. Raises ValueError, which says what it is, for text, NaN, infinity, and
+    for more than LARGEST."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
         found = math.nan if isinstance(value, bool) else float(value)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"{quoted(value)}, which is not a number; correct the value") from None
-    if not math.isfinite(found):
-        remedy = "correct the value, or leave it empty if the step has none"
-        raise ValueError(f"{quoted(value)}, which is not a finite number; {remedy}")
+    if not abs(found) <= LARGEST:
+        what = "a figure of a run" if math.isfinite(found) else "a finite number"
+        raise ValueError(f"{quoted(value)}, which is not {what}; correct it, or leave it empty if the step has none")
     return found
 
 

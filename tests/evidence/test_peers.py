@@ -350,6 +350,7 @@ def test_unknown_columns_are_answered_with_a_mapping_that_works(tmp_path: Path) 
         ("step,objective/scores\n1e30,1\n", "a step is an integer from 0"),
         ("step,objective/scores\n-1,1\n", "a step is an integer from 0"),
         ("step,objective/scores\n0,1,2\n1,1\n", ":2: 3 cells, but 2 columns"),
+        ("step,objective/scores\n0,1\n1\n", ":3: 1 cell, but 2 columns"),
         ("step,step\n0,1\n", "'step' is there twice"),
         ("step,objective/scores\n", "no complete row yet"),
         ("step,objective/scores\n0,\n", "no row has a value"),

@@ -31,11 +31,11 @@ def simulated(
     curves = {
         "objective/scores": reward,
         "objective/kl": kl,
-        "objective/entropy": 2.6 - 3 * kl + 0.03 * draw.standard_normal(steps),
-        "completions/distinct_2": 0.9 - 0.8 * kl + 0.01 * draw.standard_normal(steps),
+        "objective/entropy": 2.6 * np.exp(-1.2 * kl) + 0.03 * draw.standard_normal(steps),
+        "completions/distinct_2": 0.9 * np.exp(-kl) + 0.01 * draw.standard_normal(steps),
         "objective/ref_nll": 2.4 + 2 * kl + 0.03 * draw.standard_normal(steps),
         "completions/mean_length": 28 + 2 * way + draw.standard_normal(steps),
-        "val/explained_variance": 0.8 * way - 3 * np.exp(-at / (0.03 * steps)) + 0.05 * draw.standard_normal(steps),
+        "val/explained_variance": 0.8 * own * way - 3 * np.exp(-at / (0.03 * steps)) + 0.05 * draw.standard_normal(steps),
     }
     if calm:
         curves["safe/threshold"] = drift * (1.1 + 0.2 * way)
@@ -57,6 +57,7 @@ def simulated(
         "seconds": 2.0 * own,
         "tokens_per_s": 3100.0 / own,
         "memory": 3.2,
+        "gold/judge": 0.1 + 0.6 * gain * own * 0.96 - (0.7 * gain if crash else 0),
     }
     every = max(1, steps // 10)
     gold = np.arange(0, steps + 1, every)
@@ -69,7 +70,7 @@ def simulated(
         "figures": {key: float(value) for key, value in figures.items()},
         "curves": {key: (at, np.asarray(values, np.float32)) for key, values in curves.items()},
         "seconds": (at, np.cumsum(np.full(steps, 2.0 * own))),
-        "gold": {"judge": (gold, np.asarray(0.1 + 0.6 * gain * (1 - np.exp(-gold / (0.3 * steps))), np.float32))},
+        "gold": {"judge": (gold, np.asarray(0.1 + 0.6 * gain * own * (1 - np.exp(-gold / (0.3 * steps))) - (0.7 * gain * (gold > 0.7 * steps) if crash else 0), np.float32))},
     }  # fmt: skip
     return Outcome(**(given | more))
 

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from stable_rlhf.evidence.statistics import LEVEL
+from stable_rlhf.evidence.table import decimals, in_words
 from stable_rlhf.report import Axis, Series, band, dots, figure, path, ticks_across, ticks_up, value_axis
 
 BINS = 200
@@ -136,10 +137,9 @@ def _axis(curves: Sequence[Curve], least: float | None, under: Sequence[Curve]) 
 def _line(label: str, style: str, made: Curve, across: Axis, up: Axis, *, stairs: bool) -> dict[str, Any]:
     whole = _series(made, made.mean)
     banded = not np.isnan(made.low).all()
-    bounds = [list(map(_short, edge)) for edge in (made.low, made.high)]
-    last = figure(float(made.mean[-1]))
-    if banded and bounds[0][-1] is not None:
-        last += f" [{figure(float(made.low[-1]))}, {figure(float(made.high[-1]))}]"
+    points = [_short(*each) for each in zip(made.mean.tolist(), made.low.tolist(), made.high.tolist(), strict=True)]
+    value, low, high = (each[-1] for each in (made.mean, made.low, made.high))
+    last = in_words(float(value), *((None, None) if np.isnan(low) else (float(low), float(high))))
     apart = int(np.diff(made.steps).max(initial=1))
     return {
         "label": label,
@@ -147,12 +147,12 @@ def _line(label: str, style: str, made: Curve, across: Axis, up: Axis, *, stairs
         "path": path(_stairs(whole) if stairs else whole, across, up),
         "dots": dots(whole, across, up) if len(made.steps) <= FEW_POINTS else "",
         "band": band(_series(made, made.low), _series(made, made.high), across, up) if banded else "",
-        "last": last,
+        "last": " ".join(filter(None, last)),
         "values": {
             "steps": made.steps.tolist(),
-            "values": [_short(value) for value in made.mean],
+            "values": [point for point, _, _ in points],
             "bin": max(made.bin, apart),
-            **({"low": bounds[0], "high": bounds[1]} if banded else {}),
+            **({"low": [low for _, low, _ in points], "high": [high for _, _, high in points]} if banded else {}),
         },
     }
 
@@ -173,6 +173,10 @@ def _stairs(made: Series) -> Series:
     return Series(steps=steps, values=values, runs=[0] * len(steps))
 
 
-def _short(value: float) -> float | None:
-    """A value with the digits that are shown, so that the page stays small."""
-    return None if math.isnan(value) else float(f"{value:.4g}")
+def _short(value: float, low: float, high: float) -> tuple[float, float | None, float | None]:
+    """A value and its interval with the digits that are shown, so that the page stays small."""
+    short = float(f"{value:.4g}")
+    if math.isnan(low):
+        return short, None, None
+    digits = decimals(low, high)
+    return (short, *(float(f"{each:.4g}") if digits is None else round(each, digits) for each in (low, high)))

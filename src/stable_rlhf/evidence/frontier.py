@@ -59,7 +59,7 @@ def frontier(made: Comparison) -> Frontier | None:
         )
         for index, runs in found.items()
     }
-    across = value_axis([x for runs in found.values() for x, *_ in runs], least=None)
+    across = value_axis([0.0, *(x for runs in found.values() for x, *_ in runs)])  # 0 is the reference itself
     up = value_axis([reward for runs in found.values() for _, reward, _ in runs])
 
     def place(x: float, y: float) -> dict[str, float]:

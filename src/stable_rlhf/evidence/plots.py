@@ -121,10 +121,10 @@ def draw_plots(made: Comparison) -> Plots:
                for index in best_arms(made)}, (first, last), across)
         for name in names[:MOST_GOLD]
     ]  # fmt: skip
+    reward, *policy = [_course(made, drawn, first, last, across) for drawn in COURSE]
     sections = {
-        "Gold rewards": gold,
-        "Time to a reward": [_reached(made, first, last, across)],
-        "Reward and policy": [_course(made, drawn, first, last, across) for drawn in COURSE],
+        "Reward": [reward, *gold, _reached(made, first, last, across)],
+        "Policy": policy,
         "Controller": [_course(made, drawn, first, last, across) for drawn in CONTROLLER],
     }
     kept = {name: [plot for plot in plots if plot is not None] for name, plots in sections.items()}

@@ -148,13 +148,18 @@ def in_words(value: float, low: float | None, high: float | None) -> tuple[str, 
     three. Four digits, and no interval, where there is none."""
     if low is None or high is None:
         return figure(value), ""
-    half = (high - low) / 2
-    if not half > 0 or max(map(abs, (value, low, high))) >= 1e6 or half < 1e-5:
+    digits = decimals(low, high)
+    if digits is None or max(map(abs, (value, low, high))) >= 1e6:
         return figure(value), f"[{figure(low)}, {figure(high)}]"
-    digits = max(0, 1 - math.floor(math.log10(half)))
     # + 0.0: no minus before a zero
     texts = [format(round(each, digits) + 0.0, f".{digits}f") for each in (value, low, high)]
     return texts[0], f"[{texts[1]}, {texts[2]}]"
+
+
+def decimals(low: float, high: float) -> int | None:
+    """Decimals that show two digits of an interval's half width; None for intervals so narrow that it has too many."""
+    half = (high - low) / 2
+    return max(0, 1 - math.floor(math.log10(half))) if half >= 1e-5 else None
 
 
 def p_in_words(p: float | None) -> str:
@@ -197,7 +202,7 @@ def _console_table(made: Comparison, group: Group) -> Table:
     """Arms below each other for each figure: so a table fits a terminal, however many figures the group has."""
     table = Table(title=Text(group.title), title_justify="left")
     table.add_column("arm", overflow="fold")
-    table.add_column("mean [95 % interval], IQM", no_wrap=True)
+    table.add_column(Text("mean [95 % interval], IQM"), no_wrap=True)
     table.add_column(Text(f"against {printable(made.arms[made.baseline].name, NAME_LIMIT)}"), overflow="fold")
     names = [printable(arm.name, NAME_LIMIT) for arm in made.arms]
     for column, known in enumerate(group.measures):

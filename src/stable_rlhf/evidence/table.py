@@ -11,7 +11,7 @@ from rich.text import Text
 
 from stable_rlhf.evidence.compare import Cell, Comparison
 from stable_rlhf.evidence.measures import Better, Measure, measure
-from stable_rlhf.evidence.statistics import SPREAD
+from stable_rlhf.evidence.statistics import SPREAD, Estimate
 from stable_rlhf.report import figure
 from stable_rlhf.text import counted, printable
 
@@ -109,7 +109,7 @@ def gaps(made: Comparison) -> list[Gap]:
                     runs=gap.runs,
                     p=p_in_words(gap.p),
                     holm=p_in_words(cell.adjusted_p),
-                    improvement="-" if chance is None else _joined(*in_words(chance.value, chance.low, chance.high)),
+                    improvement="-" if chance is None else _share(chance),
                     mark=_mark(cell, known),
                 )
             )
@@ -192,6 +192,12 @@ def _mark(cell: Cell, known: Measure) -> str:
     if known.better is Better.NEITHER:
         return "higher" if more else "lower"
     return "better" if more == (known.better is Better.MORE) else "worse"
+
+
+def _share(chance: Estimate) -> str:
+    if chance.low is None or chance.high is None:
+        return f"{chance.value:.2f}"
+    return f"{chance.value:.2f} [{chance.low:.2f}, {chance.high:.2f}]"
 
 
 def _joined(value: str, interval: str) -> str:

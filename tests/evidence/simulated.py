@@ -13,7 +13,13 @@ CALM = "calm"
 
 
 def simulated(
-    settings: dict[str, Any], *, steps: int = 1000, gain: float = 1.0, drift: float = 0.1, crash: bool = False, **more: Any
+    settings: dict[str, Any],
+    *,
+    steps: int = 1000,
+    gain: float = 1.0,
+    drift: float = 0.1,
+    crash: bool = False,
+    **more: Any,
 ) -> Outcome:
     """A run whose reward rises by about `gain` to a KL of about `drift`, and falls in the middle where it crashes."""
     seed = int(settings["seed"])
@@ -35,7 +41,9 @@ def simulated(
         "completions/distinct_2": 0.9 * np.exp(-kl) + 0.01 * draw.standard_normal(steps),
         "objective/ref_nll": 2.4 + 2 * kl + 0.03 * draw.standard_normal(steps),
         "completions/mean_length": 28 + 2 * way + draw.standard_normal(steps),
-        "val/explained_variance": 0.8 * own * way - 3 * np.exp(-at / (0.03 * steps)) + 0.05 * draw.standard_normal(steps),
+        "val/explained_variance": 0.8 * own * way
+        - 3 * np.exp(-at / (0.03 * steps))
+        + 0.05 * draw.standard_normal(steps),
     }
     if calm:
         curves["safe/threshold"] = drift * (1.1 + 0.2 * way)
@@ -61,6 +69,7 @@ def simulated(
     }
     every = max(1, steps // 10)
     gold = np.arange(0, steps + 1, every)
+    judged = 0.1 + 0.6 * gain * own * (1 - np.exp(-gold / (0.3 * steps))) - 0.7 * gain * crash * (gold > 0.7 * steps)
     given: dict[str, Any] = {
         "name": "/".join(f"{name}={value}" for name, value in settings.items()),
         "status": Status.FINISHED,
@@ -70,7 +79,7 @@ def simulated(
         "figures": {key: float(value) for key, value in figures.items()},
         "curves": {key: (at, np.asarray(values, np.float32)) for key, values in curves.items()},
         "seconds": (at, np.cumsum(np.full(steps, 2.0 * own))),
-        "gold": {"judge": (gold, np.asarray(0.1 + 0.6 * gain * own * (1 - np.exp(-gold / (0.3 * steps))) - (0.7 * gain * (gold > 0.7 * steps) if crash else 0), np.float32))},
+        "gold": {"judge": (gold, judged.astype(np.float32))},
     }  # fmt: skip
     return Outcome(**(given | more))
 

@@ -151,6 +151,12 @@ def test_the_frontier_has_every_run_and_every_arm_at_its_place() -> None:
     assert [point["left"] for point in points] == sorted(point["left"] for point in points)
 
 
+def test_a_name_stands_next_to_its_arm_where_it_meets_nothing() -> None:
+    alone, close, closer = (50.0, 10.0, 9), (50.0, 60.0, 9), (52.0, 60.0, 9)
+    assert frontier._sides([alone, close, closer]) == ["right", "left", "right"]
+    assert frontier._sides([(99.0, 50.0, 9), (50.0, 50.0, 200)]) == ["left", ""]  # inside the panel, or not at all
+
+
 def test_there_is_no_frontier_without_a_kl() -> None:
     made = compare([run({"x": 1, "seed": 0}, figures={"reward/final": 1.0})])
     assert frontier.frontier(made) is None

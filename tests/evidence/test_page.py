@@ -217,7 +217,7 @@ def hostile() -> Comparison:
 def test_payloads_are_text_and_the_page_refers_to_nothing_outside_it(hostile: Comparison, tmp_path: Path) -> None:
     path = write_page(hostile, tmp_path / "compare.html")
     page, plain = Page(path), Page(write_page(compare(sweep(steps=25)), tmp_path / "plain.html"))
-    assert {tag for tag, _ in page.tags} <= {tag for tag, _ in plain.tags}
+    assert {tag for tag, _ in page.tags} <= {"caption", *(tag for tag, _ in plain.tags)}
     assert len(page.named("script")) == 1
     for _, attributes in page.tags:
         assert not {"src", "href", "srcset", "action", "onload", "onerror"} & set(attributes)
@@ -225,6 +225,16 @@ def test_payloads_are_text_and_the_page_refers_to_nothing_outside_it(hostile: Co
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]", text)
     assert "url(" not in re.sub(r"(?s)<main.*</main>", "", text)
     assert "<script>document.title='ACTED'" in page.text  # shown
+
+
+def test_texts_of_millions_of_characters_leave_the_page_small() -> None:
+    runs = [
+        replace(each, name="n" * 3_000_000, why="w" * 3_000_000, settings={"way": "v" * 3_000_000 + str(n), "seed": 0})
+        for n, each in enumerate(sweep(presets=("calm",), rates=(1e-4,), seeds=3, steps=25))
+    ]
+    text = rendered(compare(runs, ["way"]))
+    assert len(text) < 500_000
+    assert "The correction does not go over the figures" in table.method(compare(three_arms(), ["way"]))
 
 
 def test_the_console_shows_payloads_as_text(hostile: Comparison) -> None:

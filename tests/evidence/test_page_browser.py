@@ -74,9 +74,7 @@ def straight(way: str, seed: int, slope: float) -> Outcome:
     return Outcome(name=f"{way}{seed}", status=Status.FINISHED, settings=settings, figures=figures, curves=curves)
 
 
-def test_pointer_and_keys_read_the_curves_of_arms_and_the_points_of_the_frontier(
-    chromium: str, tmp_path: Path
-) -> None:
+def test_pointer_and_keys_read_the_curves_of_arms_and_the_points_of_the_frontier(chromium: str, tmp_path: Path) -> None:
     runs = [straight(way, seed, slope) for way, slope in (("a", 0.1), ("b", 0.2)) for seed in (0, 1)]
     found = browsed(chromium, runs, tmp_path, 400)
     last = ["last step 40", "4.0 [4.0, 4.0]", "8.0 [8.0, 8.0]"]

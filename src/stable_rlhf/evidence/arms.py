@@ -56,7 +56,9 @@ def differing(runs: Sequence[Outcome]) -> list[str]:
     found = [
         name
         for name in names
-        if name not in OWN and not name.startswith("log.") and len({value_text(run.settings, name) for run in known}) > 1
+        if name not in OWN
+        and not name.startswith("log.")
+        and len({value_text(run.settings, name) for run in known}) > 1
     ]
     for leader in ("framework", "preset"):
         if leader in found:

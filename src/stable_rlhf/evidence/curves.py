@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 
 from stable_rlhf.evidence.statistics import LEVEL
 from stable_rlhf.evidence.table import decimals, in_words
-from stable_rlhf.report import Axis, Series, band, dots, figure, path, ticks_across, ticks_up, value_axis
+from stable_rlhf.report import Axis, Series, band, dots, path, ticks_across, ticks_up, value_axis
 
 BINS = 200
 """Most points of a curve. A plot is at most about 600 pixels wide: a point for every third."""
@@ -179,4 +179,6 @@ def _short(value: float, low: float, high: float) -> tuple[float, float | None, 
     if math.isnan(low):
         return short, None, None
     digits = decimals(low, high)
-    return (short, *(float(f"{each:.4g}") if digits is None else round(each, digits) for each in (low, high)))
+    if digits is None:
+        return short, float(f"{low:.4g}"), float(f"{high:.4g}")
+    return short, round(low, digits), round(high, digits)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stable_rlhf.evidence.compare import Comparison
-from stable_rlhf.evidence.plots import arm_label, arm_styles, scatter
+from stable_rlhf.evidence.plots import QUIET, arm_label, arm_styles, scatter
 from stable_rlhf.report import SIZE, figure, shown, ticks_up, value_axis
 from stable_rlhf.text import counted
 
 REWARD, KL = "reward/final", "kl/final"
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom."""
 
 NAME_LIMIT = 80
 """Characters of a name."""
@@ -31,7 +35,8 @@ class Frontier:
     runs: list[tuple[str, str]]
     """(style, `d` of the dots) of each arm's runs."""
     arms: list[dict[str, Any]]
-    """number, label, style, left, top of each arm's mean, and the text that is read there."""
+    """number, style, left and top of each arm's mean, the text that is read there, and on which side of it its name
+    stands (empty where there is no room)."""
     count: int
     """Points that can be read."""
     points: str
@@ -68,7 +73,6 @@ def frontier(made: Comparison) -> Frontier | None:
     arms = [
         {
             "number": index + 1,
-            "label": arm_label(made, index),
             "style": styles[index],
             "text": f"{shown(arm_label(made, index), NAME_LIMIT)}, mean of {counted(len(found[index]), 'run')}: "
             f"reward {figure(reward)}, KL {figure(x**2)}",
@@ -76,6 +80,9 @@ def frontier(made: Comparison) -> Frontier | None:
         }
         for index, (x, reward) in means.items()
     ]
+    arms.sort(key=lambda arm: arm["style"] != QUIET)  # those with a colour are drawn on the others
+    sides = _sides([(arm["left"], arm["top"], len(shown(made.arms[arm["number"] - 1].name, 40))) for arm in arms])
+    arms = [arm | {"side": side} for arm, side in zip(arms, sides, strict=True)]
     points = [place(x, reward) | {"text": text} for runs in found.values() for x, reward, text in runs]
     points += [{key: arm[key] for key in ("left", "top", "text")} for arm in arms]
     return Frontier(
@@ -90,3 +97,35 @@ def frontier(made: Comparison) -> Frontier | None:
 
 def distance(kl: float) -> float:
     return math.sqrt(max(kl, 0.0))
+
+
+def _sides(arms: Sequence[tuple[float, float, int]]) -> list[str]:
+    """Of (left, top, characters of the name): a side on which the name meets no arm and no other name.
+
+    Sizes are in per cent of a panel of 1,100 x 540 pixels, the page's on a screen; on smaller ones no names are drawn.
+    """
+    wide, high, letter, line = 2.6, 5.0, 0.7, 3.0  # of an arm's number, and of a letter
+    taken = [(x - wide / 2, y - high / 2, x + wide / 2, y + high / 2) for x, y, _ in arms]
+    found = []
+    for x, y, letters in arms:
+        long = letter * letters
+        boxes = {
+            "right": (x + wide / 2, y - line / 2, x + wide / 2 + long, y + line / 2),
+            "left": (x - wide / 2 - long, y - line / 2, x - wide / 2, y + line / 2),
+            "above": (x - long / 2, y - high / 2 - line, x + long / 2, y - high / 2),
+            "below": (x - long / 2, y + high / 2, x + long / 2, y + high / 2 + line),
+        }
+        free = (side for side, box in boxes.items() if _inside(box) and not any(_meet(box, other) for other in taken))
+        side = next(free, "")
+        if side:
+            taken.append(boxes[side])
+        found.append(side)
+    return found
+
+
+def _inside(box: Box) -> bool:
+    return min(box) >= 0 and max(box) <= 100
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -160,7 +160,7 @@ def _plot(
         if found := curves.curve(runs, *span, members):
             lines.append((arm_label(made, index), styles[index], found))
         if limits and (limit := curves.curve(limits[index], *span, members)):
-            dotted.append((f"{styles[index].split()[0]} dotted", limit))
+            dotted.append((f"{styles[index]} dotted", limit))
     if not lines:
         return None
     return curves.plot(title, caption, [curves.panel(unit, lines, across, least=least, under=dotted)], across)
@@ -176,10 +176,14 @@ def _reached(made: Comparison, first: int, last: int, across: Axis) -> dict[str,
     styles = arm_styles(made)
     for index in best_arms(made):
         runs = list(made.arms[index].runs.values())
-        times = np.array([run.figures.get("reward/steps_to", np.inf) for run in runs]) - 1  # after step n, n + 1 are done
+        times = (
+            np.array([run.figures.get("reward/steps_to", np.inf) for run in runs]) - 1
+        )  # after step n, n + 1 are done
         share = (times[:, None] <= steps).mean(axis=0)
         none = np.full(len(steps), np.nan)
-        lines.append((arm_label(made, index), styles[index], Curve(steps=steps, mean=share, low=none, high=none, bin=size)))
+        lines.append(
+            (arm_label(made, index), styles[index], Curve(steps=steps, mean=share, low=none, high=none, bin=size))
+        )
     caption = (
         f"Share of an arm's runs whose 20-step mean of the reward has been at least {made.target:.4g}: 90 % of the way "
         "from where all runs start to the final reward of the best arm. A run that never is stays below."

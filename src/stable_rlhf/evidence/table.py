@@ -123,13 +123,15 @@ def tested_figures(made: Comparison) -> int:
 
 def method(made: Comparison) -> str:
     """What is compared, and how often chance is expected to look like a difference, in plain words."""
-    by = " and ".join(filter(None, [", ".join(made.by[:-1]), *made.by[-1:]]))
+    names = [printable(name, NAME_LIMIT) for name in made.by]
+    by = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
     arms = f"{counted(len(made.arms), 'arm')} of {counted(sum(len(arm.runs) for arm in made.arms), 'run')}"
     parts = [f"Runs by {by}: {arms}." if by else f"The runs differ in no setting: {arms}."]
     if made.comparisons:
         figures = tested_figures(made)
+        base = printable(made.arms[made.baseline].name, NAME_LIMIT)
         parts.append(
-            f"Every arm is compared with {made.arms[made.baseline].name}: {counted(made.comparisons, 'difference')} "
+            f"Every arm is compared with {base}: {counted(made.comparisons, 'difference')} "
             f"of {counted(figures, 'figure')} tested, with Holm's correction over the arms of each figure. "
             "The correction does not go over the figures: "
             f"{counted(figures, 'figure')} tested means that about one in twenty figures without any difference is "

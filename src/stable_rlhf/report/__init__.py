@@ -1,4 +1,7 @@
-"""The report of one run: crashes, plots, a verdict, tables, an HTML page; and the parts of a page that a comparison of runs shares. Needs no torch."""
+"""The report of one run: crashes, plots, a verdict, tables, an HTML page. Needs no torch.
+
+The parts of a page that a comparison of runs shares are here too.
+"""
 
 from stable_rlhf.report.chart import SIZE, Axis, Series, band, dots, path, step_axis, value_axis
 from stable_rlhf.report.crashes import moving_average

@@ -107,6 +107,16 @@ def test_a_figure_without_a_better_direction_is_higher_or_lower() -> None:
     assert all(gap.measure.key == FINAL for gap in table.gaps(made))
 
 
+def test_more_of_a_figure_of_which_less_is_better_is_worse() -> None:
+    runs = [run(f"{arm}{seed}", arm, seed, kl__max=seed + shift) for arm, shift in (("a", 0.0), ("b", 9.0))
+            for seed in range(8)]  # fmt: skip
+    ((_, (worse,)),) = (group.rows for group in table.groups(compare(runs, ["way"])))
+    ((better,), _) = table.groups(compare(runs, ["way"], baseline="b"))[0].rows
+    assert worse is not None
+    assert better is not None
+    assert (worse.mark, better.mark) == ("worse", "better")
+
+
 def test_differences_are_paired_by_seed_and_carry_holms_p() -> None:
     runs = [run(f"{arm}{seed}", arm, seed, reward__final=seed + shift) for arm, shift in (("a", 0.0), ("b", 1.0))
             for seed in range(8)]  # fmt: skip

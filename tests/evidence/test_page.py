@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html.parser
 import io
 import itertools
@@ -231,7 +233,12 @@ def test_payloads_are_text_and_the_page_refers_to_nothing_outside_it(hostile: Co
     assert len(page.named("script")) == 1
     for _, attributes in page.tags:
         assert not {"src", "href", "srcset", "action", "onload", "onerror"} & set(attributes)
+    (policy,) = [each["content"] for each in page.named("meta") if each.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
     text = path.read_text(encoding="utf-8")
+    (script,) = re.findall(r"(?s)<script>(.*?)</script>", text)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith(f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}';")
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]", text)
     assert "url(" not in re.sub(r"(?s)<main.*</main>", "", text)
     assert "<script>document.title='ACTED'" in page.text  # shown

@@ -8,6 +8,7 @@ import html.parser
 import io
 import itertools
 import json
+import math
 import re
 import time
 from dataclasses import replace
@@ -138,10 +139,12 @@ def test_differences_are_paired_by_seed_and_carry_holms_p() -> None:
     [
         (0.51234, 0.48, 0.5446, ("0.512", "[0.480, 0.545]")),
         (3033.4, 2827.0, 3240.0, ("3033", "[2827, 3240]")),
+        (2 / 3, -0.77, 2.1033, ("0.67", "[-0.77, 2.10]")),
         (-0.0001, -0.1, 0.1, ("0.00", "[-0.10, 0.10]")),
         (1e-6, 0.9e-6, 1.1e-6, ("1e-06", "[9e-07, 1.1e-06]")),
         (3.2, 3.2, 3.2, ("3.2", "[3.2, 3.2]")),
         (1e300, -1e300, 1e300, ("1e+300", "[-1e+300, 1e+300]")),
+        (1.7e308, -math.inf, math.inf, ("1.7e+308", "[-inf, inf]")),
         (0.123456, None, None, ("0.1235", "")),
     ],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stable_rlhf.evidence.arms import ABSENT
@@ -98,11 +96,3 @@ def _number(value: str) -> float | None:
 def _ordered(values: set[str]) -> tuple[str, ...]:
     """Numbers by size, then texts."""
     return tuple(sorted(values, key=lambda value: (_number(value) is None, _number(value) or 0.0, value)))
-
-
-def words(settings: dict[str, str]) -> str:
-    return ", ".join(itertools.starmap("{} = {}".format, settings.items()))
-
-
-def shades() -> Sequence[int]:
-    return range(STEPS)

@@ -146,8 +146,8 @@ def console_tables(made: Comparison) -> list[Table]:
 
 
 def in_words(value: float, low: float | None, high: float | None) -> tuple[str, str]:
-    """(value, `[low, high]`) with the digits that the interval allows: two of its half width, and the same for all
-    three. Four digits, and no interval, where there is none."""
+    """(value, `[low, high]`) with the digits that the interval allows (`decimals`), the same for all three. A value
+    without an interval has four digits."""
     if low is None or high is None:
         return figure(value), ""
     digits = decimals(low, high)
@@ -159,9 +159,13 @@ def in_words(value: float, low: float | None, high: float | None) -> tuple[str, 
 
 
 def decimals(low: float, high: float) -> int | None:
-    """Decimals that show two digits of an interval's half width; None for intervals so narrow that it has too many."""
-    half = (high - low) / 2
-    return max(0, 1 - math.floor(math.log10(half))) if half >= 1e-5 else None
+    """Decimals that show two digits of an interval's half width, and two of its middle where two decimals do; None for
+    intervals that are too narrow or too wide for decimals."""
+    half, middle = high / 2 - low / 2, abs(low / 2 + high / 2)
+    if not 1e-5 <= half < 1e6:
+        return None
+    of_middle = min(2, 1 - math.floor(math.log10(middle))) if middle > 0 else 0
+    return max(0, of_middle, 1 - math.floor(math.log10(half)))
 
 
 def p_in_words(p: float | None) -> str:

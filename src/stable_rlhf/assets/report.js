@@ -16,7 +16,9 @@
     }
     if (low > 0 && step - line.steps[low - 1] < line.steps[low] - step) low -= 1;
     const close = line.bin === 1 ? line.steps[low] === step : Math.abs(line.steps[low] - step) <= line.bin;
-    return close ? shown(line.values[low]) : "–";
+    if (!close) return "–";
+    const known = line.low && line.low[low] !== null;
+    return shown(line.values[low]) + (known ? ` [${shown(line.low[low])}, ${shown(line.high[low])}]` : "");
   }
 
   function read(step) {
@@ -31,11 +33,13 @@
     }
     for (const label of document.querySelectorAll(".step"))
       label.textContent = at === null ? `last step ${last}` : `step ${at}`;
-    for (const plot of document.querySelectorAll(".plot")) {
+    for (const plot of document.querySelectorAll(".plot:not(.scatter)")) {
       plot.setAttribute("aria-valuenow", at ?? last);
       if (plot === document.activeElement) plot.setAttribute("aria-valuetext", said(plot));
     }
   }
+
+  const leave = (plot) => (plot.matches(".scatter") ? readPoint(plot, null) : read(null));
 
   function said(plot) {
     const lines = [...plot.closest("figure").querySelectorAll(".legend > span")];
@@ -45,32 +49,59 @@
   function point(event) {
     const plot = event.target.closest?.(".plot");
     if (!plot) return;
+    if (plot.matches(".scatter")) return pointNearest(plot, event);
     const area = plot.querySelector(".panel").getBoundingClientRect();
     const [first, last] = bounds();
     read(Math.round(first + ((event.clientX - area.left) / area.width) * (last - first)));
   }
 
+  // A plot of points, each with a text of its own: the nearest to the pointer is read, or the next with an arrow key.
+  function readPoint(plot, number) {
+    const points = (plot.points ??= JSON.parse(plot.dataset.points));
+    plot.number = number === null ? null : Math.min(points.length - 1, Math.max(0, number));
+    const chosen = plot.number === null ? null : points[plot.number];
+    const output = plot.closest("figure").querySelector("output");
+    output.value = chosen ? chosen.text : output.dataset.none;
+    const ring = plot.querySelector(".ring");
+    ring.hidden = !chosen;
+    if (!chosen) return;
+    ring.style.left = `${chosen.left}%`;
+    ring.style.top = `${chosen.top}%`;
+    plot.setAttribute("aria-valuenow", plot.number + 1);
+    plot.setAttribute("aria-valuetext", chosen.text);
+  }
+
+  function pointNearest(plot, event) {
+    const area = plot.querySelector(".panel").getBoundingClientRect();
+    const points = (plot.points ??= JSON.parse(plot.dataset.points));
+    const away = (at) => Math.hypot(area.left + (at.left / 100) * area.width - event.clientX,
+      area.top + (at.top / 100) * area.height - event.clientY);
+    readPoint(plot, points.reduce((best, at, number) => (away(at) < away(points[best]) ? number : best), 0));
+  }
+
   document.addEventListener("pointermove", point);
   document.addEventListener("pointerdown", point);
   document.addEventListener("pointerout", (event) => { // a finger that is lifted leaves its values
-    if (event.pointerType === "mouse" && event.target.closest?.(".plot") && !event.relatedTarget?.closest?.(".plot")) read(null);
+    if (event.pointerType === "mouse" && event.target.closest?.(".plot") && !event.relatedTarget?.closest?.(".plot")) leave(event.target.closest(".plot"));
   });
   document.addEventListener("focusin", (event) => {
     const plot = event.target.closest?.(".plot");
-    if (plot) plot.setAttribute("aria-valuetext", said(plot));
+    if (plot && !plot.matches(".scatter")) plot.setAttribute("aria-valuetext", said(plot));
   });
   document.addEventListener("keydown", (event) => {
-    if (!event.target.closest?.(".plot") || event.ctrlKey || event.altKey || event.metaKey) return;
-    const [first, last] = bounds();
+    const plot = event.target.closest?.(".plot");
+    if (!plot || event.ctrlKey || event.altKey || event.metaKey) return;
+    const scatter = plot.matches(".scatter");
+    const [first, last] = scatter ? [0, (plot.points ??= JSON.parse(plot.dataset.points)).length - 1] : bounds();
     const page = Math.max(1, Math.round((last - first) / 10));
-    const now = at ?? last;
+    const now = scatter ? plot.number ?? -1 : at ?? last;
     const to = {
       ArrowLeft: now - 1, ArrowDown: now - 1, ArrowRight: now + 1, ArrowUp: now + 1,
       PageDown: now - page, PageUp: now + page, Home: first, End: last, Escape: null,
     };
     if (!(event.key in to)) return;
     event.preventDefault();
-    read(to[event.key]);
+    if (scatter) readPoint(plot, to[event.key]); else read(to[event.key]);
   });
 
   // A live page asks its server every two seconds whether the run has gone on, and takes the new page's content.

@@ -56,7 +56,9 @@ def differing(runs: Sequence[Outcome]) -> list[str]:
     found = [
         name
         for name in names
-        if name not in OWN and not name.startswith("log.") and len({_text(run.settings, name) for run in known}) > 1
+        if name not in OWN
+        and not name.startswith("log.")
+        and len({value_text(run.settings, name) for run in known}) > 1
     ]
     for leader in ("framework", "preset"):
         if leader in found:
@@ -81,8 +83,8 @@ def arms_of(runs: Sequence[Outcome], by: Sequence[str]) -> list[Arm]:
     within = [name for name in differing(runs) if name not in by]
     found: dict[tuple[str, ...], dict[tuple[str, int], Outcome]] = {}
     for run in runs:
-        members = found.setdefault(tuple(_text(run.settings, name) for name in by), {})
-        stratum = ", ".join(f"{name}={_text(run.settings, name)}" for name in within)
+        members = found.setdefault(tuple(value_text(run.settings, name) for name in by), {})
+        stratum = ", ".join(f"{name}={value_text(run.settings, name)}" for name in within)
         seed = 0 if run.seed is None else run.seed
         while (stratum, seed) in members:  # the same seed again: a run of its own, of which no pair is made
             seed += 1_000_003
@@ -118,11 +120,12 @@ def _implied(runs: Sequence[Outcome], leader: str, name: str) -> bool:
     """Whether every value of `leader` has one value of `name`."""
     of_leader: dict[str, set[str]] = {}
     for run in runs:
-        of_leader.setdefault(_text(run.settings, leader), set()).add(_text(run.settings, name))
+        of_leader.setdefault(value_text(run.settings, leader), set()).add(value_text(run.settings, name))
     return all(len(values) == 1 for values in of_leader.values())
 
 
-def _text(settings: Mapping[str, Any], name: str) -> str:
+def value_text(settings: Mapping[str, Any], name: str) -> str:
+    """The value of a setting as it tells arms apart."""
     value = settings.get(name, ABSENT)
     if isinstance(value, str):
         return value

@@ -104,6 +104,17 @@ def path(series: Series, across: Axis, up: Axis) -> str:
     return "".join(parts)
 
 
+def band(low: Series, high: Series, across: Axis, up: Axis) -> str:
+    """The `d` of areas between two series of the same steps, one for each unbroken stretch."""
+    parts: list[str] = []
+    for run in dict.fromkeys(low.runs):
+        points = [index for index, each in enumerate(low.runs) if each == run]
+        edge = [(index, low) for index in points] + [(index, high) for index in reversed(points)]
+        places = [f"{across.place(of.steps[i]):g} {SIZE - up.place(of.values[i]):g}" for i, of in edge]
+        parts.append(f"M{'L'.join(places)}Z")
+    return "".join(parts)
+
+
 def dots(series: Series, across: Axis, up: Axis) -> str:
     """The `d` of an SVG path with a dot at each point: lines of length 0, which round caps make visible."""
     pairs = zip(series.steps, series.values, strict=True)

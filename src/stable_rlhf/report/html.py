@@ -1,46 +1,32 @@
-"""The page of a report: one file that needs no network and no torch; all text of models and data is escaped.
+"""The page of a report.
 
-Its only script is our own (assets/report.js), named by its hash in the page's Content-Security-Policy, so that no other
-script runs. Reading (report/run.py) and figures (report/crashes.py) are separate, so that a comparison of runs uses the
-same figures.
+Its frame (report/page.py), the reading of a run (report/run.py) and the figures (report/crashes.py) are separate, so
+that a comparison of runs uses the same.
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import datetime
-import hashlib
 import re
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from stable_rlhf.config import is_url, url_without_secrets
 from stable_rlhf.control import WINDOW
-from stable_rlhf.errors import SaveError
-from stable_rlhf.files import ASSETS, NO_ROOM
 from stable_rlhf.report.facts import facts_of
-from stable_rlhf.report.plots import draw_plots, figure
+from stable_rlhf.report.page import page_of, shown, write_page
+from stable_rlhf.report.plots import draw_plots
 from stable_rlhf.report.run import Run, headline, read_run
 from stable_rlhf.report.verdict import verdict
 from stable_rlhf.runs import METRICS, evaluation
-from stable_rlhf.text import excerpt
 
-SAMPLES, COMPLETIONS, TEXT_LIMIT = 12, 8, 1500  # rows shown, and characters of each text: the file stays small
+SAMPLES, COMPLETIONS = 12, 8  # rows shown: the file stays small
 INCIDENTS = 200  # the newest that are shown; a run that skips at every step has one for each
 NAME_LIMIT = 200  # characters of a name at the top: a path or a hub name fits
 
 _QUERY = re.compile(r"(https?://[^\s?]+)\?\S+", re.IGNORECASE)
 """A URL with a query, which may hold a secret of a reward server; a report is sent to others."""
-
-STYLE = Markup((ASSETS / "report.css").read_text(encoding="utf-8"))
-SCRIPT = Markup((ASSETS / "report.js").read_text(encoding="utf-8"))
-SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -49,46 +35,34 @@ def write_report(run_dir: str | Path) -> Path:
     Raises as `read_run` does, and SaveError where the file cannot be written.
     """
     run = read_run(run_dir)
-    page = rendered(run)
-    aside, path = run.path / "report.html.tmp", run.path / "report.html"
-    try:
-        aside.write_text(page, encoding="utf-8")
-        return aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the disk that refused the page may refuse this too
-            aside.unlink(missing_ok=True)
-        remedy = NO_ROOM.get(error.errno or 0, "fix that")
-        raise SaveError(f"{path} could not be written: {error.strerror or error}; {remedy}") from error
+    return write_page(run.path / "report.html", rendered(run))
 
 
 def rendered(run: Run, live: str | None = None) -> str:
     """The page. A live one has the version of its figures, and asks its server for newer ones (report/watch.py)."""
     head = headline(run)
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            run=run,
-            config_text=None if run.config_text is None else _QUERY.sub(r"\1?...", run.config_text),
-            name=run.path.resolve().name,
-            live=live,
-            head=head,
-            verdict=verdict(facts_of(run, head)),
-            about=about(run),
-            window=WINDOW,
-            evaluation=evaluation.evaluation_rows(run.evaluation) if run.evaluation else [],
-            samples=(run.evaluation or {}).get("samples", [])[:SAMPLES],
-            completions=run.completions[:COMPLETIONS],
-            incidents=run.incidents[-INCIDENTS:],
-            sections=draw_plots(run.rows, run.timings, head.crashes, run.incidents),
-            metrics=METRICS,
-        )
+    return page_of(
+        "report.html.j2",
+        run=run,
+        config_text=None if run.config_text is None else _QUERY.sub(r"\1?...", run.config_text),
+        name=run.path.resolve().name,
+        live=live,
+        head=head,
+        verdict=verdict(facts_of(run, head)),
+        about=about(run),
+        window=WINDOW,
+        evaluation=evaluation.evaluation_rows(run.evaluation) if run.evaluation else [],
+        samples=(run.evaluation or {}).get("samples", [])[:SAMPLES],
+        completions=run.completions[:COMPLETIONS],
+        incidents=run.incidents[-INCIDENTS:],
+        sections=draw_plots(run.rows, run.timings, head.crashes, run.incidents),
+        metrics=METRICS,
     )
 
 
 def waiting(name: str, sentence: str, live: str) -> str:
     """The live page of a run that cannot be shown yet, with the sentence that says why."""
-    return _environment().get_template("report_waiting.html.j2").render(name=name, sentence=sentence, live=live)
+    return page_of("report_waiting.html.j2", name=name, sentence=sentence, live=live)
 
 
 def about(run: Run) -> list[tuple[str, str]]:
@@ -124,30 +98,10 @@ def duration(seconds: float) -> str:
     return f"{minutes[0]} min {minutes[1]} s" if minutes[0] < 60 else f"{hours[0]} h {hours[1]} min"
 
 
-def _environment() -> jinja2.Environment:
-    made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters["shown"] = _shown
-    made.filters["number"] = lambda value, form=".3f": "-" if value is None else format(float(value), form)
-    made.filters["figure"] = figure
-    made.globals |= {"style": STYLE, "script": SCRIPT, "script_hash": SCRIPT_HASH}
-    return made
-
-
 def _setting(config: Mapping[str, Any], section: str, name: str) -> Any:
     found = config.get(section)
     return found.get(name) if isinstance(found, Mapping) else None
 
 
 def _text(value: Any) -> str:
-    return _shown(value, NAME_LIMIT)
-
-
-def _shown(value: Any, limit: int = TEXT_LIMIT) -> str:
-    """Any value as harmless text: control characters escaped, long texts cut. Jinja escapes the HTML in it."""
-    return excerpt(value if isinstance(value, str) else reprlib.repr(value), limit)  # a list in YAML can be 10^9 items
+    return shown(value, NAME_LIMIT)

@@ -39,7 +39,7 @@ def draw_plots(
     recorded = _recorded(rows, timings)
     across = chart.step_axis([row["step"] for row in rows])
     shared = {
-        "ticks": _ticks_across(across),
+        "ticks": ticks_across(across),
         "marks": {
             style: chart.uprights((each["step"] for each in incidents if each["action"] == action), across)
             for action, style in INCIDENTS.items()
@@ -113,11 +113,16 @@ def _panel(unit: str, lines: dict[Line, Series], across: Axis, least: float | No
                 "values": {"steps": each.steps, "values": [_short(v) for v in each.values], "bin": each.bin},
             }
         )
-    places = [(100 - up.place(tick) * 100 / chart.SIZE, figure(tick)) for tick in chart.ticks(up, TICKS_UP)]
-    return {"unit": unit, "lines": drawn, "ticks": places}
+    return {"unit": unit, "lines": drawn, "ticks": ticks_up(up)}
 
 
-def _ticks_across(across: Axis) -> list[tuple[float, str]]:
+def ticks_up(up: Axis) -> list[tuple[float, str]]:
+    """(place from the top in per cent, text) of the numbers next to a plot."""
+    return [(100 - up.place(tick) * 100 / chart.SIZE, figure(tick)) for tick in chart.ticks(up, TICKS_UP)]
+
+
+def ticks_across(across: Axis) -> list[tuple[float, str]]:
+    """(place from the left in per cent, text) of the steps below a plot."""
     found = chart.ticks(across, TICKS_ACROSS, whole=True)
     return [(across.place(tick) * 100 / chart.SIZE, f"{tick:.0f}") for tick in found]
 

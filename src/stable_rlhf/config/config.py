@@ -19,6 +19,7 @@ from stable_rlhf.config.presets import PRESETS, preset_section
 from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig, RolloutConfig
 from stable_rlhf.control import CONTROLLERS, GuardConfig
 from stable_rlhf.errors import ConfigError
+from stable_rlhf.text import without_secrets
 
 
 def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
 def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as one dictionary by their full names, such as ``kl.settings.budget``, as trackers want them.
 
-    The query of a reward server's URL is left out: it may be secret, and trackers are other people's machines.
+    Secrets in a URL, such as a query, are left out: trackers and model cards are shown to other people.
     """
     flat: dict[str, Any] = {}
     for name, value in settings.items():
@@ -41,7 +42,7 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list):
             flat[name] = [url_without_secrets(item) if is_url(item) else item for item in value]
         else:
-            flat[name] = value
+            flat[name] = without_secrets(value) if isinstance(value, str) else value
     return flat
 
 

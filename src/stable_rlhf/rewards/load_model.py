@@ -16,6 +16,7 @@ from stable_rlhf.errors import RewardInputError
 from stable_rlhf.files import ASSETS
 from stable_rlhf.hardware import shortage
 from stable_rlhf.hub import hub_fault
+from stable_rlhf.policy import peft_unwarned
 from stable_rlhf.rewards.model import require_one_label
 
 BUILTIN_MODEL = ASSETS / "reward_model"
@@ -95,7 +96,8 @@ def _merged(path: str, spec: str, dtype: torch.dtype, trust_remote_code: bool) -
         ) from error
     model, missing = _loaded(base, known, dtype, trust)
     missing = [name for name in missing if not any(key.endswith(f".{name}") for key in given)]
-    merged = PeftModel.from_pretrained(model, path).merge_and_unload()  # pyright: ignore[reportCallIssue]
+    with peft_unwarned():
+        merged = PeftModel.from_pretrained(model, path).merge_and_unload()  # pyright: ignore[reportCallIssue]
     own = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return merged, missing, path if own or not Path(path).is_dir() else base
 

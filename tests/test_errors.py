@@ -51,7 +51,7 @@ def test_every_error_is_in_the_tree_with_its_exit_code_and_its_former_base() -> 
     [
         ("['http://h/x?key=secret', 'builtin'] here", "['http://h/x', 'builtin'] here"),
         ("the server https://me:secret@h:1/y: gone", "the server https://h:1/y: gone"),
-        ("\"http://h?token=it's-secret\", not", '"http://h", not'),
+        ('"http://h?token=it\'s-secret", not', '"http://h", not'),
         ("(HTTP://[::1]:80/x?q=secret).", "(HTTP://[::1]:80/x)."),
         ("http://me:sec/ret@h/p x", "http://h/p x"),
         ("http://me:secret?1@h/p x", "http://h/p x"),

@@ -98,7 +98,7 @@ class Config(Named):
     the name of the run's folder. Only with push_to_hub."""
     hub_private: bool = True
     """Whether a repository that the upload makes is private; completions of the run are in no file of it either way.
-    Only with push_to_hub."""
+    One that exists keeps its visibility, and a line says where it is another. Only with push_to_hub."""
     seed: int = 0
     """Seed of everything random: value heads, prompt order, sampling and minibatches."""
     model: ModelConfig = _FROM_PRESET

@@ -56,7 +56,7 @@ def test_rows_come_in_the_order_of_arrival_and_the_next_pass_follows_the_end() -
     assert taken(prompts, 3) == ["a", "b", "c"]
     assert taken(prompts, 4) == ["d", "e", "a", "b"]
     assert prompts.take(1) == [7]  # numbered over all passes
-    assert prompts.epoch == 1
+    assert prompts.passes == 1
     assert taken(prompts, 12) == ["d", "e", *LETTERS, *LETTERS]
 
 
@@ -65,11 +65,55 @@ def test_only_what_is_needed_is_read_and_only_the_last_batch_is_kept() -> None:
     prompts = stream(source, ahead=4)
     assert source.read == 4
     taken(prompts, 4)
-    assert source.read == 4
+    assert source.read == 5  # one more, to know whether the pass is over
     for _ in range(10):
         taken(prompts, 4)
-    assert source.read == 44
+    assert source.read == 45
     assert len(prompts.input_ids) <= 8
+
+
+def test_the_end_of_a_pass_is_known_with_its_last_row() -> None:
+    prompts = stream(Source(LETTERS), ahead=2)
+    passes = []
+    for _ in range(6):
+        prompts.take(2)
+        passes.append(prompts.passes)
+    assert passes == [0, 0, 1, 1, 2, 2]
+    limited = stream(Source(LETTERS), limit=2)
+    limited.take(2)
+    assert limited.passes == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_pass_that_is_left_is_followed_by_the_next_also_after_a_resume(steps: int) -> None:
+    prompts = stream(Source(LETTERS, shuffled=True), ahead=2)
+    for _ in range(steps):
+        prompts.take(2)
+    before = int(prompts.passes)
+    if steps < 3:
+        prompts.leave_pass()
+    assert prompts.passes == 1
+    resumed = stream(Source(LETTERS, shuffled=True), ahead=2)
+    resumed.load_state_dict(json.loads(json.dumps(prompts.state_dict())))
+    expected = (
+        ["c", "d", "e", "a", "c", "d", "e", "a", "b"] if before else ["b", "c", "d", "e", "a", "c", "d", "e", "a"]
+    )
+    assert taken(prompts, 9) == taken(resumed, 9) == expected
+
+
+def test_what_is_wrong_with_a_row_that_is_not_needed_yet_is_said_when_it_is() -> None:
+    prompts = stream(Source(["a", "b", " "]))
+    assert taken(prompts, 2) == ["a", "b"]
+    for _ in range(2):  # the second time the rows before it are read again
+        with pytest.raises(PromptError, match="row 3: the prompt is empty"):
+            prompts.take(1)
+    once = iter(["a", "b"])
+
+    class Once:
+        def __iter__(self) -> Iterator[Any]:
+            return once
+
+    assert taken(stream(Once()), 2) == ["a", "b"]  # a run that needs no more has no fault
 
 
 def test_a_limit_ends_each_pass() -> None:
@@ -103,7 +147,7 @@ def test_a_restored_stream_goes_on_where_it_was(kind: str, steps: int) -> None:
 def test_a_step_back_reads_nothing_again() -> None:
     source = Source(LETTERS)
     prompts = stream(source)
-    taken(prompts, 2)
+    taken(prompts, 1)
     before = prompts.state_dict()
     second = taken(prompts, 2)
     prompts.load_state_dict(before)

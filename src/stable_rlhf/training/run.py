@@ -58,7 +58,7 @@ from stable_rlhf.training.callbacks import CallbackStates, Events, callback_argu
 from stable_rlhf.training.fingerprints import SameInputs
 from stable_rlhf.training.given import as_given, check_columns, check_held_out, check_named, probe_servers
 from stable_rlhf.training.hub import prepare_upload
-from stable_rlhf.training.prompts import encoded, passes_over
+from stable_rlhf.training.prompts import encoded
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.stopping import GracefulStop
@@ -193,7 +193,7 @@ class Run:
     @property
     def epoch(self) -> float:
         """Passes over the training rows so far; whole ones of a stream."""
-        return passes_over(self.stream, self.counters.episode, self.rows)
+        return self.stream.passes
 
     @property
     def state(self) -> TrainerState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ class SAFETrainer(PolicySaving):
                 began_at, episodes = self.steps_done, self.counters.episode
                 self._progress = Progress(self.args.max_steps, first_step=self.steps_done, console=self._console)
                 with self._progress, stop.waiting():
-                    while self.steps_done < self.args.max_steps and not self.control.should_training_stop:
+                    while not (self._epochs_done or self.control.should_training_stop):
                         self.step()
                         if stop.signum is not None:
                             if self._saved_at != self.steps_done:
@@ -100,9 +101,8 @@ class SAFETrainer(PolicySaving):
                 evaluated = self._evaluate_into("after")
                 seconds = time.monotonic() - began
                 steps, samples = self.steps_done - began_at, self.counters.episode - episodes
-                logged = self.events.recorded(self.rows)
+                logged = self.events.recorded()
                 result = TrainResult(self.steps_done, evaluated, logged, self._rollbacks, seconds, steps, samples)
-                result.metrics["epoch"] = self.epoch  # the records of a stream's steps do not have it
                 self.events.log(result.training)
                 self.events.train_end()
                 self._finish()
@@ -154,7 +154,7 @@ class SAFETrainer(PolicySaving):
         """Learns from one rollout and acts on the guard's verdict; returns the step's row, which is already written."""
         before = self._parts_named("prompts", "callbacks", "random", "reward_random")
         boundary = capture(before, self.steps_done)
-        self.events.step_begin()
+        self.events.step_begin(self.epoch)
         watch = Stopwatch()
         try:
             step = take_step(self._loop, watch)
@@ -201,7 +201,7 @@ class SAFETrainer(PolicySaving):
         row = step_row(step, self.counters, self.normaliser, self._rollbacks if self.args.guard.enabled else None)
         timing = watch.timing(int(step.rollout.tokens.mask.sum()))
         timing["memory_gb"] = memory.taken(self.model.device) / 1e9
-        self.writer.write(row, {"step": number, **timing})
+        self.writer.write(row, {"step": number, "epoch": self.epoch, **timing})
         self._to_log = row | {f"timings/{name}": value for name, value in timing.items()}
         if every and number % every == 0:
             sampled = completion_rows(step.rollout, step.measured)
@@ -218,12 +218,26 @@ class SAFETrainer(PolicySaving):
         """Callbacks, log, evaluation, snapshot, checkpoint in this order, at a rollout's end, where no buffer has to be
         saved."""
         self.events.step_end()
+        self._leave_epoch()
         if self.recovery.snapshot_due(self.steps_done):
             self.recovery.snapshots.keep(*capture(self.parts, self.steps_done))
         self._follow_control()
         if self.events.epoch_is_over:
             self.events.epoch_end()
             self._follow_control()
+
+    def _leave_epoch(self) -> None:
+        """Leaves the rest of the epoch's prompts where a callback asks for it; the last epoch's end is the run's."""
+        if self.events.leaves_epoch:
+            self.stream.leave_pass()
+            self.events.epoch_is_over = True
+            self.control.should_training_stop |= self._epochs_done
+
+    @property
+    def _epochs_done(self) -> bool:
+        """Whether all steps are done, or all epochs that they would take (some of which a callback may have left)."""
+        is_set = not math.isinf(self.rows)
+        return self.steps_done >= self.args.max_steps or (is_set and self.epoch >= self.state.num_train_epochs)
 
     def _follow_control(self) -> None:
         """Logs, evaluates and saves where ``control`` asks for it, which by default is where the settings do."""
@@ -237,6 +251,7 @@ class SAFETrainer(PolicySaving):
                 with said_if_lost(error):
                     self.save_checkpoint()
                 raise
+        self._leave_epoch()  # before it is saved
         if (self.control.should_save or self.control.should_training_stop) and self._saved_at != self.steps_done:
             self.save_checkpoint()
 

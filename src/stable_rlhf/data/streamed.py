@@ -61,7 +61,8 @@ class StreamedPrompts:
 
     At the end of the stream the next pass begins. One row is read ahead of each batch, which tells whether the batch
     was the last of its pass; what is wrong with that row is said when it is needed. Only the rows of the last batch,
-    and those read ahead of it, are in memory. It stands where a data set, its ``EncodedPrompts`` and its ``PromptStream`` stand otherwise.
+    and those read ahead of it, are in memory. It stands where a data set, its ``EncodedPrompts`` and its
+    ``PromptStream`` stand otherwise.
 
     ahead: rows that are read, checked and encoded at once, so that what is wrong with them is said before training.
 

@@ -32,9 +32,13 @@ def record(run_dir: Path, side: str, figures: dict[str, float | None], samples: 
 
 
 def record_during(run_dir: Path, step: int, figures: dict[str, float | None]) -> None:
-    """Adds an evaluation in training to ``during`` of run_dir/evaluation.json. ``step``: steps done."""
+    """Adds an evaluation in training to ``during`` of run_dir/evaluation.json, in place of one after as many steps.
+
+    ``step``: steps done.
+    """
     known = read(run_dir)
-    known["during"] = [*known.get("during", []), {"step": step, **figures}]
+    others = [each for each in known.get("during", []) if each["step"] != step]
+    known["during"] = [*others, {"step": step, **figures}]
     replace_text(run_dir / "evaluation.json", json.dumps(known, indent=1))
 
 

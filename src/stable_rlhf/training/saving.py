@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf.checkpoints import store
 from stable_rlhf.config import flat_settings
 from stable_rlhf.console import tell
-from stable_rlhf.errors import UploadError
+from stable_rlhf.errors import CheckpointError, UploadError
 from stable_rlhf.files import replace_text
 from stable_rlhf.policy import SavedFault, save_policy, saved_fault
 from stable_rlhf.runs import model_card
@@ -31,6 +32,19 @@ class PolicySaving(Run):
         aside = self.save_model(self.run_dir / ".final")
         shutil.rmtree(self.run_dir / "final", ignore_errors=True)
         aside.rename(self.run_dir / "final")
+
+    def load_best(self) -> None:
+        """With ``load_best_model_at_end``: puts the weights of the best checkpoint into the policy."""
+        best = self.counters.best_step
+        if not self.args.load_best_model_at_end or best in (None, self.steps_done):
+            return
+        try:
+            tensors, _ = store.load(store.at(self.run_dir / "checkpoints", best))
+            self.model.load_trained_state(tensors["model"])
+        except (CheckpointError, ValueError, KeyError) as error:
+            tell(f"load_best_model_at_end: {error}; final/ holds the policy of the last step instead")
+        else:
+            self._evaluated = None
 
     def write_card(self, folder: Path) -> None:
         """Writes the model card, README.md, into a folder with the policy."""

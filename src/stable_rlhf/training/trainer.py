@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from stable_rlhf.checkpoints import capture, restore, store
+from stable_rlhf.checkpoints import capture, restore
 from stable_rlhf.console import Progress, said_if_lost, tell
 from stable_rlhf.control import Action, Verdict
 from stable_rlhf.errors import (
@@ -145,6 +145,9 @@ class SAFETrainer(PolicySaving):
             self.events.train_begin()
             if not resume_from_checkpoint:
                 self._evaluate_into("before")
+            elif self.counters.evaluates:
+                self.control.should_evaluate, self._saved_at = True, -1  # the best is then saved again, as the best
+                self._follow_control()
         except BaseException:
             self.end()
             raise
@@ -281,7 +284,7 @@ class SAFETrainer(PolicySaving):
                 action, fault = Action.STOP, error
                 done = f"could not go back, since the last good state cannot be read ({error}), and stopped"
             if fault is None:
-                done += f" {self._what_next(action)}"
+                done += f" {self.recovery.what_next(action)}"
         entry = incident(self.steps_done - 1, verdict, action, done, figures)
         sentence = incidents.sentence(entry)
         with said_if_lost(sentence):
@@ -291,15 +294,6 @@ class SAFETrainer(PolicySaving):
                 self.save_checkpoint()
         if action is Action.STOP:
             raise GuardStop(sentence) from fault
-
-    def _what_next(self, action: Action) -> str:
-        most = self.args.guard.max_rollbacks
-        if action is Action.STOP:
-            return f"and stopped there, after guard.max_rollbacks={most} roll-back{'' if most == 1 else 's'}"
-        return (
-            f"(roll-back {self.guard.state.rollbacks} of {most}) and continues with other prompts, the learning rate "
-            f"at {self.recovery.factor:g} x its setting and the KL held tighter by the same factor"
-        )
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -328,7 +322,9 @@ class SAFETrainer(PolicySaving):
         if self.eval_dataset is None:
             tell("control.should_evaluate: there are no held-out prompts; give eval_dataset, or set data.eval_size")
             return
+        self.counters.evaluates = True  # as a checkpoint has it that is saved because this fails
         figures, samples = self._evaluate()
+        self.counters.evaluates = False
         evaluation.record_during(self.run_dir, self.steps_done, figures)
         self._evaluated = self.steps_done, figures, samples
         name = self.args.metric_for_best_model
@@ -344,19 +340,6 @@ class SAFETrainer(PolicySaving):
         if step != self.steps_done:  # otherwise the policy of this moment has just been evaluated
             figures, samples = self._evaluate()
         return evaluation.record(self.run_dir, side, figures, samples)
-
-    def load_best(self) -> None:
-        """With ``load_best_model_at_end``: puts the weights of the best checkpoint into the policy."""
-        best = self.counters.best_step
-        if not self.args.load_best_model_at_end or best in (None, self.steps_done):
-            return
-        try:
-            tensors, _ = store.load(store.at(self.run_dir / "checkpoints", best))
-            self.model.load_trained_state(tensors["model"])
-        except (CheckpointError, ValueError, KeyError) as error:
-            tell(f"load_best_model_at_end: {error}; final/ holds the policy of the last step instead")
-        else:
-            self._evaluated = None
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         self.events.handler.add_callback(callback)

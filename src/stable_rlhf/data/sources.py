@@ -18,7 +18,7 @@ from datasets.table import InMemoryTable
 from stable_rlhf.data.rows import FORMATS, convention, prompts_in
 from stable_rlhf.errors import PromptError
 from stable_rlhf.files import ASSETS
-from stable_rlhf.hub import hub_fault
+from stable_rlhf.hub import hub_fault, looked_up
 from stable_rlhf.text import ends, quoted
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
@@ -108,7 +108,8 @@ def _hub(
     name: str, *, split: str, config_name: str | None, data_dir: str | None, revision: str | None
 ) -> datasets.Dataset:
     try:
-        dataset = datasets.load_dataset(name, config_name, data_dir=data_dir, revision=revision, split=split)
+        with looked_up(name):
+            dataset = datasets.load_dataset(name, config_name, data_dir=data_dir, revision=revision, split=split)
     except Exception as error:  # of datasets, Arrow, the hub's client and the network: each has errors of its own
         parts = {"config_name": config_name, "revision": revision, "split": split}
         wanted = f"{name!r} ({', '.join(f'{part} {value!r}' for part, value in parts.items() if value is not None)})"

@@ -17,7 +17,7 @@ from stable_rlhf.config import ModelConfig
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import ASSETS
 from stable_rlhf.hardware import resolve_device
-from stable_rlhf.hub import hub_fault
+from stable_rlhf.hub import hub_fault, looked_up
 from stable_rlhf.policy.adapter import (
     adapter_base,
     adapter_folder,
@@ -54,9 +54,19 @@ def model_named(config: ModelConfig) -> Iterator[None]:
     language model.
     """
     try:
-        yield
+        with looked_up(*_names(config)):
+            yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: of the package gguf
         raise _not_a_model(config, hub_fault(error) or str(error)) from error
+
+
+def _names(config: ModelConfig) -> list[str]:
+    """What is loaded by name: the model, and the base of an adapter that is a folder."""
+    if config.name == "builtin":
+        return []
+    folder = Path(config.name)
+    has_base = config.gguf_file is None and (folder / "adapter_config.json").is_file()
+    return [config.name, adapter_base(folder)[0]] if has_base else [config.name]
 
 
 def _not_a_model(config: ModelConfig, fault: str) -> ConfigError:

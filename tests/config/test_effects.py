@@ -114,6 +114,7 @@ TURNED: dict[str, Turn | str] = {
     "data.eval": Turn(to="{other_prompts}", shows_in="evaluation", given=HELD_OUT),
     "data.eval_split": Turn(to="train", shows_in="evaluation", given={"data": {**BUILTIN["data"], "eval_size": 2}}),
     "data.eval_size": Turn(to=2, shows_in="evaluation"),
+    "data.streaming": "data/test_streamed.py::test_a_file_is_read_as_it_is_needed",
     "data.max_prompt_length": Turn(to=2, of="prompts/truncated"),
     "data.limit": Turn(to=2),
     "reward.functions": Turn(to=["tests.config.test_effects:length"], of="objective/scores"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import itertools
 import json
 from collections.abc import Iterator
@@ -10,10 +12,14 @@ from typing import Any
 
 import datasets
 import pytest
+import yaml
 
+from stable_rlhf.cli import main
+from stable_rlhf.config import DataConfig
+from stable_rlhf.data import split_datasets
 from stable_rlhf.data.encoding import PromptEncoder
 from stable_rlhf.data.streamed import StreamedPrompts, StreamedRows
-from stable_rlhf.errors import PromptError
+from stable_rlhf.errors import ConfigError, PromptError
 from tests.data.words import ids, words
 from tests.tiny_runs import rows, settings, trainer
 
@@ -198,6 +204,88 @@ def test_other_columns_and_a_prompt_of_another_name_come_along() -> None:
         prompts.take(0)
 
 
+# -- by name --------------------------------------------------------------------------------------------------------
+
+TABLE = {"prompt": ["a", "4", "null", "b c"], "n": [1, 2, 3, None]}
+
+
+def written(folder: Path, kind: str) -> Path:
+    """TABLE as a file or a folder."""
+    path, table = folder / f"rows{kind}", datasets.Dataset.from_dict(TABLE)
+    if kind in (".jsonl", ".jsonl.gz"):
+        lines = "\n\n".join(json.dumps(row) for row in table).encode()
+        path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+    elif kind == ".json":
+        path.write_text(json.dumps(list(table)))
+    elif kind in (".csv", ".csv.gz"):
+        table.to_csv(folder / "plain.csv")
+        lines = (folder / "plain.csv").read_bytes()
+        path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+    elif kind == ".parquet":
+        table.to_parquet(path)
+    elif kind == " saved":
+        table.save_to_disk(path)
+    else:
+        path.mkdir()
+        table.to_parquet(path / "train.parquet")
+    return path
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet", " saved", " folder"])
+def test_a_streamed_source_has_the_rows_of_the_loaded_one(kind: str, tmp_path: Path) -> None:
+    name = str(written(tmp_path, kind))
+    (whole, _), (streamed, none) = (
+        split_datasets(DataConfig(train=name, eval_size=0, streaming=streaming), 0, None, None)
+        for streaming in (False, True)
+    )
+    assert isinstance(streamed, StreamedRows)
+    for _ in range(2):  # again and again
+        assert list(streamed.read(0)) == list(whole.dataset) == list(datasets.Dataset.from_dict(TABLE))
+    assert none is None
+    data = DataConfig(train=name, eval=name, eval_size=3, limit=2, streaming=True)
+    data = dataclasses.replace(data, eval_split="train") if kind in (" saved", " folder") else data
+    limited, held_out = split_datasets(data, 0, None, None)
+    assert [row["prompt"] for row in limited.read(0)] == TABLE["prompt"][:2]
+    assert held_out.dataset["prompt"][:] == TABLE["prompt"][:3]
+
+
+def test_a_file_is_read_as_it_is_needed(tmp_path: Path) -> None:
+    name = tmp_path / "rows.jsonl"
+    name.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n')
+    with pytest.raises(PromptError, match="row 3 is not JSON"):
+        split_datasets(DataConfig(train=str(name), eval_size=0), 0, None, None)
+    rows, _ = split_datasets(DataConfig(train=str(name), eval_size=0, streaming=True), 0, None, None)
+    read = rows.read(0)
+    assert [next(read)["prompt"], next(read)["prompt"]] == ["a", "b"]
+    with pytest.raises(PromptError, match="row 3 is not JSON"):
+        next(read)
+    table = tmp_path / "rows.csv"
+    long = "x" * 600_000  # the type of a column is that of the file's first megabyte
+    table.write_text("prompt,n\n" + f"{long},1\n" * 4 + "y,z\n")
+    rows, _ = split_datasets(DataConfig(train=str(table), eval_size=0, streaming=True), 0, None, None)
+    seen = []
+    with pytest.raises(PromptError, match=r"rows\.csv, row \d could not be read: .*'z'"):
+        seen.extend(row["n"] for row in rows.read(0))
+    assert seen
+    assert set(seen) == {1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"train": "builtin"}, r"data\.streaming=True: has no effect unless data\.train is a file, a folder or a hub"),
+        ({"train": "{file}"}, r"data\.eval_size=128 rows cannot be held out .* name held-out prompts in data\.eval"),
+        ({"train": "gone.jsonl", "eval_size": 0}, r"prompt file gone\.jsonl does not exist"),
+        ({"train": "no/such-set", "eval_size": 0}, r"data set 'no/such-set' .* could not be loaded from the hub"),
+    ],
+)
+def test_what_cannot_be_streamed_costs_a_sentence(settings: dict[str, Any], fault: str, tmp_path: Path) -> None:
+    settings = {name: written(tmp_path, ".jsonl") if at == "{file}" else at for name, at in settings.items()}
+    settings["train"] = str(settings["train"])
+    with pytest.raises((ConfigError, PromptError), match=fault):
+        split_datasets(DataConfig(streaming=True, **settings), 0, None, None)
+
+
 # -- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -254,3 +342,27 @@ def test_after_a_row_that_could_not_be_read_no_row_is_left_out(fault: str) -> No
         prompts.load_state_dict(before)
     source.fails_at, source.rows[3] = None, "d"
     assert taken(prompts, 6) == [*"cdea", *"ab"]
+
+
+def test_a_streamed_file_resumes_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"prompt": f"p {number}"}) + "\n" for number in range(7))
+    (tmp_path / "rows.jsonl").write_text(lines)
+
+    def train(name: str, steps: int) -> None:
+        sections = {
+            "model": {"name": str(tiny_folder)},
+            "data": {"train": str(tmp_path / "rows.jsonl"), "streaming": True, "eval_size": 0},
+            "reward": {"functions": ["tests.tiny_runs:letters"]},
+            "rollout": {"batch_size": 4},
+        }
+        config = settings(tmp_path / name, max_steps=steps, save_steps=1, **sections)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**config.to_dict(), "reward": {"functions": ["tests.tiny_runs:letters"]}}))
+        assert main(["train", "--config", str(file)]) == 0
+
+    train("whole", 3)
+    train("parts", 2)
+    assert main(["resume", str(tmp_path / "parts"), "--max_steps", "3"]) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    (tmp_path / "rows.jsonl").write_text(lines.replace("p 3", "q 3"))
+    assert main(["resume", str(tmp_path / "parts"), "--max_steps", "4"]) == 2  # other rows than the run's

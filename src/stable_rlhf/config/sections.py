@@ -122,6 +122,10 @@ class DataConfig(Named):
     """Most tokens of a prompt. A longer prompt is cut on the left and counted (``prompts/truncated``)."""
     limit: int | None = None
     """Read only the first ``limit`` rows of the training set; None reads all."""
+    streaming: bool = False
+    """Read the training rows as they are needed, in the order of arrival, instead of loading all before training: for a
+    data set that does not fit the disk. Held-out prompts then need ``eval``, whose first ``eval_size`` rows are
+    read."""
 
     def __post_init__(self) -> None:
         check_types("data", self)
@@ -134,6 +138,8 @@ class DataConfig(Named):
         on_hub = not (whole or self.train == "builtin" or self.train.startswith("<") or Path(self.train).exists())
         for name in ("config_name", "revision"):
             only_with("data", self, name, on_hub, "data.train is a hub name")
+        named = self.train != "builtin" and not self.train.startswith("<")
+        only_with("data", self, "streaming", named, "data.train is a file, a folder or a hub name")
         named = self.format not in ("preference", "hh")
         only_with("data", self, "prompt_column", named, "data.format is auto, prompt or messages")
         only_with("data", self, "eval", self.eval_size > 0, "data.eval_size is above 0")

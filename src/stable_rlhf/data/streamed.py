@@ -8,10 +8,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import datasets
+
 from stable_rlhf.data.encoding import PromptEncoder
-from stable_rlhf.data.given import row_of
+from stable_rlhf.data.given import dataset_of, row_of
 from stable_rlhf.data.rows import Convention, convention, prompt_in, same_kind
-from stable_rlhf.data.sources import said
+from stable_rlhf.data.sources import said, with_prompts
 from stable_rlhf.errors import PromptError
 
 
@@ -44,6 +46,11 @@ class StreamedRows:
             prompt = prompt_in(row, self._how, where)
             self._kind = same_kind(prompt, self._kind, where)
             yield {**row, "prompt": prompt}
+
+    def first(self, count: int) -> datasets.Dataset:
+        """The first rows of the first pass as a data set with their checked `prompt`, at most ``count``."""
+        rows = dataset_of(list(itertools.islice(self.read(0), count)), self.name)
+        return with_prompts(rows, format="prompt", prompt_column=None, limit=None, name=self.name)
 
     def _raw(self) -> Iterator[dict[str, Any]]:
         count = 0

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerState
 
 from stable_rlhf.config import Config
-from stable_rlhf.data import EncodedPrompts, PromptEncoder, Prompts, split_datasets
+from stable_rlhf.data import EncodedPrompts, PromptEncoder, Prompts, StreamedRows, split_datasets
 from stable_rlhf.doctor.dry_run import dry_steps
 from stable_rlhf.doctor.findings import Findings
 from stable_rlhf.doctor.memory import Memory, estimate, skeleton
@@ -112,7 +112,9 @@ def check_data(
     """
     train, held_out = split_datasets(config.data, config.seed, None, None)
     tokenizer = load_tokenizer(config.model)
-    assert isinstance(train, Prompts)  # only an object can be a stream
+    if isinstance(train, StreamedRows):
+        train = Prompts.whole(train.first(count := 2 * config.rollout.batch_size), train.name)
+        found.detail(f"data.streaming=true: only the first {count} rows are looked at")
     encoder = PromptEncoder(
         tokenizer,
         max_prompt_length=config.data.max_prompt_length,

@@ -147,6 +147,13 @@ def test_the_command_takes_a_file_first_and_settings_after_it(
     )
 
 
+def test_of_a_stream_the_first_rows_are_looked_at(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *settings, "--data.streaming", "true", "--data.eval_size", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "data.streaming=true: only the first 8 rows are looked at" in shown
+    assert "data: 8 prompts" in shown
+
+
 def test_settings_that_two_steps_alone_would_refuse_are_no_obstacle(
     settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

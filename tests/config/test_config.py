@@ -229,8 +229,8 @@ def test_settings_given_whole_replace_the_presets() -> None:
             {"settings": {"budget": -1.0}},
             "kl.settings.budget=-1.0 is out of range: give a finite number > 0.0 (the default is 0.3)",
         ),
-        ({"settings": {"budget": "0.2"}}, "kl.settings.budget='0.2' is a str: give a float, such as 0.3"),
-        ({"settings": {"window": True}}, "kl.settings.window=True is a bool: give a int, such as 40"),
+        ({"settings": {"budget": "0.2"}}, "kl.settings.budget='0.2': give a number, such as 0.3"),
+        ({"settings": {"window": True}}, "kl.settings.window=True: give a whole number, such as 40"),
         (
             {"settings": {"initial_coef": 1e-6}},
             "kl.settings.initial_coef=1e-06 is outside [min_coef=0.0001, max_coef=100.0]: move it between them, or "
@@ -444,8 +444,8 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
         ("kl.in_loss", "k2", {}, "the KL is asked for twice, in the loss and in the reward (kl.in_reward=true): set "),
         ("kl.allow_both", True, {}, "has no effect unless the KL is in the reward and in the loss; leave it out"),
         ("kl.in_loss", "k2", {"preset": "ppo-nokl"}, "has no effect with kl.controller=none, whose coefficient is 0: "),
-        ("beta", 0.1, {}, "unknown setting; the top level has preset, output_dir, "),
-        ("optim.beta", 0.1, {}, "unknown setting; optim has learning_rate, "),
+        ("zzz", 0.1, {}, "unknown setting; the top level has preset, output_dir, "),
+        ("optim.zzz", 0.1, {}, "unknown setting; optim has learning_rate, "),
         ("optim", 5, {}, "give a dictionary of the fields to change, or OptimConfig(...)"),
     ],
 )
@@ -453,6 +453,38 @@ def test_a_setting_in_conflict_is_named_with_the_remedy(
     setting: str, value: Any, context: dict[str, Any], sentence: str
 ) -> None:
     assert refused(setting, value, **context).startswith(f"{setting}={value!r}: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("kl_coef", "; here it is kl.settings.beta with kl.controller=fixed, as in preset ppo; preset safe has "),
+        ("beta", "; here it is kl.settings.budget, a KL in nats per token; with preset ppo a price, kl.settings.beta"),
+        ("lr", "; here it is optim.learning_rate"),
+        ("logging_steps", "; here there is none, nor is one needed: every step is written to metrics.jsonl"),
+        ("num_generations", "; here there is none: each prompt gets one completion, and a critic takes the place of"),
+        ("temperature", ". Did you mean rollout.temperature or critic.temperature?"),
+    ],
+)
+def test_a_name_of_another_library_is_told_what_it_is_here_wherever_it_is_given(
+    name: str, sentence: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: 1\n")
+    for load in (
+        lambda: Config(**{name: 1}),
+        lambda: loading.load_config([f"--{name}", "1"]),
+        lambda: loading.load_config([str(file)]),
+        lambda: Config(guard={name: 1}),  # pyright: ignore
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load()
+        before, told, _ = str(caught.value).partition(sentence)
+        assert name in before
+        assert told
+    if "here" in sentence:
+        with pytest.raises(ConfigError, match=r"unknown setting; here "):
+            OptimConfig(**{name: 1})  # pyright: ignore
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
+from stable_rlhf.config.elsewhere import here
 from stable_rlhf.control import as_whole
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.text import valid_unicode
@@ -99,6 +100,8 @@ class Named:
     @classmethod
     def _suggestion(cls, name: str, given: Mapping[str, Any]) -> str:
         known = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+        if (named := here(name)) is not None:
+            return named
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         return f". Did you mean {close[0]}?" if close else f"; {cls.__name__} has {', '.join(known)}"
 

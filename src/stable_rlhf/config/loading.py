@@ -205,6 +205,11 @@ def _check_section(file: str | Path, name: str, value: Any, controller: str) -> 
         _check_section(file, "kl.settings", value["settings"], controller)
 
 
+def probable_setting(name: str) -> str:
+    """The end of a sentence with the setting that a name means which is none; empty where no setting is like it."""
+    return suggestion(name, [*_TOP, *SECTIONS, *setting_types(Config, "safe")], "safe", "")
+
+
 def taken_out(option: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the values that a command line gives to an option, the other arguments)."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

@@ -19,7 +19,7 @@ from stable_rlhf.data.rows import FORMATS, convention, prompts_in
 from stable_rlhf.errors import PromptError
 from stable_rlhf.files import ASSETS
 from stable_rlhf.hub import hub_fault
-from stable_rlhf.text import ends, quoted
+from stable_rlhf.text import ends, kind_of, quoted
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 _BUILTIN_PROMPTS = ASSETS / "prompts.json"
@@ -119,7 +119,7 @@ def _hub(
         why = (hub_fault(error) or said(error)).rstrip(".")
         raise PromptError(f"data set {wanted} could not be loaded {where}: {why}. {remedy}") from error
     if not isinstance(dataset, datasets.Dataset):
-        raise PromptError(f"data set {name!r}, split {split!r}, gave a {type(dataset).__name__}; name one plain split.")
+        raise PromptError(f"data set {name!r}, split {split!r}, gave {kind_of(dataset)}; name one plain split.")
     return dataset
 
 

@@ -35,7 +35,7 @@ def suggestion(name: str, known: Iterable[str], controller: str, otherwise: str)
     within = fields_of(section, controller)  # compared without the prefix, which would make any two names similar
     near = [f"{section}.{one}" for one in difflib.get_close_matches(field, within, n=1, cutoff=0.7)]
     whole = [] if within else difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    if not (near or exact) and (named := here(field)) is not None:
+    if not (near or exact) and section != "kl.settings" and (named := here(field)) is not None:
         return named
     if close := near or exact or whole:
         return f". Did you mean {' or '.join(close)}?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -109,11 +110,17 @@ class Named:
 def as_meant(value: Any, hint: Any) -> Any:
     """A value as the type that an annotation asks for, where nothing else can be meant.
 
-    A float without a fraction is an int (1e2 is 100), and one entry is a list of one.
+    A float without a fraction is an int (1e2 is 100), a path is its text, and one entry is a list of one.
     """
     if int in alternatives(hint):
         return as_whole(value)
+    if {str, list[str]} & set(alternatives(hint)):
+        value = [_text(item) for item in value] if isinstance(value, list) else _text(value)
     return [value] if is_list(hint) and _fits([value], hint) else value
+
+
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

@@ -135,7 +135,9 @@ def _saved(folder: str, split: str) -> datasets.Dataset:
 def split_of(splits: Mapping[Any, Any], split: str, name: str) -> Any:
     """One data set of several. A single one is taken whatever its name. Raises PromptError."""
     if split not in splits and len(splits) != 1:
-        raise PromptError(f"{name} has the splits {', '.join(map(repr, splits))}, not {split!r}. Set data.split.")
+        there = ", ".join(map(repr, splits))
+        remedy = "Choose one with data.split, or data.eval_split for held-out prompts."
+        raise PromptError(f"{name} has the splits {there}, not {split!r}. {remedy}")
     return splits[split] if split in splits else next(iter(splits.values()))
 
 

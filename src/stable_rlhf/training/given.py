@@ -94,7 +94,7 @@ def check_columns(config: Config, rows: Any) -> None:
             raise ConfigError(f"reward.columns={config.reward.columns!r}: the data set has no column {name!r}{meant}")
 
 
-def check_parameters(scorer: Scorer, *prompts: Any) -> None:
+def check_asked(scorer: Scorer, *prompts: Any) -> None:
     """Raises RewardInputError for a reward function that asks for a column which one of the data sets does not have.
 
     ``prompts``: each data set's, None for one that is not there. The columns of a stream show with its rows.

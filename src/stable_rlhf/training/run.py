@@ -56,14 +56,7 @@ from stable_rlhf.text import counted
 from stable_rlhf.training.arguments import KnownArguments, check_arguments
 from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
 from stable_rlhf.training.fingerprints import SameInputs
-from stable_rlhf.training.given import (
-    as_given,
-    check_columns,
-    check_held_out,
-    check_named,
-    check_parameters,
-    probe_servers,
-)
+from stable_rlhf.training.given import as_given, check_asked, check_columns, check_held_out, check_named, probe_servers
 from stable_rlhf.training.hub import prepare_upload
 from stable_rlhf.training.prompts import encoded, passes_over
 from stable_rlhf.training.recovery import STAYS, Recovery
@@ -134,7 +127,7 @@ class Run(KnownArguments):
             random=RandomStream(config.seed),
             trainer_state=lambda: self.state,
         )
-        check_parameters(self.scorer, train, held_out)
+        check_asked(self.scorer, train, held_out)
         self.sampler = Sampler(
             tokenizer=self.processing_class,
             scorer=self.scorer,

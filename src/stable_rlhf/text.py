@@ -134,5 +134,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def kind_of(value: object) -> str:
+    """The type of a value with its article: an int, a list, None."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def formatted(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)

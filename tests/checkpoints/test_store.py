@@ -63,7 +63,9 @@ def test_a_flipped_byte_in_any_file_is_refused_and_the_message_names_the_file(tm
     content[len(content) // 2] ^= 0x01
     file.write_bytes(content)
     named = "step-000004" if name == "manifest.json" else name
-    with pytest.raises(CheckpointError, match=rf"{named}.*choose an older checkpoint of the run with --checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=rf"{named}.*choose an older checkpoint .*in Python resume_from_checkpoint"
+    ):
         store.load(saved)
 
 

@@ -76,7 +76,7 @@ def test_a_folder_that_is_not_as_it_was_saved_is_refused_with_its_fault(tmp_path
             store.load(saved)
         found = str(raised.value)
         assert found.startswith(f"{saved} is not a whole checkpoint (")
-        assert found.endswith("): choose an older checkpoint of the run with --checkpoint, or start a new run")
+        assert found.endswith("in Python resume_from_checkpoint), or start a new run")
         return found.removeprefix(f"{saved} is not a whole checkpoint (").partition("): choose")[0]
 
     (saved / "extra\x1b.bin").write_bytes(b"")

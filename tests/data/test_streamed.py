@@ -174,7 +174,10 @@ def test_a_stream_with_other_rows_is_not_resumed(other: list[str]) -> None:
     [
         (Source([]), r"the stream has no rows\. Give a stream"),
         (Source(["a", " "]), r"the stream, row 2: the prompt is empty"),
-        (Source(["a", [{"role": "user", "content": "b"}]]), r"the stream, row 2: .* is text where row 1 is messages"),
+        (
+            Source(["a", [{"role": "user", "content": "b"}]]),
+            r"the stream, row 2: .* is a chat, but that of row 1 is text",
+        ),
         (Source(["a", 5]), r"the stream, row 2 is 5, not a row with a prompt"),
         (Source([{"prompt": "a"}, {"text": "b"}]), r"the stream, row 2: the prompt is None"),
         (Source([{"text": "b"}]), r"the stream has the columns 'text'; .*Set data\.prompt_column"),

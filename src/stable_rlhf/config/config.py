@@ -142,11 +142,14 @@ class Config(Named):
 
     def _check_best(self) -> None:
         best = self.metric_for_best_model
-        only_with("", self, "metric_for_best_model", self.eval_steps > 0, "eval_steps is above 0")
+        remedy = "is chosen by evaluations in training, and there are none: set eval_steps above 0, or leave it out"
+        require(best is None or self.eval_steps > 0, "metric_for_best_model", best, remedy)
         known = best is None or best in EVALUATED
         require(known, "metric_for_best_model", best, f"choose one of {', '.join(EVALUATED)}")
         for name in ("greater_is_better", "load_best_model_at_end"):
             only_with("", self, name, best is not None, "metric_for_best_model is set")
+        remedy = "the policy farthest from the reference would be kept as the best: set greater_is_better=false"
+        require(best != "kl" or not self.greater_is_better, "metric_for_best_model", best, remedy)
 
     @classmethod
     def from_preset(cls, preset: str = "safe", **overrides: Any) -> Config:

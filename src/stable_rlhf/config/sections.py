@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,24 @@ from stable_rlhf.control import GuardConfig
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 """Endings of prompt files. A file is one split and is read whole."""
+
+TRACKERS = (
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
+"""Transformers' names of trackers, which settings can be checked against without loading Transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +60,8 @@ class ModelConfig(Named):
     lora_alpha: float | None = None
     """LoRA scale; None is twice the rank, the usual choice. Only with lora_r > 0."""
     lora_target_modules: list[str] | None = None
-    """Names of the linear layers that get an adapter; None is every linear layer except the LM head. Only with lora_r >
-    0."""
+    """Names of the linear layers that get an adapter; None, or ``all-linear``, is every one except the LM head. Only
+    with lora_r > 0."""
     lora_options: dict[str, Any] | None = None
     """More fields of peft.LoraConfig, such as {use_rslora: true} or {target_modules: REGULAR_EXPRESSION}; None leaves
     them at PEFT's defaults. Only with lora_r > 0."""
@@ -69,6 +88,8 @@ class ModelConfig(Named):
             require(value is None or self.lora_r > 0, f"model.{name}", value, remedy)
         if self.lora_alpha is not None:
             positive("model", self, "lora_alpha")
+        if self.lora_target_modules == ["all-linear"]:  # PEFT's word for what None is here
+            object.__setattr__(self, "lora_target_modules", None)
         remedy = "name at least one layer, or leave it out for every linear layer"
         require(self.lora_target_modules != [], "model.lora_target_modules", self.lora_target_modules, remedy)
         for name in ("r", "lora_alpha"):
@@ -134,7 +155,8 @@ class DataConfig(Named):
         if self.limit is not None:
             positive("data", self, "limit")
         whole = self.train.endswith(_FILE_SUFFIXES)
-        only_with("data", self, "split", not whole, "data.train is a hub name or builtin (a file is taken whole)")
+        condition = "data.train is a hub name, a saved data set or builtin (a file is one split)"
+        only_with("data", self, "split", not whole, condition)
         on_hub = not (whole or self.train == "builtin" or self.train.startswith("<") or Path(self.train).exists())
         for name in ("config_name", "revision"):
             only_with("data", self, name, on_hub, "data.train is a hub name")
@@ -274,10 +296,14 @@ class LogConfig(Named):
     """Write the prompts and completions of a step to completions/ every this many steps, and as a table to those of the
     trackers that have tables; 0 never does."""
     progress: bool = True
-    """Show the progress bar and the closing tables on the console."""
+    """Show the progress bar and the closing tables on the console. False leaves one closing line of a command."""
 
     def __post_init__(self) -> None:
         check_types("log", self)
+        for name in self.report_to:
+            close = difflib.get_close_matches(name, TRACKERS, n=1)
+            meant = f"did you mean {close[0]}?" if close else f"choose from {', '.join(TRACKERS)}, or leave it out"
+            require(name in TRACKERS, "log.report_to", self.report_to, f"there is no tracker {name!r}; {meant}")
         not_negative("log", self, "completions_steps")
         only_with("log", self, "run_name", bool(self.report_to), "log.report_to names a tracker")
 

@@ -19,7 +19,7 @@ from stable_rlhf.data.rows import FORMATS, convention, prompts_in
 from stable_rlhf.errors import PromptError
 from stable_rlhf.files import ASSETS
 from stable_rlhf.hub import hub_fault, looked_up
-from stable_rlhf.text import ends, quoted
+from stable_rlhf.text import ends, kind_of, quoted
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 _BUILTIN_PROMPTS = ASSETS / "prompts.json"
@@ -171,7 +171,7 @@ def _hub(
         why = (hub_fault(error) or said(error)).rstrip(".")
         raise PromptError(f"data set {wanted} could not be loaded {where}: {why}. {remedy}") from error
     if not isinstance(dataset, datasets.IterableDataset if streaming else datasets.Dataset):
-        raise PromptError(f"data set {name!r}, split {split!r}, gave a {type(dataset).__name__}; name one plain split.")
+        raise PromptError(f"data set {name!r}, split {split!r}, gave {kind_of(dataset)}; name one plain split.")
     return dataset
 
 
@@ -187,7 +187,9 @@ def _saved(folder: str, split: str) -> datasets.Dataset:
 def split_of(splits: Mapping[Any, Any], split: str, name: str) -> Any:
     """One data set of several. A single one is taken whatever its name. Raises PromptError."""
     if split not in splits and len(splits) != 1:
-        raise PromptError(f"{name} has the splits {', '.join(map(repr, splits))}, not {split!r}. Set data.split.")
+        there = ", ".join(map(repr, splits))
+        remedy = "Choose one with data.split, or data.eval_split for held-out prompts."
+        raise PromptError(f"{name} has the splits {there}, not {split!r}. {remedy}")
     return splits[split] if split in splits else next(iter(splits.values()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +15,7 @@ from stable_rlhf.rewards.calls import Samples, call
 from stable_rlhf.rewards.checks import LARGEST, checked, failures_named, shown
 from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.log import RewardLog
+from stable_rlhf.rewards.parameters import misfit
 from stable_rlhf.user_code import RandomStream, Shield
 
 
@@ -83,6 +84,12 @@ class Scorer:
     def special_tokens(self) -> bool:
         """Whether a function asks for completions with their special tokens."""
         return any(function.special_tokens for function in self.functions)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raises RewardInputError for a function whose parameters do not fit a data set with these other columns."""
+        for function in self.functions:
+            if (fault := misfit(function.function, columns)) is not None:
+                raise RewardInputError(f"reward function {function.name!r} {fault}.")
 
     def score(
         self,

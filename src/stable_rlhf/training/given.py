@@ -16,7 +16,7 @@ from stable_rlhf.config import Config, is_url, only_with
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.hardware import resolve_device
 from stable_rlhf.policy import check_model
-from stable_rlhf.rewards import listed, remote_reward
+from stable_rlhf.rewards import Scorer, listed, remote_reward
 from stable_rlhf.training.arguments import as_settings
 
 
@@ -92,6 +92,16 @@ def check_columns(config: Config, rows: Any) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             meant = f". Did you mean {close[0]}?" if close else f"; it has {', '.join(known) or 'no other column'}"
             raise ConfigError(f"reward.columns={config.reward.columns!r}: the data set has no column {name!r}{meant}")
+
+
+def check_asked(scorer: Scorer, *prompts: Any) -> None:
+    """Raises RewardInputError for a reward function that asks for a column which one of the data sets does not have.
+
+    ``prompts``: each data set's, None for one that is not there. The columns of a stream show with its rows.
+    """
+    for rows in (getattr(given, "dataset", None) for given in prompts):
+        if rows is not None:
+            scorer.check_columns([name for name in rows.column_names if name != "prompt"])
 
 
 def _reward_name(function: Any) -> str:

@@ -53,10 +53,10 @@ from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
 from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, remove_run, starts
 from stable_rlhf.text import counted
-from stable_rlhf.training.arguments import check_arguments
+from stable_rlhf.training.arguments import KnownArguments, check_arguments
 from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
 from stable_rlhf.training.fingerprints import SameInputs
-from stable_rlhf.training.given import as_given, check_columns, check_held_out, check_named, probe_servers
+from stable_rlhf.training.given import as_given, check_asked, check_columns, check_held_out, check_named, probe_servers
 from stable_rlhf.training.hub import prepare_upload
 from stable_rlhf.training.prompts import encoded
 from stable_rlhf.training.recovery import STAYS, Recovery
@@ -65,7 +65,7 @@ from stable_rlhf.training.stopping import GracefulStop
 from stable_rlhf.user_code import RandomStream, RunRandom, Shield
 
 
-class Run:
+class Run(KnownArguments):
     """Everything that a run consists of. `SAFETrainer`, which documents the arguments, adds the loop."""
 
     @shortage_named("loading")
@@ -95,13 +95,11 @@ class Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        named = isinstance(model, str)
         self.processing_class = (
             prepare_tokenizer(processing_class) if processing_class else load_tokenizer(config.model)
         )
-        policy, low = (
-            load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
-        )
+        of = (config.model, peft_config)
+        policy, low = load_policy(*of) if isinstance(model, str) else given_policy(model, *of)
         if (padding := pad_within(self.processing_class, embedding_rows(policy))) is not None:
             tell(padding)
         tried = config.model.self_check
@@ -129,6 +127,7 @@ class Run:
             random=RandomStream(config.seed),
             trainer_state=lambda: self.state,
         )
+        check_asked(self.scorer, train, held_out)
         self.sampler = Sampler(
             tokenizer=self.processing_class,
             scorer=self.scorer,

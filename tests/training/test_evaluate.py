@@ -214,6 +214,12 @@ def test_an_evaluation_that_failed_is_made_up_for_by_the_resume(
     assert parts.counters == whole.counters
     found = [{path.name for path in (run.run_dir / "checkpoints").iterdir()} for run in (whole, parts)]
     assert found[0] == found[1]
+    for name in found[0]:  # the best so far is saved again as the best
+        counters = [
+            json.loads((run.run_dir / "checkpoints" / name / "state.json").read_text())["parts"]["counters"]
+            for run in (whole, parts)
+        ]
+        assert counters[0] == counters[1]
     logged = [
         [{name: value for name, value in entry.items() if name.startswith("eval_")} for entry in run.state.log_history]
         for run in (whole, parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,22 @@ def test_a_run_that_leaves_epochs_resumes_exactly(streamed: bool, tokenizer, tmp
     trained("parts", 2)
     assert trained("parts", 8, resumed=True) == whole
     assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_a_snapshot_of_a_step_that_left_its_epoch_goes_on_with_the_next(tokenizer, tmp_path: Path) -> None:
+    config = settings(
+        tmp_path / "run", max_steps=6, rollout={"batch_size": 2}, guard={"enabled": True, "snapshot_steps": 1}
+    )
+    data = [{"prompt": prompt} for prompt in PROMPTS]
+    run = trainer(config, tokenizer, train_dataset=data, callbacks=[LeavesOnce()])
+    run.begin()
+    for _ in range(2):
+        run.step()
+    candidate = run.recovery.snapshots.candidate
+    assert candidate is not None
+    (kept,) = (tmp_path / "run/snapshot").glob("step-*2/state.json")
+    assert json.loads(kept.read_text())["parts"]["prompts"] == json.loads(json.dumps(run.stream.state_dict()))
+    run.end()
 
 
 class LeavesOnce(TrainerCallback):

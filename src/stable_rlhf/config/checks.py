@@ -77,10 +77,10 @@ def check_url(setting: str, url: str) -> None:
         fits = bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is not a number, an IPv6 address without its bracket
         raise ConfigError(
-            f"{setting}: {url.rpartition('@')[2].split('?')[0]!r} is not a URL; give http://HOST:PORT/PATH"
+            f"{setting}: {url.rpartition('@')[2].split('?')[0]!r} is not a URL; give http://HOST:8000/PATH"
         ) from None
     shown = url_without_secrets(url)
-    require(fits and url.isprintable() and " " not in url, setting, shown, "give http://HOST:PORT/PATH")
+    require(fits and url.isprintable() and " " not in url, setting, shown, "give http://HOST:8000/PATH")
     remedy = "has a name or password in it, which config.yaml would keep; set reward.token_env instead"
     require("@" not in parts.netloc, setting, shown, remedy)
     require(not parts.fragment, setting, shown, "has a part after '#', which is never sent to a server; leave it out")

@@ -118,7 +118,7 @@ ELSEWHERE: dict[str, str] = {
 
 def here(name: str) -> str | None:
     """What a setting of another library is here, to be put after its name; None for a name that is in none."""
-    found = ELSEWHERE.get(name.rpartition(".")[2])
+    found = ELSEWHERE.get(name)
     if found is None:
         return None
     return f"; here there is {found}" if found.startswith("none") else f"; here it is {found}"

@@ -239,7 +239,7 @@ class RewardConfig(Named):
         """Checks the reward servers, and makes ``url`` the only entry of ``functions``, as in config.yaml."""
         if self.url is not None:
             require(
-                is_url(self.url), "reward.url", self.url, "give http://HOST:PORT/PATH, or name it in reward.functions"
+                is_url(self.url), "reward.url", self.url, "give http://HOST:8000/PATH, or name it in reward.functions"
             )
             check_url("reward.url", self.url)
             remedy = (

@@ -146,7 +146,8 @@ class SAFETrainer(PolicySaving):
             if not resume_from_checkpoint:
                 self._evaluate_into("before")
             elif self.counters.evaluates:
-                self.control.should_evaluate, self._saved_at = True, -1  # the best is then saved again, as the best
+                self.control.should_evaluate = self.control.should_save = True  # saved again, where it is not owed
+                self._saved_at = -1
                 self._follow_control()
         except BaseException:
             self.end()

@@ -339,6 +339,18 @@ def test_evaluation_rows_are_literal():
     assert runs_evaluation.evaluation_rows({"before": BEFORE})[0] == ("reward", "0.5000 ± 0.0200", "-", "-")
 
 
+def test_gold_rewards_have_a_row_each_with_the_number_judged_where_it_is_not_all():
+    before = BEFORE | {"gold/a/b/mean": 0.5, "gold/a/b/se": 0.25, "gold/a/b/judged": 64}
+    after = AFTER | {"gold/a/b/mean": 0.25, "gold/a/b/se": None, "gold/a/b/judged": 1, "gold/\x1bc/mean": 1}
+    rows = runs_evaluation.evaluation_rows({"before": before, "after": after | {"prompts": 64}})
+    assert rows[5:] == [
+        ("gold: a/b", "0.5000 ± 0.2500", "0.2500 (of 1)", "-0.2500"),
+        ("gold: \\x1bc", "-", "1.0000", "-"),
+    ]
+    with pytest.raises(ValueError, match="the standard error of gold/a/b/mean of `before`"):
+        runs_evaluation.evaluation_rows({"before": before | {"gold/a/b/se": "x"}, "after": after})
+
+
 @pytest.mark.parametrize(
     ("evaluation", "message"),
     [({"after": AFTER}, "no `before`"), ({"before": BEFORE | {"kl": float("nan")}}, "kl of `before`")],

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from stable_rlhf import ConfigError, RewardError
 from stable_rlhf.errors import CheckpointError
 from stable_rlhf.report.html import write_report
+from stable_rlhf.runs import gold_figures
 from tests.tiny_runs import letters, settings, trainer
 
 HELD_OUT = [{"prompt": f"held out {i}", "label": i} for i in range(11)]
@@ -159,6 +160,30 @@ def test_a_gold_reward_that_fails_is_named(tokenizer, tmp_path: Path) -> None:
     run = trainer(settings(tmp_path), tokenizer, gold_funcs=[fails], eval_dataset=HELD_OUT)
     with pytest.raises(RewardError, match="reward function 'fails' raised TimeoutError: 'no answer'"):
         run.evaluate()
+
+
+@pytest.mark.usefixtures("module_that_draws")
+def test_what_a_gold_reward_does_when_it_is_loaded_stays_its_own(tokenizer, tmp_path: Path) -> None:
+    plain = trainer(settings(tmp_path / "a"), tokenizer, eval_dataset=HELD_OUT)
+    own = torch.rand(())
+    gold = trainer(settings(tmp_path / "b"), tokenizer, gold_funcs="gold_that_draws:score", eval_dataset=HELD_OUT)
+    assert (torch.rand(()), torch.get_default_dtype()) == (own, torch.float32)
+    assert torch.equal(gold._random["cpu"], plain._random["cpu"])
+
+
+@pytest.fixture
+def module_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import torch\ntorch.rand(3)\ntorch.set_default_dtype(torch.float64)\n"
+    code += "def score(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n"
+    (tmp_path / "gold_that_draws.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_the_figures_of_few_scores() -> None:
+    assert gold_figures("a", []) == {"gold/a/mean": None, "gold/a/se": None, "gold/a/judged": 0}
+    assert gold_figures("a", [1.5]) == {"gold/a/mean": 1.5, "gold/a/se": None, "gold/a/judged": 1}
+    two = gold_figures("a", [1.0, 3.0])  # deviation sqrt(2), over sqrt(2)
+    assert two == {"gold/a/mean": 2.0, "gold/a/se": pytest.approx(1.0), "gold/a/judged": 2}
 
 
 # -- the best checkpoint ------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.loading import load_config
@@ -28,11 +27,8 @@ from stable_rlhf.control import (
     settings_class,
 )
 from stable_rlhf.errors import Exit
-from stable_rlhf.records import Measured
 from stable_rlhf.runs.incidents import FIELDS
 from stable_rlhf.runs.names import METRICS
-from stable_rlhf.training.evaluate import evaluation_metrics
-from tests.tiny_updates import make_rollout
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "stable_rlhf"
@@ -256,15 +252,6 @@ def test_the_table_of_an_incident_is_its_fields_and_its_actions() -> None:
     assert [name for cells in table for name in re.findall(r"`(\w+)`", cells[0])] == list(FIELDS)
     (actions,) = [cells[1] for cells in table if cells[0] == "`action`"]
     assert re.findall(r"`([^`]+)`", actions) == [action.value for action in Action if action is not Action.GO_ON]
-
-
-def test_the_figures_of_an_evaluation_are_those_that_it_has() -> None:
-    table = rows(text(ROOT / "docs" / "metrics.md").split("## evaluation.json\n")[1].split("\n## ")[0])
-    rollout = dataclasses.replace(make_rollout(4), gold={"<name>": [1.0] * 8})
-    shape = rollout.tokens.mask.shape
-    zeros, values = torch.zeros(shape), torch.zeros(1, *shape)
-    measured = Measured(tokens=rollout.tokens, logp=zeros, ref_logp=zeros, entropy=zeros, values=values, targets=values)
-    assert [cells[0].strip("`") for cells in table] == list(evaluation_metrics([(rollout, measured)]))
 
 
 # --- the phases ------------------------------------------------------------------------------------

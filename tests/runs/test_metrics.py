@@ -51,7 +51,9 @@ def documented(heading: str) -> list[str]:
 def test_documentation_lists_exactly_the_metrics_of_the_code():
     assert sorted(documented("metrics.jsonl")) == sorted(names.METRICS)
     assert documented("timings.jsonl") == list(names.TIMINGS)
-    assert sorted(documented("evaluation.json")) == sorted([*runs_evaluation.EVALUATION, "reward_se", "prompts"])
+    assert sorted(documented("evaluation.json")) == sorted(
+        [*runs_evaluation.EVALUATION, "reward_se", "prompts", *runs_evaluation.gold_figures("<name>", [])]
+    )
 
 
 def test_every_documented_metric_has_formula_unit_and_healthy_range():

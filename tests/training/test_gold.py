@@ -7,6 +7,7 @@ import math
 import os
 import random
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,39 @@ def test_what_a_gold_reward_does_when_it_is_loaded_stays_its_own(tokenizer, tmp_
     gold = trainer(settings(tmp_path / "b"), tokenizer, gold_funcs="gold_that_draws:score", eval_dataset=HELD_OUT)
     assert (torch.rand(()), torch.get_default_dtype()) == (own, torch.float32)
     assert torch.equal(gold._random["cpu"], plain._random["cpu"])
+
+
+def test_a_module_of_a_reward_and_a_gold_reward_does_the_same_to_the_run(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is imported once, for the reward."""
+    code = "import torch\ntorch.rand(3)\ndef one(prompts, completions, **columns): ...\ndef two(*_, **__): ...\n"
+    (tmp_path / "both_of_one_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    states = []
+    for gold in (None, "both_of_one_module:two"):
+        sys.modules.pop("both_of_one_module", None)
+        config = settings(tmp_path / "run")
+        run = trainer(config, tokenizer, "both_of_one_module:one", gold_funcs=gold, eval_dataset=HELD_OUT)
+        states.append(run._random["cpu"])
+    assert torch.equal(*states)
+
+
+def test_settings_of_texts_act_on_gold_rewards(tokenizer, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def ends(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+        seen.extend(completions)
+        return [0.0] * len(prompts)
+
+    config = settings(tmp_path, reward={"skip_special_tokens": False, "append_eos": True})
+    many = [{"prompt": f"held out {i}"} for i in range(100)]  # every 86th token of the policy is a special one
+    run = trainer(config, tokenizer, "builtin", gold_funcs=[ends], eval_dataset=many)
+    run.evaluate()
+    assert any(token in text for text in seen for token in tokenizer.all_special_tokens)
+    with pytest.raises(ConfigError, match="append_eos=True: has no effect unless one of the rewards is a reward model"):
+        trainer(config, tokenizer, gold_funcs=[ends], eval_dataset=HELD_OUT)
+    trainer(config, tokenizer, gold_funcs=["builtin"], eval_dataset=HELD_OUT)
 
 
 @pytest.fixture

@@ -72,9 +72,9 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
     check_disk(found, config, disk := needed(1))
     train, encoded, held_out = check_data(found, config, context_length(policy), embedding_rows(policy))
     state = TrainerState(max_steps=config.max_steps)
-    gold = make_gold(config.reward, None, None, device, trainer_state=lambda: state)
+    scorer = make_scorer(config.reward, None, None, device, trainer_state=lambda: state, alone=False)
+    gold = make_gold(config.reward, None, None, device, scorer, trainer_state=lambda: state)
     config.check_best(gold.names if gold is not None else [])
-    scorer = make_scorer(config.reward, None, None, device, trainer_state=lambda: state, gold=gold)
     tokenizer = load_tokenizer(config.model)
     rewarded = check_reward(found, scorer, train[0], tokenizer)
     if gold is not None:

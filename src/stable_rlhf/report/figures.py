@@ -300,7 +300,7 @@ def gold_plot(measured: Rows) -> Plot:
         "Means on the held-out prompts: the reward that is trained on, and gold rewards, which are only measured. "
     )
     caption += "Gold that falls while the reward rises is over-optimisation."
-    lines = (_line(HELD_OUT, "reward", "c1 strong"), *(dataclasses.replace(line, panel=1) for line in named.lines))
+    lines = (_line(HELD_OUT, "reward", "quiet"), *(dataclasses.replace(line, panel=1) for line in named.lines))
     return Plot(title="Reward and gold", caption=caption, units=("reward", "gold"), lines=lines if named.lines else ())
 
 

@@ -27,6 +27,7 @@ def make_gold(
     gold_funcs: Any,
     tokenizers: Sequence[Any] | None,
     device: torch.device,
+    rewards: Scorer,
     stopping: Callable[[], bool] = lambda: False,
     shield: Shield | None = None,
     trainer_state: Callable[[], Any] | None = None,
@@ -34,13 +35,15 @@ def make_gold(
     """The scorer of the gold rewards ``gold_funcs``, or of ``settings.gold`` where these are None; None without any.
 
     Only its ``answers`` are of use: weights and penalties are those of training. They are loaded inside ``shield``
-    (None: one of their own), so that a run with them draws and computes as one without. The other arguments and errors
-    are those of `make_scorer`.
+    (None: one of their own), so that a run with them draws and computes as one without. ``rewards``: those of the run,
+    made with ``alone`` False, and before: a module of both then does to the run what it does without gold. The other
+    arguments and errors are those of `make_scorer`.
     """
     specs = listed(settings.gold if gold_funcs is None else gold_funcs)
     random, shield = RandomStream(0), Shield() if shield is None else shield
     with shield.around(random):
         functions = _resolved("gold_", specs, settings, tokenizers, device, stopping)
+    _check_texts(settings, [*rewards.functions, *functions])
     return Scorer(functions, shield=shield, random=random, trainer_state=trainer_state) if functions else None
 
 
@@ -53,21 +56,19 @@ def make_scorer(
     shield: Shield | None = None,
     random: RandomStream | None = None,
     trainer_state: Callable[[], Any] | None = None,
-    gold: Scorer | None = None,
+    alone: bool = True,
 ) -> Scorer:
     """The scorer of ``reward_funcs``, or of ``settings`` where these are None.
 
     ``tokenizers``: one for each reward, None elsewhere. ``stopping``: whether the run is asked to stop; a reward server
-    that does not answer is then no longer waited for. ``shield``, ``random``, ``trainer_state``: see Scorer. ``gold``:
-    the run's gold rewards, on which the settings of texts act too. Raises ConfigError or RewardInputError.
+    that does not answer is then no longer waited for. ``shield``, ``random``, ``trainer_state``: see Scorer. ``alone``:
+    False where `make_gold` follows, which checks the settings of texts for both. Raises ConfigError or
+    RewardInputError.
     """
     specs = listed(settings.functions if reward_funcs is None else reward_funcs)
     functions = _resolved("reward_", specs, settings, tokenizers, device, stopping)
-    every = [function.function for function in (*functions, *(gold.functions if gold is not None else ()))]
-    models = any(isinstance(function, RewardModel) for function in every)
-    only_with("reward", settings, "append_eos", models, "one of the rewards is a reward model")
-    own = any(not isinstance(function, RewardModel | RemoteReward) for function in every)
-    only_with("reward", settings, "skip_special_tokens", own, "one of the rewards is a function")
+    if alone:
+        _check_texts(settings, functions)
     return Scorer(
         functions,
         settings.weights,
@@ -76,6 +77,14 @@ def make_scorer(
         random=random,
         trainer_state=trainer_state,
     )
+
+
+def _check_texts(settings: RewardConfig, functions: Sequence[RewardFunction]) -> None:
+    """Refuses a setting of the texts that none of the rewards reads."""
+    models = any(isinstance(function.function, RewardModel) for function in functions)
+    only_with("reward", settings, "append_eos", models, "one of the rewards is a reward model")
+    own = any(not isinstance(function.function, RewardModel | RemoteReward) for function in functions)
+    only_with("reward", settings, "skip_special_tokens", own, "one of the rewards is a function")
 
 
 def _resolved(

@@ -33,16 +33,6 @@ def make_scorers(
     ``shield``: of the run's user code. Gold rewards have one of their own: what they set of the process, rewards and
     callbacks must not find, or a run with them would be another one.
     """
-    gold = make_gold(
-        config.reward,
-        given.gold_funcs,
-        given.gold_processing_classes,
-        model.device,
-        stopping=stopping,
-        shield=Shield(model.dropout_off),
-        trainer_state=trainer_state,
-    )
-    config.check_best(gold.names if gold is not None else [])
     scorer = make_scorer(
         config.reward,
         given.reward_funcs,
@@ -52,6 +42,17 @@ def make_scorers(
         shield=shield,
         random=RandomStream(config.seed),
         trainer_state=trainer_state,
-        gold=gold,
+        alone=False,
     )
+    gold = make_gold(
+        config.reward,
+        given.gold_funcs,
+        given.gold_processing_classes,
+        model.device,
+        scorer,
+        stopping=stopping,
+        shield=Shield(model.dropout_off),
+        trainer_state=trainer_state,
+    )
+    config.check_best(gold.names if gold is not None else [])
     return scorer, gold

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from stable_rlhf import ConfigError, RewardError
-from stable_rlhf.errors import CheckpointError
+from stable_rlhf.errors import CheckpointError, RewardInputError
 from stable_rlhf.report.html import write_report
 from stable_rlhf.runs import gold_figures
 from tests.tiny_runs import letters, settings, trainer
@@ -39,6 +39,11 @@ class Length:
     def __call__(self, prompts: list[Any], completions: list[str], label: list[int], **others: Any) -> list[Any]:
         self.asked += zip(prompts, completions, strict=True)
         return [None if n % 3 == 0 else float(len(text)) for n, text in zip(label, completions, strict=True)]
+
+
+class Ones:
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(prompts)
 
 
 def constant(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
@@ -257,15 +262,16 @@ def test_a_gold_reward_that_is_trained_on_is_refused_and_one_of_the_same_name_is
     with pytest.raises(ConfigError, match=r"reward\.gold: 'builtin' is one of the rewards"):
         trainer(config, tokenizer, None, eval_dataset=HELD_OUT)
     assert trainer(config, tokenizer, eval_dataset=HELD_OUT).gold.names == ["builtin"]
-    one, other = Length(), Length()
-    run = trainer(settings(tmp_path), tokenizer, one, gold_funcs=[other, Length()], eval_dataset=HELD_OUT)
-    assert (run.scorer.names, run.gold.names) == (["Length"], ["Length", "Length-2"])
+    run = trainer(settings(tmp_path), tokenizer, Ones(), gold_funcs=[Ones(), Ones()], eval_dataset=HELD_OUT)
+    assert (run.scorer.names, run.gold.names) == (["Ones"], ["Ones", "Ones-2"])
+    with pytest.raises(RewardInputError, match="reward function 'Length' asks for 'label', which is no column"):
+        trainer(settings(tmp_path), tokenizer, gold_funcs=Length(), eval_dataset=[{"prompt": "p"}])
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"gold_funcs": [3]}, r"SAFETrainer\(gold_funcs=3\): is a int; give functions"),
+        ({"gold_funcs": [3]}, r"SAFETrainer\(gold_funcs=3\): is an int; give functions"),
         ({"gold_funcs": [constant], "gold_processing_classes": "x"}, r"SAFETrainer\(gold_processing_classes='x'\)"),
         (
             {"gold_funcs": [constant], "gold_processing_classes": [None, None]},

@@ -124,6 +124,7 @@ class Run(KnownArguments):
             config, rewards, self.model, self.shield, stopping=self._stop.asked, trainer_state=lambda: self.state
         )
         check_asked(self.scorer, train, held_out)
+        check_asked(self.gold, held_out)
         self.sampler = Sampler(
             tokenizer=self.processing_class,
             scorer=self.scorer,

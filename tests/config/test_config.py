@@ -18,6 +18,7 @@ from stable_rlhf.config import files, loading
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.presets import PRESETS
+from stable_rlhf.config.resume import given_in_python, refuse_changes
 from stable_rlhf.config.sections import SECTIONS, TRACKERS, ModelConfig
 from stable_rlhf.control import (
     CONTROLLERS,
@@ -29,7 +30,7 @@ from stable_rlhf.control import (
     SafeSettings,
     settings_class,
 )
-from stable_rlhf.errors import ConfigError
+from stable_rlhf.errors import CheckpointError, ConfigError
 
 # The settings of the controllers, from the tables of algorithm.md (Controllers).
 ADAPTIVE = {"init_beta": 0.05, "target": 0.3, "horizon": 16.0}
@@ -660,3 +661,25 @@ def test_pefts_word_for_every_linear_layer_is_none() -> None:
 
 def test_the_trackers_are_those_of_transformers() -> None:
     assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+
+
+def test_a_gold_server_may_move() -> None:
+    def saved(gold: str) -> dict[str, Any]:
+        return Config.from_preset("safe", reward={"gold": gold}).to_dict()
+
+    refuse_changes(saved("http://a/x"), saved("http://b/y"))
+    with pytest.raises(CheckpointError, match=r"reward\.gold is \['m:f'\] here and \['http://b/y'\] in the checkpoint"):
+        refuse_changes(saved("m:f"), saved("http://b/y"))
+    assert given_in_python(saved("m:<lambda>")) == "reward.gold='m:<lambda>'"
+
+
+def test_gold_rewards_are_checked_as_rewards_are() -> None:
+    with pytest.raises(ConfigError, match=r"^reward\.gold: 'http://a.* is not a URL; give"):
+        Config(reward={"gold": "http://a:b"})
+    with pytest.raises(ConfigError, match="would be sent to a and b: use it with one server"):
+        Config(reward={"functions": "http://a", "gold": "http://b", "token_env": "TOKEN"})
+    with pytest.raises(ConfigError, match=r"every entry must be one of reward\.functions or reward\.gold"):
+        Config(reward={"gold": "org/judge", "trust_remote_code": ["org/other"]})
+    assert Config(reward={"gold": "org/judge", "trust_remote_code": ["org/judge"]}).reward.gold == ["org/judge"]
+    best = {"eval_steps": 1, "metric_for_best_model": "gold/judge"}
+    assert Config(**best).metric_for_best_model == Config(**Config(**best).to_dict()).metric_for_best_model

@@ -120,6 +120,9 @@ TURNED: dict[str, Turn | str] = {
     "reward.functions": Turn(to=["tests.config.test_effects:length"], of="objective/scores"),
     "reward.url": "rewards/test_client_runs.py::test_a_run_is_rewarded_by_the_server_as_by_the_function_itself",
     "reward.weights": Turn(to=[2.0], of="objective/scores"),
+    "reward.gold": Turn(
+        to=["tests.config.test_effects:length"], shows_in="evaluation", given=HELD_OUT, same=("rows", "weights")
+    ),
     "reward.missing_eos_penalty": Turn(to=1.0, of="objective/scores"),
     "reward.normalise": Turn(to="none", of="val/returns_mean"),
     "reward.batch_size": Turn(to=1, shows_in="passes", given=REWARD_MODEL),

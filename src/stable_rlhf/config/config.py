@@ -47,7 +47,7 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 EVALUATED = ("reward", "kl", "entropy", "distinct_2", "length")
-"""Figures of an evaluation by which the best checkpoint can be chosen."""
+"""Figures of an evaluation by which the best checkpoint can be chosen, besides the means of gold rewards."""
 
 _FROM_PRESET: Any = None
 """Marks a section that the caller did not give. ``Config.__post_init__`` replaces it by the preset's."""
@@ -83,8 +83,8 @@ class Config(Named):
     """Evaluate on the held-out prompts every this many steps of training, and at its end; 0 evaluates only before and
     after. An evaluation changes nothing of the training."""
     metric_for_best_model: str | None = None
-    """Figure of these evaluations by which the best checkpoint is chosen, and kept: reward, kl, entropy, distinct_2 or
-    length. None chooses none. Only with eval_steps above 0."""
+    """Figure of these evaluations by which the best checkpoint is chosen, and kept: reward, kl, entropy, distinct_2,
+    length, or gold/NAME, the mean of a gold reward (reward.gold). None chooses none. Only with eval_steps above 0."""
     greater_is_better: bool = True
     """Whether a greater metric_for_best_model is better; set false for kl."""
     load_best_model_at_end: bool = False
@@ -144,12 +144,20 @@ class Config(Named):
         best = self.metric_for_best_model
         remedy = "is chosen by evaluations in training, and there are none: set eval_steps above 0, or leave it out"
         require(best is None or self.eval_steps > 0, "metric_for_best_model", best, remedy)
-        known = best is None or best in EVALUATED
-        require(known, "metric_for_best_model", best, f"choose one of {', '.join(EVALUATED)}")
+        if best is not None and best.startswith("gold/"):  # the trainer knows which there are
+            object.__setattr__(self, "metric_for_best_model", f"{best.removesuffix('/mean')}/mean")
+        else:
+            self.check_best([])
         for name in ("greater_is_better", "load_best_model_at_end"):
             only_with("", self, name, best is not None, "metric_for_best_model is set")
         remedy = "the policy farthest from the reference would be kept as the best: set greater_is_better=false"
         require(best != "kl" or not self.greater_is_better, "metric_for_best_model", best, remedy)
+
+    def check_best(self, gold: Iterable[str]) -> None:
+        """Refuses a metric_for_best_model that no evaluation has. ``gold``: the names of the gold rewards."""
+        known = [*EVALUATED, *(f"gold/{name}/mean" for name in gold)]
+        best = self.metric_for_best_model
+        require(best is None or best in known, "metric_for_best_model", best, f"choose one of {', '.join(known)}")
 
     @classmethod
     def from_preset(cls, preset: str = "safe", **overrides: Any) -> Config:

@@ -183,6 +183,10 @@ class RewardConfig(Named):
     """Weights of the rewards in their sum, one for each entry of ``functions``; None gives each the weight 1. A reward
     that gives a sample no score is left out of its sum. The trainer checks the number, because functions may also be
     given as Python objects."""
+    gold: list[str] = dataclasses.field(default_factory=list)
+    """List of gold rewards, named as in ``functions``. They are only measured, never trained on: each by itself, on the
+    held-out prompts, before and after training and every ``eval_steps``. A gold reward that falls while the reward
+    rises shows over-optimisation (docs/rewards.md)."""
     missing_eos_penalty: float | None = None
     """Amount subtracted from the reward, in the scorer's units, if a completion did not end within
     max_completion_length; None subtracts nothing."""
@@ -217,10 +221,12 @@ class RewardConfig(Named):
     """Columns of the data set to send to a reward server with each request, such as [labels]. By default a server
     receives only prompts and completions."""
     accept_changed: bool = False
-    """Resume although the code or the weights of a reward are not those that the run began with, as after a repair.
+    """Resume although the code or the weights of a reward (or gold reward) are not those that the run began with, as
+    after a repair.
     False refuses: the rewards before and after would not be comparable."""
     trust_remote_code: list[str] = dataclasses.field(default_factory=list)
-    """Entries of ``functions`` whose own Python code may run. Leave it empty unless you have read that code."""
+    """Entries of ``functions`` or ``gold`` whose own Python code may run. Leave it empty unless you have read that
+    code."""
 
     def __post_init__(self) -> None:
         check_types("reward", self)
@@ -232,8 +238,14 @@ class RewardConfig(Named):
         if self.missing_eos_penalty is not None:
             not_negative("reward", self, "missing_eos_penalty")
         positive("reward", self, "batch_size")
-        unknown = sorted(set(self.trust_remote_code) - set(self.functions))
-        require(not unknown, "reward.trust_remote_code", unknown, "every entry must be one of reward.functions")
+        unknown = sorted(set(self.trust_remote_code) - {*self.functions, *self.gold})
+        remedy = "every entry must be one of reward.functions or reward.gold"
+        require(not unknown, "reward.trust_remote_code", unknown, remedy)
+
+    @property
+    def servers(self) -> list[str]:
+        """The reward servers' URLs, those of gold rewards included."""
+        return [name for name in (*self.functions, *self.gold) if is_url(name)]
 
     def _check_servers(self) -> None:
         """Checks the reward servers, and makes ``url`` the only entry of ``functions``, as in config.yaml."""
@@ -247,14 +259,15 @@ class RewardConfig(Named):
             )
             require(self.functions in (["builtin"], [self.url]), "reward.functions", self.functions, remedy)
             object.__setattr__(self, "functions", [self.url])
-        servers = [function for function in self.functions if is_url(function)]
-        for server in servers:
-            check_url("reward.functions", server)
+        for setting, names in (("reward.functions", self.functions), ("reward.gold", self.gold)):
+            for server in names:
+                if is_url(server):
+                    check_url(setting, server)
         positive("reward", self, "timeout", "max_wait")
         not_negative("reward", self, "retries")
         for name in sorted({"query", "prompts", "messages"} & set(self.columns)):
             require(False, "reward.columns", name, "is a field of the protocol itself; rename the column")
-        hosts = sorted({urlsplit(server).netloc for server in servers})
+        hosts = sorted({urlsplit(server).netloc for server in self.servers})
         remedy = f"would be sent to {' and '.join(hosts)}: use it with one server, or leave it out"
         require(self.token_env is None or len(hosts) < 2, "reward.token_env", self.token_env, remedy)
 

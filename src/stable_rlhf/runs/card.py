@@ -79,11 +79,13 @@ def _subject(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[tu
     rewards = settings["reward.functions"]
     weights = settings["reward.weights"] or [1.0] * len(rewards)
     adapter = f"rank {settings['model.lora_r']}" if settings["model.lora_r"] else "none of the settings'"
+    gold = ", ".join(map(_code, settings["reward.gold"]))
     return [
         ("policy before training", _code(settings["model.name"])),
         ("adapter", adapter),
         ("prompts", f"{_code(settings['data.train'])}, split {_code(settings['data.split'])}"),
         ("reward", " + ".join(f"{weight:g} x {_code(name)}" for weight, name in zip(weights, rewards, strict=True))),
+        *([("gold reward, only measured", gold)] if gold else []),
         ("KL controller", _code(settings["kl.controller"])),
         ("steps", f"{rows[-1]['step'] + 1 if rows else 0} of {settings['rollout.batch_size']} prompts each"),
         ("seed", str(settings["seed"])),
@@ -94,9 +96,10 @@ def _figures(known: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     parts = []
     if "before" in known:
         prompts = formatted(known["before"].get("prompts"), ".0f")
+        evaluated = evaluation.evaluation_rows(known)
         parts += [
             f"On {prompts} held-out prompts; ± is one standard error.",
-            _table(("", "before", "after", "change"), evaluation.evaluation_rows(known)),
+            _table(("", "before", "after", "change"), [(_cell(label), *rest) for label, *rest in evaluated]),
         ]
     if rows:
         last = [(label, formatted(rows[-1].get(name), ".4g")) for name, label in LAST.items()]
@@ -133,6 +136,12 @@ def _loading(adapter: bool) -> str:
 
 def _code(text: str) -> str:
     return "`" + printable(str(text), VALUE).replace("`", "'").replace("|", "\u00a6") + "`"
+
+
+def _cell(label: str) -> str:
+    """A label, as code where it has a gold reward's name in it, in which nothing is markup."""
+    kind, colon, name = label.partition(": ")
+    return f"{kind}{colon}{_code(name)}" if colon else label
 
 
 def _table(heading: tuple[str, ...], rows: list[Any]) -> str:

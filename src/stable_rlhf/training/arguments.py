@@ -18,6 +18,7 @@ from stable_rlhf.config import PRESETS, Config, ModelConfig, probable_setting
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.rewards import listed
 from stable_rlhf.text import kind_of, quoted
+from stable_rlhf.training.scoring import GivenRewards
 
 _BY_FIELD = {"r": "lora_r", "lora_alpha": "lora_alpha", "target_modules": "lora_target_modules"}
 """Fields of LoraConfig that have a setting of their own. The others are in `model.lora_options`."""
@@ -71,10 +72,9 @@ def _meant(name: str, has: Sequence[str]) -> str:
 
 def check_arguments(
     model: Any,
-    reward_funcs: Any,
+    rewards: GivenRewards,
     args: Any,
     processing_class: Any,
-    reward_processing_classes: Any,
     callbacks: Any,
     peft_config: Any,
 ) -> None:
@@ -87,16 +87,9 @@ def check_arguments(
         raise _wrong("model", model, "give one causal language model, its folder, or its name on the hub")
     if isinstance(model, nn.Module) and not (isinstance(model, PeftModel) or hasattr(model, "config")):
         raise _wrong("model", model, "give a causal language model of Transformers, such as AutoModelForCausalLM loads")
-    for function in [] if reward_funcs is None else listed(reward_funcs):
-        if not (isinstance(function, str | Path) or callable(function)):
-            remedy = "give functions, names such as 'package.module:function', or sequence-classification models"
-            raise _wrong("reward_funcs", function, remedy)
     _check_tokenizer("processing_class", processing_class)
-    if isinstance(reward_processing_classes, str) or not isinstance(reward_processing_classes, Sequence | None):
-        remedy = "give a list with a tokenizer or None for each reward"
-        raise _wrong("reward_processing_classes", reward_processing_classes, remedy)
-    for tokenizer in reward_processing_classes or []:
-        _check_tokenizer("reward_processing_classes", tokenizer)
+    _check_rewards("reward_", rewards.reward_funcs, rewards.reward_processing_classes)
+    _check_rewards("gold_", rewards.gold_funcs, rewards.gold_processing_classes)
     if callbacks is not None and not isinstance(callbacks, Sequence):
         raise _wrong("callbacks", callbacks, "give a list of transformers.TrainerCallback objects")
     for callback in callbacks or []:
@@ -139,6 +132,19 @@ def _plain(value: Any) -> Any:
         return json.loads(json.dumps(value))
     except TypeError:
         return f"<{type(value).__name__}>"
+
+
+def _check_rewards(prefix: str, functions: Any, tokenizers: Any) -> None:
+    """Checks ``reward_funcs`` with ``reward_processing_classes``, or those of another ``prefix``."""
+    for function in [] if functions is None else listed(functions):
+        if not (isinstance(function, str | Path) or callable(function)):
+            remedy = "give functions, names such as 'package.module:function', or sequence-classification models"
+            raise _wrong(f"{prefix}funcs", function, remedy)
+    if isinstance(tokenizers, str) or not isinstance(tokenizers, Sequence | None):
+        remedy = "give a list with a tokenizer or None for each reward"
+        raise _wrong(f"{prefix}processing_classes", tokenizers, remedy)
+    for tokenizer in tokenizers or []:
+        _check_tokenizer(f"{prefix}processing_classes", tokenizer)
 
 
 def _check_tokenizer(name: str, value: Any) -> None:

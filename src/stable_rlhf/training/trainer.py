@@ -57,6 +57,8 @@ class SAFETrainer(PolicySaving):
             folder), None elsewhere.
         callbacks: ``transformers.TrainerCallback`` objects.
         peft_config: adapter for a model that has none.
+        gold_funcs, gold_processing_classes: rewards of the same kinds that are only measured, on the held-out prompts,
+            never trained on, and their tokenizers. None: ``args.reward.gold``.
 
     Raises ConfigError, PromptError, RewardError or OutOfMemoryError, with a remedy, before anything is written.
     """
@@ -299,7 +301,7 @@ class SAFETrainer(PolicySaving):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float | None]:
-        """Evaluates on the held-out prompts: reward with its standard error, KL, entropy, distinct-2 and length.
+        """Evaluates on the held-out prompts: the figures of one side of evaluation.json (docs/metrics.md).
 
         Raises ConfigError where there are no held-out prompts.
         """
@@ -310,7 +312,7 @@ class SAFETrainer(PolicySaving):
             raise ConfigError("evaluate() needs held-out prompts: give eval_dataset, or set data.eval_size above 0")
         self.model.dropout_off()
         figures, samples = evaluate(
-            self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args.max_steps
+            self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args.max_steps, self.gold
         )
         self.events.evaluated(figures)
         return figures, samples

@@ -116,7 +116,7 @@ def test_every_command_to_train_that_is_shown_is_accepted(monkeypatch: pytest.Mo
         arguments = shlex.split(command.split("stable-rlhf train")[1], comments=True)
         if arguments[:1] == ["run.yaml"]:  # a file of the reader's
             arguments = arguments[1:]
-        if arguments == ["--help"]:
+        if arguments in (["--help"], ["--help-all"]):
             continue
         assert isinstance(load_config(arguments), Config), command
 
@@ -160,7 +160,7 @@ def defaults(controller: str) -> dict[str, Any]:
 
 
 def test_the_help_of_preset_lists_the_presets() -> None:
-    """The docstring of Config.preset, which a reader meets in `train --help`."""
+    """The docstring of Config.preset, which a reader meets in `train --help-all`."""
     (made,) = [
         node for node in ast.parse(text(PACKAGE / "config" / "config.py")).body if getattr(node, "name", "") == "Config"
     ]
@@ -172,13 +172,13 @@ def test_the_help_of_preset_lists_the_presets() -> None:
 
 
 README_KL = {
-    "none": "none",
-    "fixed": "fixed, {beta}",
-    "adaptive": "adaptive (Ziegler et al. 2019)",
-    "asymmetric": "asymmetric penalty with momentum",
-    "safe": "regulated to a budget of {budget} nats per token that opens while the reward climbs; tightened when "
-    "entropy collapses",
-    "paper": "the paper's constants, made to act",
+    "none": "0",
+    "fixed": "stays at {beta}",
+    "adaptive": "rises above a KL of {target} and falls below it (Ziegler et al. 2019)",
+    "asymmetric": "rises with a KL above {threshold}, and with its growth",
+    "safe": "follows the KL to keep it near {budget} nats per token, a bound that rises while the reward climbs; "
+    "higher when answers become alike",
+    "paper": "as in the paper's published code, with constants that act",
 }
 
 
@@ -187,9 +187,9 @@ def test_the_readmes_table_of_presets_says_what_they_set(preset: str) -> None:
     table = rows(text(ROOT / "README.md").split("## Presets\n")[1].split("\n## ")[0])
     (cells,) = [cells for cells in table if cells[0].split(" ")[0] == f"`{preset}`"]
     config = Config(preset=preset)
-    critic = {1: "one head", 2: "two heads, soft-min"}[config.critic.heads]
-    critic += "" if config.critic.bootstrap == "online" else ", Polyak bootstrap"
-    place = "the reward" if config.kl.in_reward else f"the loss ({config.kl.in_loss})"
+    critic = {1: "one", 2: "two, the lower prediction counts more"}[config.critic.heads]
+    critic += "" if config.critic.bootstrap == "online" else "; slow copies give part of the goal"
+    place = "the reward" if config.kl.in_reward else "the loss"
     kl = README_KL[config.kl.controller].format(**dataclasses.asdict(config.kl.settings))
     assert cells[1:] == [critic, kl, "nowhere" if config.kl.controller == "none" else place]
     assert ("(default)" in cells[0]) == (preset == Config().preset)

@@ -10,6 +10,8 @@ import pytest
 
 import stable_rlhf
 from stable_rlhf import errors
+from stable_rlhf.config import refuse_changes
+from stable_rlhf.console import tell
 from stable_rlhf.errors import Exit, Interrupted, StableRLHFError
 
 CLI = Path(stable_rlhf.__file__).parent / "cli"
@@ -42,6 +44,40 @@ def test_every_error_is_in_the_tree_with_its_exit_code_and_its_former_base() -> 
         assert issubclass(classes[name], StableRLHFError), name
         assert classes[name].exit_code is code, name
         assert issubclass(classes[name], base), name
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("['http://h/x?key=secret', 'builtin'] here", "['http://h/x', 'builtin'] here"),
+        ("the server https://me:secret@h:1/y: gone", "the server https://h:1/y: gone"),
+        ('"http://h?token=it\'s-secret", not', '"http://h", not'),
+        ("(HTTP://[::1]:80/x?q=secret).", "(HTTP://[::1]:80/x)."),
+        ("http://me:sec/ret@h/p x", "http://h/p x"),
+        ("http://me:secret?1@h/p x", "http://h/p x"),
+        ("http://h:secret/p?s=1 x", "http://h x"),
+        ("see https://h/@me/x, then", "see https://h/@me/x, then"),
+    ],
+)
+def test_an_error_and_a_line_show_urls_without_their_secrets(
+    said: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert str(errors.ConfigError(said)) == shown
+    assert str(errors.GuardStop(f"{errors.RewardError(said)}")) == shown
+    tell(said)
+    assert capsys.readouterr().err == f"{shown}\n"
+
+
+def test_a_resume_shows_no_secret_of_the_rewards_that_differ() -> None:
+    here, there = (
+        {"reward": {"functions": [f"https://me:pass@host/{path}?token=secret", "builtin"][: 3 - len(path)]}}
+        for path in ("a", "bb")
+    )
+    with pytest.raises(errors.CheckpointError) as raised:
+        refuse_changes(here, there)
+    assert "https://host/a" in str(raised.value)
+    assert "secret" not in str(raised.value)
+    assert "pass" not in str(raised.value)
 
 
 def test_a_signal_ends_a_command_with_128_and_its_number_and_is_not_caught_as_an_exception() -> None:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
 import datasets
+import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from stable_rlhf import SAFETrainer
-from stable_rlhf.errors import ConfigError
+from stable_rlhf.config import ModelConfig
+from stable_rlhf.data import load_prompts
+from stable_rlhf.errors import ConfigError, StableRLHFError
 from stable_rlhf.hub import hub_fault
+from stable_rlhf.policy import check_model
+from stable_rlhf.rewards.functions import resolve_reward
 
 
 def raised(call, *given) -> BaseException:
@@ -74,3 +87,47 @@ def test_a_user_reads_no_sentence_of_the_hubs_libraries() -> None:
         "off (HF_HUB_OFFLINE); give builtin, the "
         "folder of a causal language model in safetensors or GGUF, or a hub name"
     )
+
+
+@pytest.fixture
+def unreached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub that is not switched off, and whose address nobody listens at."""
+    with socket.socket() as taken:  # bound, so that it is nobody else's, and not listening
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        for module in ("huggingface_hub.constants", "datasets.config"):
+            monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
+        yield
+
+
+def test_a_name_on_a_hub_that_cannot_be_reached_fails_at_once_and_in_a_sentence(
+    unreached: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "no/such-base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    began = time.monotonic()
+    said = []
+    for doing in (
+        lambda: check_model(ModelConfig(name="no/such-model")),
+        lambda: check_model(ModelConfig(name=str(tmp_path))),  # whose base is on the hub
+        lambda: load_prompts("no/such-prompts"),
+        lambda: resolve_reward("no/such-reward", device=torch.device("cpu")),
+        lambda: resolve_reward(str(tmp_path), device=torch.device("cpu")),
+    ):
+        with pytest.raises(StableRLHFError) as raised:
+            doing()
+        said.append(str(raised.value))
+    assert time.monotonic() - began < 5
+    assert [sentence for sentence in said if "the hub could not be reached" not in sentence] == []
+    assert not any("HF_HUB_OFFLINE" in sentence for sentence in said)
+    assert "Retrying" not in caplog.text
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # as it was
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_what_is_here_does_not_ask_for_the_hub(unreached: None, tiny_folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("stable_rlhf.hub._is_reached", lambda: pytest.fail("asked"))
+    check_model(ModelConfig(name=str(tiny_folder)))
+    check_model(ModelConfig())
+    assert len(load_prompts("builtin", limit=2)) == 2

@@ -15,7 +15,12 @@ import pytest
 import yaml
 
 import stable_rlhf
+from stable_rlhf.config import probable_setting
 from stable_rlhf.config.config import Config
+from stable_rlhf.config.elsewhere import ELSEWHERE
+from stable_rlhf.config.names import setting_types
+from stable_rlhf.config.sections import SECTIONS as SECTIONS_OF_SETTINGS
+from stable_rlhf.control import CONTROLLERS
 from stable_rlhf.runs.names import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +116,29 @@ def test_names_and_defaults_of_trl_and_of_ours_are_true(heading: str, file: str,
     for their_name, their_default, our_name, our_default in rows:
         assert theirs[their_name.strip("`")] == ast.literal_eval(their_default), their_name
         assert value_of(ours, our_name.strip("`")) == ast.literal_eval(our_default), our_name
+
+
+def test_a_setting_of_trl_that_is_given_here_is_told_the_name_that_the_page_has() -> None:
+    for heading in ("Settings of PPO", "Settings of GRPO"):
+        for their_name, _, our_name, _ in tables(section(heading)):
+            theirs, ours = their_name.strip("`"), our_name.strip("`")
+            assert ours in probable_setting(theirs), theirs
+    (without,) = re.findall(r"(`num_generations`.*) have no counterpart", section("Settings of GRPO"), flags=re.DOTALL)
+    for theirs in re.findall(r"`(\w+)`", without):
+        assert probable_setting(theirs).startswith("; here there is none"), theirs
+    (batch,) = re.findall(r"`(per_device_train_batch_size)` and", section("Settings of GRPO"))
+    assert "rollout.batch_size" in probable_setting(batch)
+
+
+def test_every_setting_that_other_libraries_names_lead_to_is_there() -> None:
+    ours = {name for controller in CONTROLLERS for name in setting_types(Config, controller)}
+    for theirs, text in ELSEWHERE.items():
+        named = re.findall(rf"\b(?:{'|'.join(SECTIONS_OF_SETTINGS)})\.[a-z_.]*[a-z_]", text)
+        assert set(named) <= ours, theirs
+        assert theirs not in ours, theirs
+        assert named or text.startswith(("none", "max_steps", "eval_steps", "save_steps", "`stable-rlhf resume")), (
+            theirs
+        )
 
 
 def test_metrics_of_trl_that_are_named_are_those_of_its_trainers() -> None:

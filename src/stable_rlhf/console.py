@@ -19,7 +19,7 @@ import rich.progress
 from rich.console import Console
 from rich.text import Text
 
-from stable_rlhf.text import ends, formatted, visible
+from stable_rlhf.text import ends, formatted, visible, without_secrets
 
 TRACEBACK = 20_000
 """Characters shown of each end of a traceback: its first and last frames, however long the message is."""
@@ -125,5 +125,6 @@ def said_if_lost(sentence: object) -> Iterator[None]:
 
 
 def tell(sentence: str) -> None:
-    """Prints one line on stderr even if ``log.progress`` is off: for messages that a user must see."""
-    print(visible(sentence, newline=" "), file=sys.stderr, flush=True)
+    """Prints one line on stderr even if ``log.progress`` is off: for messages that a user must see. URLs are shown
+    without their secrets."""
+    print(visible(without_secrets(sentence), newline=" "), file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ import signal
 from collections.abc import Mapping
 from typing import ClassVar
 
+from stable_rlhf.text import without_secrets
+
 
 class Exit(enum.IntEnum):
     """The command's exit codes; docs/operations.md says what to do about each."""
@@ -33,10 +35,16 @@ class Exit(enum.IntEnum):
 
 
 class StableRLHFError(Exception):
-    """The base class of this package's errors. The message says what is wrong and what to do about it."""
+    """The base class of this package's errors. The message says what is wrong and what to do about it.
+
+    URLs in it are shown without name, password and query, which may be secret.
+    """
 
     exit_code: ClassVar[Exit] = Exit.FAILED
     """The exit code of a command that ends with it."""
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 # -- before training ------------------------------------------------------------------------------------------------

@@ -84,6 +84,8 @@ class Rollout:
     """Figures that reward functions recorded, by name."""
     extra: dict[str, list[Any]] = field(default_factory=dict)
     """Columns of B texts, numbers or None that reward functions recorded."""
+    gold: dict[str, list[float | None]] = field(default_factory=dict)
+    """Each gold reward's B values, in an evaluation; never learned from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ writing direction, cover other lines. All of these need one of the characters th
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator
 
@@ -15,6 +16,14 @@ the lines above and below."""
 
 QUOTED = 80
 """Characters of a value that an error message repeats: one terminal line."""
+
+
+_URL = re.compile(r"""([a-z][a-z0-9+.-]*://)((?:[^\s'"]|['"](?![\s,;:.)\]}]|$))*)""", re.IGNORECASE)
+"""A URL in a text. A quotation mark ends it only before punctuation or white space: a query can hold one."""
+
+_HOST = re.compile(r"([^:]*|\[.*\])(:\d*)?")
+_PUNCTUATION = re.compile(r"[.,;:)\]}]*$")
+"""The sentence's, after a URL."""
 
 
 def visible(text: str, newline: str = "\n") -> str:
@@ -57,6 +66,23 @@ def quoted(value: object) -> str:
     """repr() of a value, which escapes control characters. The middle of a long one is left out."""
     text = repr(value)
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 4]}...{text[-1]}"
+
+
+def without_secrets(text: str) -> str:
+    """`text` with every URL in it cut to scheme, host, port and path: its name, password and query may be secret."""
+    return _URL.sub(_shown_url, text)
+
+
+def _shown_url(match: re.Match[str]) -> str:
+    scheme, rest = match.groups()
+    address = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host = address.partition("/")[0]
+    if "@" in host:
+        address = address[host.rindex("@") + 1 :]
+    elif not _HOST.fullmatch(host):  # what follows its colon is not a port, but a password with one of / ? #
+        address = (address if "@" in address else rest).rpartition("@")[2] if "@" in rest else host.partition(":")[0]
+    end = "" if address == rest else _PUNCTUATION.search(rest)
+    return f"{scheme}{address.removesuffix(end[0])}{end[0]}" if end else f"{scheme}{address}"
 
 
 def valid_unicode(text: str) -> str:
@@ -106,6 +132,12 @@ def readable_size(size: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A number with its noun: 1 step, 2 steps."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def kind_of(value: object) -> str:
+    """The type of a value with its article: an int, a list, None."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def formatted(value: float | None, form: str) -> str:

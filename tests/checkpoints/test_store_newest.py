@@ -76,7 +76,7 @@ def test_a_folder_that_is_not_as_it_was_saved_is_refused_with_its_fault(tmp_path
             store.load(saved)
         found = str(raised.value)
         assert found.startswith(f"{saved} is not a whole checkpoint (")
-        assert found.endswith("): choose an older checkpoint of the run with --checkpoint, or start a new run")
+        assert found.endswith("in Python resume_from_checkpoint), or start a new run")
         return found.removeprefix(f"{saved} is not a whole checkpoint (").partition("): choose")[0]
 
     (saved / "extra\x1b.bin").write_bytes(b"")
@@ -277,9 +277,9 @@ def test_a_hostile_safetensors_file_ends_in_a_sentence(tmp_path: Path, content: 
         (b"[" * 100_000, "manifest.json has changed since it was saved: it is nested too deeply"),
         (b" " * (1 << 20) + b"{}", "manifest.json is longer than 1,048,576 bytes"),
         (b"[]", "manifest.json has changed since it was saved"),
-        (b'{"version": 4, "step": 4, "files": 5}', "manifest.json has changed since it was saved"),
-        (b'{"version": 4, "step": 4, "files": {"state.json": []}}', "manifest.json has changed since it was saved"),
-        (b'{"version": 4, "step": NaN, "files": {}}', "NaN is not a finite number"),
+        (b'{"version": 5, "step": 4, "files": 5}', "manifest.json has changed since it was saved"),
+        (b'{"version": 5, "step": 4, "files": {"state.json": []}}', "manifest.json has changed since it was saved"),
+        (b'{"version": 5, "step": NaN, "files": {}}', "NaN is not a finite number"),
         (manifest.Manifest(4, {}).encoded(), "manifest.json has changed since it was saved"),
         (manifest.Manifest(4, {"state.json": (0, "")}).encoded(), r"'model.safetensors' was not saved with it"),
         (manifest.Manifest(4, {"state.json": (0, ""), "../x": (0, "")}).encoded(), "../x is missing"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,6 +21,7 @@ from stable_rlhf.cli.parser import Parser
 from stable_rlhf.config import loading
 from stable_rlhf.config.algorithm import CriticConfig
 from stable_rlhf.config.config import Config
+from stable_rlhf.config.help import COMMON
 from stable_rlhf.config.presets import PRESETS
 from stable_rlhf.config.sections import SECTIONS
 from stable_rlhf.control import AdaptiveSettings, FixedSettings, NoneSettings, SafeSettings
@@ -171,6 +174,8 @@ def test_the_numbers_of_other_commands_are_read_the_same_way(text: str, number: 
 
 def test_help_says_null_as_the_command_line_and_yaml_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
+    assert "None" not in capsys.readouterr().out
+    assert main(["train", "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert "None" not in shown
     assert "(type: str | null, default: null)" in " ".join(shown.split())
@@ -222,7 +227,7 @@ def test_a_list_can_be_replaced_or_added_to() -> None:
         ("--optim.learning_rat 1", "unknown setting --optim.learning_rat. Did you mean optim.learning_rate?"),
         ("--max_step 5", "unknown setting --max_step. Did you mean max_steps?"),
         ("--lam 1", "unknown setting --lam. Did you mean optim.lam or critic.lam?"),
-        ("--zzz 1", "unknown setting --zzz; `stable-rlhf train --help` lists them"),
+        ("--zzz 1", "unknown setting --zzz; `stable-rlhf train --help-all` lists them"),
         ("data.jsonl", "--config data.jsonl: No such file or directory; check the path"),
         ("--seed 1 data.jsonl", "unexpected 'data.jsonl': a setting is given as --section.field VALUE, a file as "),
         ("recipe:smolm2-hh", "--config recipe:smolm2-hh: there is no such recipe. Did you mean recipe:smollm2-hh?"),
@@ -301,7 +306,7 @@ def test_bad_settings_are_refused_before_torch_is_imported() -> None:
 
 
 def test_help_explains_every_setting_with_the_presets_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--help"]) == 0
+    assert main(["train", "--help-all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     fields = [(section, field.name) for section, part in SECTIONS.items() for field in dataclasses.fields(part)]
     fields.remove(("kl", "settings"))  # a group of its own
@@ -314,21 +319,43 @@ def test_help_explains_every_setting_with_the_presets_defaults(capsys: pytest.Ca
     assert budget.endswith("(type: float, default: 0.3) ")
     assert "GAE's lambda for the advantages (Schulman et al. 2016). (type: float, default: 0.95)" in shown
     assert all(preset in shown.replace("- ", "-") for preset in PRESETS)  # a line may end at a hyphen
-    assert main(["train", "--preset", "ppo", "--help"]) == 0
+    assert main(["train", "--preset", "ppo", "--help-all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "1 is PPO's. (type: Literal[1, 2], default: 1)" in shown
     assert "--kl.settings.beta BETA Reward per nat. " in shown
     assert "--kl.settings.budget" not in shown
-    assert main(["train", "--preset", "safe-no-gate", "--help"]) == 0
+    assert main(["train", "--preset", "safe-no-gate", "--help-all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "the ablation without gate. (type: bool, default: False)" in shown
-    assert main(["train", "--kl.controller", "adaptive", "--help"]) == 0
+    assert main(["train", "--kl.controller", "adaptive", "--help-all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--kl.settings.horizon HORIZON Rollouts in which the coefficient changes by at most 22 % " in shown
-    assert main(["train", "--preset", "ppo-nokl", "--help"]) == 0
+    assert main(["train", "--preset", "ppo-nokl", "--help-all"]) == 0
     assert "kl.settings" not in capsys.readouterr().out
-    assert main(["doctor", "--help"]) == 0
+    assert main(["doctor", "--help-all"]) == 0
     assert capsys.readouterr().out.startswith("usage: stable-rlhf doctor ")
+
+
+def test_help_is_a_screen_or_two_of_the_settings_that_runs_change_most(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert 40 < len(shown.splitlines()) < 80
+    assert max(map(len, shown.splitlines())) <= 100
+    assert shown.startswith("usage: stable-rlhf train [FILE] [--config FILE] [--section.field VALUE ...]\n")
+    assert "`stable-rlhf train --help-all` lists every setting" in " ".join(shown.split())
+    listed = re.findall(r"^  --([\w.]+) ", shown, flags=re.MULTILINE)
+    assert {*listed, "kl.settings.beta"} == {name for names in COMMON.values() for name in names}
+    for preset in ("safe", "ppo"):
+        assert main(["doctor", "--preset", preset, "-h"]) == 0
+        words = " ".join(capsys.readouterr().out.split())
+        for name in [
+            name for name in re.findall(r"--([\w.]+) ", words) if name in listed or name == "kl.settings.beta"
+        ]:
+            value: Any = loading.load_config(["--preset", preset])
+            for part in name.split("."):
+                value = getattr(value, part)
+            default = yaml.safe_load(words.split(f"--{name} ")[1].partition("(default: ")[2].partition(")")[0])
+            assert default == value, (preset, name)
 
 
 def test_usage_is_shown_when_asked_for_and_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,7 +406,7 @@ def test_train_writes_the_run_folder_and_its_config_gives_the_same_run(tiny: lis
         (["--model.device", "gpu"], "model.device='gpu': give auto, cpu, cuda or cuda:NUMBER"),
         (["--model.device", "cuda:99"], "model.device='cuda:99': this machine has "),
         (["--model.lora_r", "2", "--model.lora_target_modules", "[nope]"], "model.lora_target_modules=['nope']: "),
-        (["--log.report_to", "[nope]"], "log.report_to=['nope']: nope is not a tracker that is installed here; "),
+        (["--log.report_to", "[nope]"], "log.report_to=['nope']: there is no tracker 'nope'; "),
         (["--data.train", "{tmp}/no.jsonl"], "prompt file {tmp}/no.jsonl does not exist. Check the path"),
         (["--data.eval_size", "8"], "data.eval_size=8: the training set has only 8 rows; lower it or set data.eval"),
         (["--rollout.max_completion_length", "64"], "{tmp}/prompts.jsonl, row 1: the prompt has 5 tokens, which "),

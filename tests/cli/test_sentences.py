@@ -66,7 +66,7 @@ NOT_THERE = [
     (["--model.device", "gpu"], "model.device='gpu': give auto, cpu, cuda or cuda:NUMBER"),
     (["--model.device", "cuda:99"], "model.device='cuda:99': this machine has "),
     (["--model.lora_r", "2", "--model.lora_target_modules", "[nope]"], "model.lora_target_modules=['nope']: "),
-    (["--log.report_to", "[nope]"], "log.report_to=['nope']: nope is not a tracker that is installed here; "),
+    (["--log.report_to", "[nope]"], "log.report_to=['nope']: there is no tracker 'nope'; "),
     (["--data.train", "{tmp}/no.jsonl"], "prompt file {tmp}/no.jsonl does not exist. "),
     (["--reward.functions", '["{tmp}/nothing"]'], "the reward model '{tmp}/nothing' could not be loaded: "),
     (["--reward.functions", '["tests.no_such:f"]'], "reward 'tests.no_such:f': importing 'tests.no_such'"),

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from stable_rlhf.cli.main import main
+from stable_rlhf.report import closing_line
 from tests.cli.test_main import said, tiny_run
 
 
@@ -22,7 +23,14 @@ def test_resume_of_a_finished_run_says_so_and_max_steps_takes_it_further(
 ) -> None:
     run = tmp_path / "run"
     assert main(["train", *tiny]) == 0
-    capsys.readouterr()
+    where = f"the policy is in {run}/final, the report in {run}/report.html"
+    assert capsys.readouterr().out == f"2 steps done; {where}\n"
+    evaluation = {"before": {"reward": 0.25}, "after": {"reward": 1}}
+    assert closing_line(run, evaluation, 1) == f"1 step done, reward 0.250 before and 1.000 after; {where}"
+    assert main(["export", str(run / "final"), str(tmp_path / "out")]) == 2
+    assert said(capsys).startswith(
+        f"{run}/final is no checkpoint but a finished policy, which from_pretrained loads as"
+    )
     assert main(["resume", str(run)]) == 0
     finished = f"{run} is finished: 2 of 2 steps are done. To train it further: stable-rlhf resume {run} --max_steps 4"
     assert capsys.readouterr().out.strip() == finished

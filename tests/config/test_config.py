@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from stable_rlhf.config import files, loading
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.presets import PRESETS
-from stable_rlhf.config.sections import SECTIONS, ModelConfig
+from stable_rlhf.config.resume import given_in_python, refuse_changes
+from stable_rlhf.config.sections import SECTIONS, TRACKERS, ModelConfig
 from stable_rlhf.control import (
     CONTROLLERS,
     AdaptiveSettings,
@@ -28,7 +30,7 @@ from stable_rlhf.control import (
     SafeSettings,
     settings_class,
 )
-from stable_rlhf.errors import ConfigError
+from stable_rlhf.errors import CheckpointError, ConfigError
 
 # The settings of the controllers, from the tables of algorithm.md (Controllers).
 ADAPTIVE = {"init_beta": 0.05, "target": 0.3, "horizon": 16.0}
@@ -229,8 +231,8 @@ def test_settings_given_whole_replace_the_presets() -> None:
             {"settings": {"budget": -1.0}},
             "kl.settings.budget=-1.0 is out of range: give a finite number > 0.0 (the default is 0.3)",
         ),
-        ({"settings": {"budget": "0.2"}}, "kl.settings.budget='0.2' is a str: give a float, such as 0.3"),
-        ({"settings": {"window": True}}, "kl.settings.window=True is a bool: give a int, such as 40"),
+        ({"settings": {"budget": "0.2"}}, "kl.settings.budget='0.2': give a number, such as 0.3"),
+        ({"settings": {"window": True}}, "kl.settings.window=True: give a whole number, such as 40"),
         (
             {"settings": {"initial_coef": 1e-6}},
             "kl.settings.initial_coef=1e-06 is outside [min_coef=0.0001, max_coef=100.0]: move it between them, or "
@@ -420,7 +422,7 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
         ("model.lora_alpha", 8.0, {"model": {"lora_r": 0}}, "has no effect without an adapter: set model.lora_r to"),
         ("model.lora_target_modules", ["q_proj"], {}, "has no effect without an adapter: set model.lora_r to a rank"),
         ("model.lora_target_modules", [], {"model": {"lora_r": 2}}, "name at least one layer, or leave it out"),
-        ("data.split", "test", {"data": {"train": "x.jsonl"}}, "has no effect unless data.train is a hub name or "),
+        ("data.split", "test", {"data": {"train": "x.jsonl"}}, "has no effect unless data.train is a hub name, "),
         ("data.eval", "x.jsonl", {"data": {"eval_size": 0}}, "has no effect unless data.eval_size is above 0; leave"),
         ("data.eval_split", "a", {"data": {"eval": "x.csv"}}, "has no effect unless held-out prompts come from a hub "),
         ("data.eval_split", "a", {"data": {"train": "hub/name"}}, "has no effect unless held-out prompts come from a "),
@@ -444,8 +446,12 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
         ("kl.in_loss", "k2", {}, "the KL is asked for twice, in the loss and in the reward (kl.in_reward=true): set "),
         ("kl.allow_both", True, {}, "has no effect unless the KL is in the reward and in the loss; leave it out"),
         ("kl.in_loss", "k2", {"preset": "ppo-nokl"}, "has no effect with kl.controller=none, whose coefficient is 0: "),
-        ("beta", 0.1, {}, "unknown setting; the top level has preset, output_dir, "),
-        ("optim.beta", 0.1, {}, "unknown setting; optim has learning_rate, "),
+        ("log.report_to", ["wandbb"], {}, "there is no tracker 'wandbb'; did you mean wandb?"),
+        ("log.report_to", ["none"], {}, "there is no tracker 'none'; choose from azure_ml, clearml, "),
+        ("metric_for_best_model", "reward", {}, "is chosen by evaluations in training, and there are none: set "),
+        ("metric_for_best_model", "kl", {"eval_steps": 1}, "the policy farthest from the reference would be kept as "),
+        ("zzz", 0.1, {}, "unknown setting; the top level has preset, output_dir, "),
+        ("optim.zzz", 0.1, {}, "unknown setting; optim has learning_rate, "),
         ("optim", 5, {}, "give a dictionary of the fields to change, or OptimConfig(...)"),
     ],
 )
@@ -453,6 +459,38 @@ def test_a_setting_in_conflict_is_named_with_the_remedy(
     setting: str, value: Any, context: dict[str, Any], sentence: str
 ) -> None:
     assert refused(setting, value, **context).startswith(f"{setting}={value!r}: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("kl_coef", "; here it is kl.settings.beta with kl.controller=fixed, as in preset ppo; preset safe has "),
+        ("beta", "; here it is kl.settings.budget, a KL in nats per token; with preset ppo a price, kl.settings.beta"),
+        ("lr", "; here it is optim.learning_rate"),
+        ("logging_steps", "; here there is none, nor is one needed: every step is written to metrics.jsonl"),
+        ("num_generations", "; here there is none: each prompt gets one completion, and a critic takes the place of"),
+        ("temperature", ". Did you mean rollout.temperature or critic.temperature?"),
+    ],
+)
+def test_a_name_of_another_library_is_told_what_it_is_here_wherever_it_is_given(
+    name: str, sentence: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: 1\n")
+    for load in (
+        lambda: Config(**{name: 1}),
+        lambda: loading.load_config([f"--{name}", "1"]),
+        lambda: loading.load_config([str(file)]),
+        lambda: Config(guard={name: 1}),  # pyright: ignore
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load()
+        before, told, _ = str(caught.value).partition(sentence)
+        assert name in before
+        assert told
+    if "here" in sentence:
+        with pytest.raises(ConfigError, match=r"unknown setting; here "):
+            OptimConfig(**{name: 1})  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -536,12 +574,12 @@ def test_a_keyword_that_is_no_setting_is_named_with_the_one_that_was_meant(make:
 
 def test_one_entry_is_a_list_of_one_and_a_number_without_a_fraction_is_whole() -> None:
     config = Config.from_preset(
-        max_steps=1e2, reward={"functions": "length", "weights": 2.0}, guard={"patience": 3.0}, log={"report_to": "x"}
+        max_steps=1e2, reward={"functions": "x", "weights": 2.0}, guard={"patience": 3.0}, log={"report_to": "wandb"}
     )
     assert (config.max_steps, type(config.max_steps)) == (100, int)
-    assert (config.reward.functions, config.reward.weights) == (["length"], [2.0])
+    assert (config.reward.functions, config.reward.weights) == (["x"], [2.0])
     assert (config.guard.patience, type(config.guard.patience)) == (3, int)
-    assert config.log.report_to == ["x"]
+    assert config.log.report_to == ["wandb"]
     window = Config.from_preset(kl={"settings": {"window": 2e1}}).kl.settings.window  # pyright: ignore
     assert (window, type(window)) == (20, int)
     for wrong in (1.5, math.inf, "1e2"):
@@ -600,3 +638,48 @@ def test_a_recipe_is_read_by_its_name_and_a_misspelt_one_is_named() -> None:
         Config.from_yaml("recipe:smolm2-hh")
     with pytest.raises(ConfigError, match=r"^--config recipe:\.\./x: there is no such recipe\. The recipes are "):
         loading.load_config(["recipe:../x"])
+
+
+def test_a_path_is_taken_wherever_a_text_is() -> None:
+    config = Config(
+        output_dir=Path("runs/x"),  # pyright: ignore
+        model={"name": Path("a/b")},  # pyright: ignore
+        data={"train": Path("a.jsonl"), "eval": Path("b.jsonl")},  # pyright: ignore
+        reward={"functions": [Path("c")]},  # pyright: ignore
+    )
+    assert (config.output_dir, config.model.name) == ("runs/x", "a/b")
+    assert (config.data.train, config.data.eval, config.reward.functions) == ("a.jsonl", "b.jsonl", ["c"])
+    assert Config(reward={"functions": Path("c")}) == Config(reward={"functions": ["c"]})  # pyright: ignore
+    with pytest.raises(ConfigError, match=r"^kl\.controller=PosixPath\('safe'\): choose one of "):
+        Config(kl={"controller": Path("safe")})  # pyright: ignore
+
+
+def test_pefts_word_for_every_linear_layer_is_none() -> None:
+    for given in ("all-linear", ["all-linear"], None):
+        assert ModelConfig(lora_r=2, lora_target_modules=given).lora_target_modules is None  # pyright: ignore
+
+
+def test_the_trackers_are_those_of_transformers() -> None:
+    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+
+
+def test_a_gold_server_may_move() -> None:
+    def saved(gold: str) -> dict[str, Any]:
+        return Config.from_preset("safe", reward={"gold": gold}).to_dict()
+
+    refuse_changes(saved("http://a/x"), saved("http://b/y"))
+    with pytest.raises(CheckpointError, match=r"reward\.gold is \['m:f'\] here and \['http://b/y'\] in the checkpoint"):
+        refuse_changes(saved("m:f"), saved("http://b/y"))
+    assert given_in_python(saved("m:<lambda>")) == "reward.gold='m:<lambda>'"
+
+
+def test_gold_rewards_are_checked_as_rewards_are() -> None:
+    with pytest.raises(ConfigError, match=r"^reward\.gold: 'http://a.* is not a URL; give"):
+        Config(reward={"gold": "http://a:b"})
+    with pytest.raises(ConfigError, match="would be sent to a and b: use it with one server"):
+        Config(reward={"functions": "http://a", "gold": "http://b", "token_env": "TOKEN"})
+    with pytest.raises(ConfigError, match=r"every entry must be one of reward\.functions or reward\.gold"):
+        Config(reward={"gold": "org/judge", "trust_remote_code": ["org/other"]})
+    assert Config(reward={"gold": "org/judge", "trust_remote_code": ["org/judge"]}).reward.gold == ["org/judge"]
+    best = {"eval_steps": 1, "metric_for_best_model": "gold/judge"}
+    assert Config(**best).metric_for_best_model == Config(**Config(**best).to_dict()).metric_for_best_model

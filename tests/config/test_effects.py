@@ -114,11 +114,15 @@ TURNED: dict[str, Turn | str] = {
     "data.eval": Turn(to="{other_prompts}", shows_in="evaluation", given=HELD_OUT),
     "data.eval_split": Turn(to="train", shows_in="evaluation", given={"data": {**BUILTIN["data"], "eval_size": 2}}),
     "data.eval_size": Turn(to=2, shows_in="evaluation"),
+    "data.streaming": "data/test_streamed.py::test_a_file_is_read_as_it_is_needed",
     "data.max_prompt_length": Turn(to=2, of="prompts/truncated"),
     "data.limit": Turn(to=2),
     "reward.functions": Turn(to=["tests.config.test_effects:length"], of="objective/scores"),
     "reward.url": "rewards/test_client_runs.py::test_a_run_is_rewarded_by_the_server_as_by_the_function_itself",
     "reward.weights": Turn(to=[2.0], of="objective/scores"),
+    "reward.gold": Turn(
+        to=["tests.config.test_effects:length"], shows_in="evaluation", given=HELD_OUT, same=("rows", "weights")
+    ),
     "reward.missing_eos_penalty": Turn(to=1.0, of="objective/scores"),
     "reward.normalise": Turn(to="none", of="val/returns_mean"),
     "reward.batch_size": Turn(to=1, shows_in="passes", given=REWARD_MODEL),

@@ -45,7 +45,7 @@ def test_the_file_begins_with_what_it_is_and_the_command_that_runs_it(file: Path
 
 
 def test_help_lists_the_recipes() -> None:
-    shown = " ".join(loading.help_text([], "train").split())
+    shown = " ".join(loading.help_text([loading.HELP_ALL], "train").split())
     listed = shown.partition("recipe:NAME for one that ships with the package: ")[2].partition(". The first")[0]
     assert listed.replace("- ", "-").split(", ") == recipe_names()
 

@@ -107,7 +107,10 @@ def test_values_of_several_types_in_a_column_are_kept_as_they_are() -> None:
             [{"prompt": "a", "f": 1}, {"prompt": "b", "f": {1, 2}}],
             r"rows, row 2: a data set cannot hold 'f' = \{1, 2\}",
         ),
-        ({"a": PLAIN, "b": PLAIN}, r"rows has the splits 'a', 'b', not 'train'\. Set data\.split"),
+        (
+            {"a": PLAIN, "b": PLAIN},
+            r"rows has the splits 'a', 'b', not 'train'\. Choose one with data\.split, or data\.eval_split",
+        ),
         (pandas.DataFrame({"prompt": ["a", 5]}), "rows: its DataFrame is not a data set: "),
     ],
 )
@@ -166,7 +169,9 @@ def test_saved_folders_and_folders_of_files_are_loaded_by_their_split(tmp_path: 
     for folder in ("two", "files"):
         assert load_prompts(tmp_path / folder).to_list() == ROWS
         assert load_prompts(tmp_path / folder, split="test").to_list() == ROWS[1:2]
-    with pytest.raises(PromptError, match=r"two has the splits 'train', 'test', not 'dev'\. Set data\.split"):
+    with pytest.raises(
+        PromptError, match=r"two has the splits 'train', 'test', not 'dev'\. Choose one with data\.split"
+    ):
         load_prompts(tmp_path / "two", split="dev")
     with pytest.raises(PromptError, match=r"\(split 'dev'\) could not be loaded from this folder: Unknown split"):
         load_prompts(tmp_path / "files", split="dev")

@@ -174,7 +174,10 @@ REFUSED = [
     ('{"prompt": "a"}\n{"other": 1}\n', r"row 2: the prompt is None"),
     ('{"prompt": 3}\n', r"row 1: the prompt is 3, not text"),
     ('{"prompt": "a"}\n{"prompt": {"x": 1}}\n', r"row 2: the prompt is \{'x': 1\}"),
-    ('{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n', r"row 2: .* text where row 1 is messages"),
+    (
+        '{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n',
+        r"row 2: .* is a chat, but that of row 1 is text\. ",
+    ),
     ('{"prompt": []}\n', r"row 1: the prompt is \[\], not text or messages"),
     ('{"prompt": [{"role": "user"}]}\n', r"message 1 without 'role' and 'content'"),
     (

@@ -147,6 +147,13 @@ def test_the_command_takes_a_file_first_and_settings_after_it(
     )
 
 
+def test_of_a_stream_the_first_rows_are_looked_at(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *settings, "--data.streaming", "true", "--data.eval_size", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "data.streaming=true: only the first 8 rows are looked at" in shown
+    assert "data: 8 prompts" in shown
+
+
 def test_settings_that_two_steps_alone_would_refuse_are_no_obstacle(
     settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +294,28 @@ def test_a_reward_that_tells_nothing_apart_or_fails_is_named(
     last = ("ok", "forecast: ") if exit_code == 0 else ("", "no step was tried: fix what failed first")
     assert found[-1][0] == last[0]
     assert found[-1][1].startswith(last[1])
+
+
+@pytest.mark.parametrize(
+    ("gold", "verdict", "text"),
+    [
+        ("alike", "warning", "alike gives both the same score: check that it reads the completion"),
+        ("silent", "warning", "silent does not judge every completion: its mean is of those that it judges"),
+        ("infinite", "failed", "A score is a finite number, at most 1e30 in size, or None for no score."),
+    ],
+)
+def test_a_gold_reward_is_tried_once(
+    gold: str, verdict: str, text: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--reward.gold", f"tests.doctor.test_checks:{gold}", "--reward.skip_special_tokens", "false"]
+    assert main(["doctor", *settings, *given]) == (1 if verdict == "failed" else 0)
+    found = lines(capsys)
+    assert found[8][0] == verdict
+    assert found[8][1].startswith("gold: ")
+    assert found[8][1].endswith(text)
+    assert found[-1][1].startswith("forecast: ")
+    assert main(["doctor", *settings, *given, "--data.eval_size", "0"]) == 2
+    assert "there are no held-out prompts" in capsys.readouterr().err
 
 
 def test_a_step_that_fails_is_a_failure_with_its_reason(

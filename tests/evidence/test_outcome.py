@@ -118,9 +118,9 @@ def test_a_run_that_the_guard_gave_up_says_why(tmp_path: Path) -> None:
 
 def test_gold_is_that_of_the_evaluation_after_training(tmp_path: Path) -> None:
     sides = {
-        "before": {"reward": 0.1, "gold/lexicon": 0.5},
-        "during": [{"step": 2, "reward": 0.2, "gold/lexicon": 0.7}],
-        "after": {"reward": 0.9, "gold/lexicon": 0.6},
+        "before": {"reward": 0.1, "gold/lexicon/mean": 0.5},
+        "during": [{"step": 2, "reward": 0.2, "gold/lexicon/mean": 0.7}],
+        "after": {"reward": 0.9, "gold/lexicon/mean": 0.6},
     }
     found = read(write_run(tmp_path / "run", rows(4, scores=1.0), evaluation=sides))
     assert found.figures["gold/lexicon"] == pytest.approx(0.6)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer, LlamaForCausalLM
 
+from stable_rlhf.config import ModelConfig
 from stable_rlhf.errors import ConfigError
+from stable_rlhf.files import ASSETS
+from stable_rlhf.policy.loading import load_tokenizer, prepare_tokenizer
 from stable_rlhf.policy.vocabulary import embedding_rows, end_token_ids, pad_within
 from tests.conftest import tiny_llama
 from tests.tiny_runs import rows, settings, trainer
@@ -65,3 +70,24 @@ def test_an_eos_token_beyond_the_embedding_is_refused(tokenizer: Any) -> None:
     )
     with pytest.raises(ConfigError, match=message):
         end_token_ids(tiny_llama(len(tokenizer)), own)
+
+
+@pytest.mark.parametrize(
+    "kind", [LlamaForCausalLM, GPT2LMHeadModel], ids=["refused by Transformers", "made empty by it"]
+)
+def test_a_folder_without_a_tokenizer_is_refused_with_the_remedy(kind: Any, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = kind.config_class(**sizes, bos_token_id=1, eos_token_id=2)
+    kind(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^model\.name=.*: .* holds no tokenizer\. Save that of its base model there"
+    ):
+        load_tokenizer(ModelConfig(name=str(tmp_path)))
+    AutoTokenizer.from_pretrained(ASSETS / "policy").save_pretrained(tmp_path)
+    assert len(load_tokenizer(ModelConfig(name=str(tmp_path)))) > 16
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_refused() -> None:
+    """Transformers makes it of a model's class where the files of the vocabulary are missing."""
+    with pytest.raises(ConfigError, match="has no vocabulary: it knows only its special tokens"):
+        prepare_tokenizer(GPT2Tokenizer())

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from stable_rlhf.report.facts import Facts, change, facts_of
@@ -228,5 +232,31 @@ def test_a_run_is_running_as_long_as_another_holds_its_lock(tmp_path: Path) -> N
     assert facts(tmp_path).running
     lock.release()
     assert not facts(tmp_path).running
-    (tmp_path / ".owner.json").write_text("{}")  # as a kill leaves it: the system has released the lock
+    for left in ("{}", "torn"):
+        (tmp_path / ".owner.json").write_text(left)
+        assert not facts(tmp_path).running
+
+
+def test_who_looks_at_a_run_does_not_take_its_lock(tmp_path: Path) -> None:
+    run(tmp_path, rows(10))
+    lock = RunLock(tmp_path)
+    lock.take()
+    note = json.loads((tmp_path / ".owner.json").read_text())
+    lock.release()
+    (tmp_path / ".lock").unlink(missing_ok=True)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    for changed, running in (
+        ({}, True),
+        ({"started": note["started"] - 3600}, False),  # the number is another process's now
+        ({"pid": child.pid}, False),  # it has ended, and nobody has asked for its exit code
+        ({"host": "another"}, True),
+    ):
+        (tmp_path / ".owner.json").write_text(json.dumps(note | changed))
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert facts(tmp_path).running == running
+        assert not (tmp_path / ".lock").exists()
+    started = psutil.Process(child.pid).create_time()
+    (tmp_path / ".owner.json").write_text(json.dumps(note | {"pid": child.pid, "started": started}))
+    assert not facts(tmp_path).running  # a zombie
+    child.wait()
     assert not facts(tmp_path).running

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,7 +30,8 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     (run / "config.yaml").write_text("max_steps: 3\n")
     stopped, told, said = threading.Event(), threading.Event(), list[str]()
 
-    def say(address: str) -> None:
+    def say(address: str, begun: bool) -> None:
+        assert begun
         said.append(address)
         told.set()
 
@@ -106,8 +108,10 @@ def test_it_listens_on_loopback_only(served: tuple[Path, int]) -> None:
 
 
 def test_a_port_that_is_taken_and_a_folder_that_is_no_run_cost_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(NoRunError, match="give the folder of a run"):
-        watch(tmp_path, 0, print, threading.Event())
+    (tmp_path / "notes.txt").write_text("not a run")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(NoRunError, match="give the folder of a run, or of one to come"):
+            watch(path, 0, print, threading.Event())
     (tmp_path / "config.yaml").write_text("max_steps: 3\n")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -140,3 +144,26 @@ def test_the_command_says_where_it_serves_and_ends_with_its_signal(
         assert process.wait(20) == code
         assert process.stderr is not None
         assert process.stderr.read().strip() == ""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, there: bool) -> None:
+    run = tmp_path / "runs" / "to-come"
+    if there:
+        run.mkdir(parents=True)
+    command = [sys.executable, "-m", "stable_rlhf", "report", str(run), "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.endswith("/; there is no run yet, the page waits for it; Ctrl-C ends it\n")
+            port = int(line.split("127.0.0.1:")[1].split("/")[0])
+            assert "the run has not done a step yet" in asked(port)[1]
+            before = version(port)
+            shutil.copytree(fake_run(tmp_path / "made", fake_rows(2)), run, dirs_exist_ok=True)
+            assert version(port) != before
+            assert "Finished: 2 steps." in asked(port)[1]
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()

@@ -216,8 +216,17 @@ def test_a_server_that_stays_down_is_named_with_tries_time_cause_and_remedy() ->
     assert said.startswith(f"the reward server {server.url} gave no scores, 3 tries in 0.")
     bounds = "(reward.timeout=10, reward.retries=2, reward.max_wait=30)"
     assert f'{bounds}: HTTP 500: \'{{"error": "no memory"}}\'. Start or repair the server' in said
-    assert said.endswith("or correct its URL.")
+    assert said.endswith("If it needs columns of the data set, name them in reward.columns (now none).")
     assert "s3cret" not in said
+
+
+@pytest.mark.parametrize(("status", "named"), [(422, True), (500, True), (404, False), (401, False)])
+def test_a_server_that_refuses_rows_may_lack_a_column_and_one_at_the_wrong_place_does_not(
+    status: int, named: bool
+) -> None:
+    with misbehaving(answer({"error": "KeyError"}, status)) as server, pytest.raises(RewardUnavailable) as caught:
+        asked(server.url, data={"labels": [1, 2], "answer": [1, 2]}, columns=["labels"], retries=0)
+    assert ("name them in reward.columns (now labels)" in str(caught.value)) == named
 
 
 def test_nobody_at_the_address_is_an_error_with_the_cause() -> None:

@@ -64,11 +64,11 @@ def test_the_url_is_short_for_a_list_of_one_and_config_yaml_can_be_read_again() 
 
 
 REFUSED = [
-    ({"url": "localhost:8000"}, r"reward\.url='localhost:8000': give http://HOST:PORT/PATH"),
-    ({"url": "http://"}, r"reward\.url='http://': give http://HOST:PORT/PATH"),
-    ({"url": "http://h:99999/"}, "is not a URL; give http://HOST:PORT/PATH"),
+    ({"url": "localhost:8000"}, r"reward\.url='localhost:8000': give http://HOST:8000/PATH"),
+    ({"url": "http://"}, r"reward\.url='http://': give http://HOST:8000/PATH"),
+    ({"url": "http://h:99999/"}, "is not a URL; give http://HOST:8000/PATH"),
     ({"functions": ["https://[::1/x"]}, "is not a URL; give"),
-    ({"url": "http://h/a b"}, "give http://HOST:PORT/PATH"),
+    ({"url": "http://h/a b"}, "give http://HOST:8000/PATH"),
     ({"url": "http://h/#x"}, "a part after '#'"),
     ({"url": "http://me:s3cret@h/x?key=s3cret"}, r"reward\.url='http://h/x': .*set reward\.token_env instead"),
     ({"functions": ["builtin", "http://s3cret@h:1/x"]}, r"reward\.functions='http://h:1/x': .*reward\.token_env"),

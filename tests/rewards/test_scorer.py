@@ -141,7 +141,7 @@ def test_numbers_of_every_usual_kind_are_accepted(values):
     [
         ([1.0], r"'f' returned 1 scores; it must return a list of 2 scores"),
         (3.0, r"'f' returned a float; it must return a list"),
-        (None, r"'f' returned a NoneType"),
+        (None, r"'f' returned None"),
         ([1.0, math.nan], r"'f' returned nan for sample 2, whose prompt is 'b'"),
         ([1.0, -1.1e30], r"'f' returned -1\.1e\+30 for sample 2, .* at most 1e30 in size"),
         ([-math.inf, 1.0], r"'f' returned -inf for sample 1, whose prompt is 'a'"),
@@ -177,9 +177,50 @@ def test_a_function_that_loads_its_model_only_when_called_fails_as_a_reward_not_
     assert caught.value.exit_code == Exit.REWARD
 
 
-def test_a_function_that_takes_no_columns_is_told_so():
-    with pytest.raises(RewardError, match=r"unexpected keyword argument 'label'.* \(\*\*columns\)"):
-        score(named(f=lambda prompts, completions: [0, 0]), columns={"label": [1, 2]})
+ASKS = "asks for 'answer', which is no column of the data set"
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda prompts, completions: [0, 0], r"'f' does not take 'label', which is a column .* with \*\*columns"),
+        (lambda completions, **columns: [0, 0], None),
+        (lambda completions, label: [0, 0], r"'f' does not take 'prompts', which is an argument of every reward: "),
+        (lambda prompts, completions, answer, **columns: [0, 0], rf"'f' {ASKS}: .* it has 'label'\. Add the column"),
+        (lambda prompts, completions, *, labels, **columns: [0, 0], r"'labels', which .* \(did you mean 'label'\?\)"),
+        (lambda prompts, completions, answer=None, **columns: [0, 0], None),
+        (functools.partial(lambda answer, prompts, completions, **columns: [0, 0], answer=3), None),
+        (
+            lambda prompts, completions, **columns: columns["answer"],
+            r"KeyError: .* columns \('label'\), and re",
+        ),
+    ],
+)
+def test_a_function_and_a_data_set_that_do_not_fit_are_told_what_is_missing_where(function, sentence):
+    """Before the first step too, unless only the call shows it."""
+    scorer = Scorer(named(f=function))
+    if sentence is None:
+        scorer.check_columns(["label"])
+        assert score(named(f=function), columns={"label": [1, 2]}).total == [0, 0]
+        return
+    with pytest.raises(RewardError, match=sentence) as caught:
+        score(named(f=function), columns={"label": [1, 2]})
+    if "KeyError" not in sentence:
+        with pytest.raises(RewardInputError) as early:
+            scorer.check_columns(["label"])
+        assert str(early.value) == str(caught.value)
+
+
+def test_a_decorator_may_add_what_a_function_asks_for():
+    def answered(prompts, completions, answer):
+        return [float(answer)] * len(prompts)
+
+    @functools.wraps(answered)
+    def wrapped(prompts, completions, **columns):
+        return answered(prompts, completions, answer=7)
+
+    Scorer(named(f=wrapped)).check_columns([])
+    assert score(named(f=wrapped)).total == [7, 7]
 
 
 def test_a_function_that_changes_its_arguments_does_not_change_the_next_one():
@@ -279,7 +320,7 @@ def test_an_import_path_is_imported_from_the_current_directory(tmp_path, monkeyp
     assert score([reward]).total == [7.0, 8.0]
     with pytest.raises(RewardError, match="'my_rewards' has no 'length'"):
         resolve_reward("my_rewards:length")
-    with pytest.raises(RewardError, match="is a int, which cannot be called"):
+    with pytest.raises(RewardError, match="is an int, which cannot be called"):
         resolve_reward("my_rewards:LIMIT")
     with pytest.raises(RewardError, match=r"importing 'broken_rewards' .*No module named 'there_is_no_such_module'"):
         resolve_reward("broken_rewards:f")

@@ -128,7 +128,7 @@ def environments() -> None:
 
 def without_kwargs() -> None:
     assert scored(lambda prompts, completions: [1, 2]).total == [1.0, 2.0]
-    refused(lambda prompts, completions: [1, 2], "unexpected keyword argument 'label'", {"label": [1, 2]})
+    refused(lambda prompts, completions: [1, 2], "does not take 'label'", {"label": [1, 2]})
 
 
 def partials() -> None:

@@ -57,3 +57,30 @@ def test_names_are_code_and_only_hub_names_are_metadata(tmp_path: Path) -> None:
     outside = [line for line in text.splitlines() if "<img" in line and not line.startswith("    ")]
     assert all("`'\u00a6<img" in line for line in outside)
     assert "\n# [a]" not in text
+
+
+def test_the_card_of_a_checkpoint_has_no_figures_of_later_steps(tmp_path: Path) -> None:
+    rows = [{"step": step, "objective/scores": step + 0.5} for step in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = {"prompt": "p", "completion": "c", "reward": 1.0}
+    for side, reward in (("before", 1.0), ("after", 9.0)):
+        evaluation.record(tmp_path, side, {"reward": reward, "prompts": 8}, [sample])
+    evaluation.record_during(tmp_path, 2, {"reward": 3.0, "prompts": 8})
+    for step in (1, 3):
+        fields = {"step": step, "action": "skip", "rule": "max_kl", "seen": "", "done": "", "advice": "", "figures": {}}
+        incidents.record(tmp_path, fields)
+    known = flat_settings(Config.from_preset("safe").to_dict())
+    reward = {}
+    for steps in (1, 2, 4):
+        lines = model_card(tmp_path, known, adapter=False, steps=steps).splitlines()
+        reward[steps] = next(line for line in lines if line.startswith("| reward | 1.0000"))
+        assert f"| reward | {steps - 0.5:g} |" in lines
+        seen = sum(line.startswith("- step ") for line in lines)
+        assert seen == {1: 0, 2: 1, 4: 2}[steps]
+    assert reward == {
+        1: "| reward | 1.0000 | - | - |",
+        2: "| reward | 1.0000 | 3.0000 | +2.0000 |",
+        4: "| reward | 1.0000 | 9.0000 | +8.0000 |",
+    }
+    best = {**known, "load_best_model_at_end": True}  # what was evaluated at the end is then another checkpoint's
+    assert reward[1] in model_card(tmp_path, best, adapter=False, steps=4)

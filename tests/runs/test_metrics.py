@@ -51,7 +51,9 @@ def documented(heading: str) -> list[str]:
 def test_documentation_lists_exactly_the_metrics_of_the_code():
     assert sorted(documented("metrics.jsonl")) == sorted(names.METRICS)
     assert documented("timings.jsonl") == list(names.TIMINGS)
-    assert sorted(documented("evaluation.json")) == sorted([*runs_evaluation.EVALUATION, "reward_se", "prompts"])
+    assert sorted(documented("evaluation.json")) == sorted(
+        [*runs_evaluation.EVALUATION, "reward_se", "prompts", *runs_evaluation.gold_figures("<name>", [])]
+    )
 
 
 def test_every_documented_metric_has_formula_unit_and_healthy_range():
@@ -337,6 +339,18 @@ def test_evaluation_rows_are_literal():
         ("length, tokens", "30.0", "31.5", "+1.5"),
     ]
     assert runs_evaluation.evaluation_rows({"before": BEFORE})[0] == ("reward", "0.5000 ± 0.0200", "-", "-")
+
+
+def test_gold_rewards_have_a_row_each_with_the_number_judged_where_it_is_not_all():
+    before = BEFORE | {"gold/a/b/mean": 0.5, "gold/a/b/se": 0.25, "gold/a/b/judged": 64}
+    after = AFTER | {"gold/a/b/mean": 0.25, "gold/a/b/se": None, "gold/a/b/judged": 1, "gold/\x1bc/mean": 1}
+    rows = runs_evaluation.evaluation_rows({"before": before, "after": after | {"prompts": 64}})
+    assert rows[5:] == [
+        ("gold: a/b", "0.5000 ± 0.2500", "0.2500 (of 1)", "-0.2500"),
+        ("gold: \\x1bc", "-", "1.0000", "-"),
+    ]
+    with pytest.raises(ValueError, match="the standard error of gold/a/b/mean of `before`"):
+        runs_evaluation.evaluation_rows({"before": before | {"gold/a/b/se": "x"}, "after": after})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from peft import IA3Config, LoraConfig
 
 from stable_rlhf import Config, SAFETrainer
 from stable_rlhf.config import ModelConfig
-from stable_rlhf.errors import ConfigError
+from stable_rlhf.errors import ConfigError, Exit, RewardInputError
 from stable_rlhf.policy.adapter import lora_config
 from stable_rlhf.training.arguments import as_settings
 from stable_rlhf.training.given import as_given
@@ -27,17 +27,21 @@ from tests.tiny_runs import finished, policy, rows, settings, trainer
         ("args", "run.yaml", "is a str; give Config(preset='safe', max_steps=100), or Config.from_yaml(FILE)"),
         ("args", {"seed": 1}, "is a dict; give Config(**args), or Config.from_yaml(FILE)"),
         ("model", ["builtin"], "is a list; give one causal language model, its folder, or its name on the hub"),
-        ("model", None, "is a NoneType; give one causal language model, its folder, or its name on the hub"),
+        ("model", None, "is None; give one causal language model, its folder, or its name on the hub"),
         ("model", torch.nn.ReLU(), "is a ReLU; give a causal language model of Transformers, such as AutoModelFor"),
-        ("reward_funcs", 5, "is a int; give functions, names such as 'package.module:function', or sequence-"),
-        ("reward_funcs", ["builtin", None], "is a NoneType; give functions, names such as"),
+        ("reward_funcs", 5, "is an int; give functions, names such as 'package.module:function', or sequence-"),
+        ("reward_funcs", ["builtin", None], "is None; give functions, names such as"),
         ("processing_class", "gpt2", "is a str; give a tokenizer, such as AutoTokenizer.from_pretrained(NAME), or"),
         ("reward_processing_classes", "gpt2", "is a str; give a list with a tokenizer or None for each reward"),
         ("reward_processing_classes", ["gpt2"], "is a str; give a tokenizer, such as AutoTokenizer"),
-        ("callbacks", 5, "is a int; give a list of transformers.TrainerCallback objects"),
-        ("callbacks", [print], "is a builtin_function_or_method; give a list of transformers.TrainerCallback"),
+        ("callbacks", 5, "is an int; give a list of transformers.TrainerCallback objects"),
+        (
+            "callbacks",
+            [print],
+            "is a builtin_function_or_method; each entry of the list must be a transformers.TrainerCallback",
+        ),
         ("peft_config", {"r": 8}, "is a dict; it is no adapter; give a peft.LoraConfig, or set model.lora_r"),
-        ("peft_config", IA3Config(), "is a IA3Config; it is another adapter than LoRA; give a peft.LoraConfig, or"),
+        ("peft_config", IA3Config(), "is an IA3Config; it is another adapter than LoRA; give a peft.LoraConfig, or"),
     ],
 )
 def test_an_argument_of_another_kind_is_named_before_anything_loads(argument: str, value: Any, sentence: str) -> None:
@@ -45,6 +49,47 @@ def test_an_argument_of_another_kind_is_named_before_anything_loads(argument: st
         SAFETrainer(**{"model": "no/such-model", "reward_funcs": "builtin", argument: value})
     assert str(caught.value).startswith(f"SAFETrainer({argument}=")
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"max_steps": 5}, "SAFETrainer(max_steps=5): is a setting: give args=Config(max_steps=...)"),
+        ({"learning_rate": 1}, "unknown argument. Did you mean optim.learning_rate or critic.learning_rate? Settings"),
+        ({"max_new_tokens": 9}, "unknown argument; here it is rollout.max_completion_length. Settings are given in "),
+        (
+            {"reward_func": "builtin"},
+            "SAFETrainer(reward_func='builtin'): unknown argument. Did you mean reward_funcs?",
+        ),
+        ({"config": None}, "unknown argument. Did you mean args?"),
+        ({"tokenizer": None}, "unknown argument. Did you mean processing_class?"),
+        ({"ref_model": None}, "none is needed: the reference and the value heads are made from the model"),
+        ({"zzz": 1}, "SAFETrainer(zzz=1): unknown argument; SAFETrainer has model, reward_funcs, args, "),
+    ],
+)
+def test_an_argument_that_there_is_not_is_told_what_it_is_here(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SAFETrainer("no/such-model", **given)
+    assert sentence in str(caught.value)
+
+
+def test_a_model_that_is_missing_or_given_twice_is_told(tiny_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^SAFETrainer\(\): model is missing; "):
+        SAFETrainer()  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ConfigError, match="an argument is given twice, or too many are; it has model, reward_funcs, "):
+        SAFETrainer("builtin", model="builtin")  # pyright: ignore[reportCallIssue]
+
+
+def test_a_reward_that_asks_for_a_column_that_is_not_there_costs_no_step(tokenizer, tmp_path: Path) -> None:
+    def graded(prompts: list[Any], completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(prompts)
+
+    with pytest.raises(
+        RewardInputError, match=r"'graded' asks for 'answer', .* besides the prompt it has none"
+    ) as caught:
+        trainer(settings(tmp_path / "run"), tokenizer, graded)
+    assert caught.value.exit_code == Exit.BAD_INPUT
+    assert not (tmp_path / "run").exists()
 
 
 # -- how a model is loaded ------------------------------------------------------------------------------------------

@@ -179,6 +179,54 @@ def test_an_evaluation_that_fails_moves_no_draw_either(tokenizer: PreTrainedToke
     assert after == draws()
 
 
+@pytest.mark.parametrize("failing", [2, 4])
+def test_an_evaluation_that_failed_is_made_up_for_by_the_resume(
+    failing: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """In the middle, and after the last step; the best so far is then that one, whose checkpoint stays."""
+
+    def trained(folder: str, fails: int | None = None, resumed: bool = False) -> Any:
+        def reward(prompts: list[Any], completions: list[Any], trainer_state: Any, **columns: Any) -> list[float]:
+            if trainer_state.global_step == fails and prompts[0] == HELD_OUT[0]["prompt"]:
+                raise TimeoutError("no answer")
+            return [float(sum(letter in "etaoin" for letter in text)) for text in completions]
+
+        config = settings(
+            tmp_path / folder,
+            max_steps=4,
+            eval_steps=2,
+            save_steps=0,
+            save_total_limit=1,
+            metric_for_best_model="length",
+            reward={"accept_changed": True},
+        )
+        run = trainer(config, tokenizer, reward, eval_dataset=HELD_OUT)
+        run.train(resume_from_checkpoint=resumed)
+        return run
+
+    whole = trained("whole")
+    for _ in range(2):
+        with pytest.raises(RewardError, match=f"no answer.*continues from step {failing}"):
+            trained("parts", fails=failing, resumed=(tmp_path / "parts").exists())
+    parts = trained("parts", resumed=True)
+    assert evaluation.read(parts.run_dir) == evaluation.read(whole.run_dir)
+    assert [figures["step"] for figures in evaluation.read(parts.run_dir)["during"]] == [2, 4]
+    assert parts.counters == whole.counters
+    found = [{path.name for path in (run.run_dir / "checkpoints").iterdir()} for run in (whole, parts)]
+    assert found[0] == found[1]
+    for name in found[0]:  # the best so far is saved again as the best
+        counters = [
+            json.loads((run.run_dir / "checkpoints" / name / "state.json").read_text())["parts"]["counters"]
+            for run in (whole, parts)
+        ]
+        assert counters[0] == counters[1]
+    logged = [
+        [{name: value for name, value in entry.items() if name.startswith("eval_")} for entry in run.state.log_history]
+        for run in (whole, parts)
+    ]
+    assert logged[0] == logged[1]
+
+
 def test_callbacks_are_given_the_figures_of_both_sides(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     given: list[dict[str, Any]] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,87 @@ def test_events_come_as_from_transformers_trainer(tokenizer, tmp_path: Path) -> 
     assert ours.logged == [i + 1 for i in range(len(ours.logged))]  # each is in the history before on_log
 
 
+class LeavesEpochs(TrainerCallback):
+    """Leaves each epoch after its first step: as its figures come, or at the step's end."""
+
+    def __init__(self, at: str = "step_end") -> None:
+        setattr(self, f"on_{at}", self.leave)
+
+    def leave(self, args, state, control, **kwargs) -> None:
+        control.should_epoch_stop = True
+
+
+@pytest.mark.parametrize("at", ["step_end", "evaluate"])
+def test_an_epoch_is_left_as_by_transformers_trainer(at: str, tokenizer, tmp_path: Path) -> None:
+    """Six steps of a third of an epoch, which are two epochs: both Trainers take a step of each."""
+    theirs, ours = Record(), Record()
+    data = [{"x": torch.tensor(float(i)), "labels": torch.tensor(float(i))} for i in range(6)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "theirs"),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    Trainer(Line(), arguments, train_dataset=data, eval_dataset=data, callbacks=[theirs, LeavesEpochs(at)]).train()  # type: ignore[arg-type]
+    config = settings(tmp_path / "ours", max_steps=6, save_steps=1, eval_steps=1, rollout={"batch_size": 2})
+    few = [{"prompt": prompt} for prompt in PROMPTS[:6]]
+    run = trainer(config, tokenizer, train_dataset=few, eval_dataset=HELD_OUT, callbacks=[ours, LeavesEpochs(at)])
+    assert run.train().global_step == 2
+
+    def events(record: Record) -> list[tuple[str, int]]:
+        inner = ("pre_optimizer_step", "optimizer_step", "init_end")
+        return [(event, step) for event, step, _ in record.seen if event not in inner]
+
+    before = [("log", 0), ("evaluate", 0)]
+    assert [each for each in events(ours) if each not in before] == events(theirs)
+    ends = [entry for entry in ours.seen if entry[0] == "epoch_end"]
+    assert ends == [("epoch_end", 1, 1 / 3), ("epoch_end", 2, 4 / 3)]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_run_that_leaves_epochs_resumes_exactly(streamed: bool, tokenizer, tmp_path: Path) -> None:
+    def trained(folder: str, steps: int, resumed: bool = False) -> list[dict[str, Any]]:
+        config = settings(tmp_path / folder, max_steps=steps, save_steps=1, rollout={"batch_size": 2})
+        data = Rows() if streamed else [{"prompt": prompt} for prompt in PROMPTS]
+        run = trainer(config, tokenizer, train_dataset=data, callbacks=[LeavesOnce()])
+        run.train(resume_from_checkpoint=resumed)
+        logged = [{k: v for k, v in entry.items() if not k.startswith("t")} for entry in run.state.log_history]
+        return [entry for entry in logged if "objective/scores" in entry]
+
+    whole = trained("whole", 8)
+    assert [entry["step"] for entry in whole] == list(range(1, 9 if streamed else 7))
+    trained("parts", 2)
+    assert trained("parts", 8, resumed=True) == whole
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_a_snapshot_of_a_step_that_left_its_epoch_goes_on_with_the_next(tokenizer, tmp_path: Path) -> None:
+    config = settings(
+        tmp_path / "run", max_steps=6, rollout={"batch_size": 2}, guard={"enabled": True, "snapshot_steps": 1}
+    )
+    data = [{"prompt": prompt} for prompt in PROMPTS]
+    run = trainer(config, tokenizer, train_dataset=data, callbacks=[LeavesOnce()])
+    run.begin()
+    for _ in range(2):
+        run.step()
+    candidate = run.recovery.snapshots.candidate
+    assert candidate is not None
+    (kept,) = (tmp_path / "run/snapshot").glob("step-*2/state.json")
+    assert json.loads(kept.read_text())["parts"]["prompts"] == json.loads(json.dumps(run.stream.state_dict()))
+    run.end()
+
+
+class LeavesOnce(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_epoch_stop = state.global_step == 2
+
+
 class Asks(TrainerCallback):
     """Asks for an evaluation and for nothing else, against the settings, and stops after the second step."""
 
@@ -125,7 +207,8 @@ def test_a_resumed_stream_goes_on_in_its_pass(tokenizer, tmp_path: Path) -> None
     whole = seen("whole", 6)
     seen("stopped", 4)
     resumed = seen("stopped", 6, resumed=True)
-    assert resumed[:2] == [("train_begin", 4, 1.0), ("epoch_begin", 4, 1.0)]
+    assert resumed[:2] == [("train_begin", 4, 2.0), ("epoch_begin", 4, 2.0)]
+    assert [(event, step) for event, step, _ in whole if event == "epoch_end"] == [("epoch_end", n) for n in (2, 4, 6)]
     assert resumed[2:] == whole[-len(resumed[2:]) :]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from stable_rlhf import ConfigError, SAFETrainer
 from stable_rlhf.cli import main
+from stable_rlhf.config import ModelConfig
 from stable_rlhf.errors import Exit
-from stable_rlhf.policy import saved_fault
+from stable_rlhf.policy import load_policy, saved_fault
 from tests.conftest import byte_tokenizer
 from tests.tiny_runs import PROMPTS, letters, lora, policy, settings, trainer
 
@@ -53,6 +56,9 @@ def test_an_adapter_is_exported_as_it_is_or_merged(tokenizer, tmp_path: Path) ->
     for name, kind, more in (("adapter", AutoPeftModelForCausalLM, []), ("merged", AutoModelForCausalLM, ["--merge"])):
         assert main(["export", str(run.run_dir), str(tmp_path / name), *more]) == Exit.DONE
         torch.testing.assert_close(logits(kind.from_pretrained(tmp_path / name)), own, rtol=1e-5, atol=1e-5)
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("AutoPeftModelForCausalLM" in card) == (name == "adapter")
+        assert f"| steps | 1 of {config.rollout.batch_size} prompts each |" in card
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(run.run_dir / "final")), own)
     assert saved_fault(run.model, run.run_dir / "final") is None
@@ -126,3 +132,25 @@ def test_what_is_saved_is_compared_as_the_policy_computes_in_bfloat16(
     run = SAFETrainer(str(tiny_folder), letters, config, [{"prompt": "the cat"}, {"prompt": "a dog"}] * 4)
     run.train()
     assert saved_fault(run.model, run.run_dir / "final") is None
+
+
+def test_a_run_with_an_adapter_shows_no_warning_and_no_bar_of_a_library(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = {"progress": False}
+    config = settings(tmp_path / "run", max_steps=1, log=log, model={"name": str(tiny_folder), "lora_r": 2})
+    shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            run = SAFETrainer(config.model.name, letters, config, [{"prompt": p} for p in PROMPTS])
+            capsys.readouterr()  # loading by name shows a bar, as it does without us
+            run.train()
+            run.save_model(tmp_path / "again")
+            load_policy(ModelConfig(name=str(run.run_dir / "final")))
+        assert [str(each.message) for each in warned if each.category is FutureWarning] == []
+        assert "model shards" not in capsys.readouterr().err
+        assert logging.is_progress_bar_enabled()  # as the user has it
+    finally:
+        logging.enable_progress_bar() if shown else logging.disable_progress_bar()

@@ -15,7 +15,7 @@ import pytest
 
 from stable_rlhf.data import encode_prompts
 from stable_rlhf.errors import CheckpointError
-from stable_rlhf.rewards import RewardFunction
+from stable_rlhf.rewards import RewardFunction, Scorer
 from stable_rlhf.training.fingerprints import SameInputs, reward_fingerprint
 from tests.tiny_runs import PROMPTS, letters, settings, trainer
 
@@ -29,7 +29,7 @@ def inputs(tokenizer: Any, reward: Any = letters, accept: bool = False, **column
     encoded = encode_prompts(data, tokenizer, max_prompt_length=9, context_length=None, max_completion_length=4)
     function = RewardFunction(name="letters", function=reward)
     given = [("train_dataset", data, encoded), ("eval_dataset", None, None)]
-    return SameInputs(tokenizer, given, [function], accept)
+    return SameInputs(tokenizer, given, Scorer([function]), None, accept)
 
 
 def test_the_same_inputs_are_accepted(tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -11,27 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from stable_rlhf import ConfigError
+from stable_rlhf import Config, ConfigError
 from stable_rlhf.errors import UploadError
-from tests.tiny_runs import settings, trainer
+from stable_rlhf.training.hub import prepare_upload
+from tests.tiny_runs import lora, policy, settings, trainer
 
 
 class Hub:
-    """Takes repositories and commits. ``refuses``: the paths that it answers with 403."""
+    """Takes repositories and commits.
+
+    ``refuses``: the paths that it answers with 403. ``private``: of the repository, None until it is there.
+    """
 
     def __init__(self) -> None:
         self.created: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
         self.refuses = ""
+        self.private: bool | None = None
 
     def answer(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         if self.refuses and self.refuses in path:
             return 403, {"error": "not yours"}
-        if path == "/api/models/me/mine":
+        if path == "/api/models/me/mine" and self.private is None:
             return 404, {"error": "no such repository"}
+        if path == "/api/models/me/mine":
+            return 200, {"id": "me/mine", "private": self.private}
         if path == "/api/repos/create":
-            self.created.append(json.loads(body))
+            self.created.append(made := json.loads(body))
+            if self.private is None:
+                self.private = made.get("visibility", "public") == "private"
             return 200, {"url": f"{self.address}/me/mine"}
         if "/preupload/" in path:
             files = json.loads(body)["files"]
@@ -136,9 +147,54 @@ def test_what_would_fail_at_the_end_is_known_before_training(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_repository_of_push_to_hub_is_private_unless_said(tokenizer, tmp_path: Path, hub: Hub) -> None:
+def test_a_repository_of_push_to_hub_is_private_unless_said(
+    tokenizer, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = trainer(settings(tmp_path, max_steps=1), tokenizer)
     run.train()
     for options in ({}, {"private": False}):
+        hub.private = None
         run.push_to_hub("me/mine", **options)
     assert [made["visibility"] for made in hub.created if "visibility" in made] == ["private", "public"]
+    assert "hub_private" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("own", "shown"), [(False, "public"), (True, "private")])
+def test_a_repository_of_another_visibility_is_said_before_training(
+    own: bool, shown: str, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.private = own
+    asked = Config.from_preset("safe", push_to_hub=True, hub_model_id="me/mine", hub_private=not own)
+    assert prepare_upload(asked, tmp_path) == "me/mine"
+    said = f"hub_private={not own}: the repository 'me/mine' exists and is {shown}, and stays so"
+    assert said in capsys.readouterr().err
+    prepare_upload(dataclasses.replace(asked, hub_private=own), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_policy_that_was_not_saved_as_it_is_is_not_uploaded(
+    tokenizer, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path, max_steps=1, push_to_hub=True, hub_model_id="me/mine")
+    run = trainer(config, tokenizer)
+    lm = run.model.policy
+    whole = lm.save_pretrained
+
+    def forgets(folder: Path, **options: Any) -> None:  # as a model whose code names its weights otherwise
+        whole(folder, **options)
+        if (file := folder / "model.safetensors").exists():
+            save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+    monkeypatch.setattr(lm, "save_pretrained", lambda folder, **options: forgets(Path(folder), **options))
+    with pytest.raises(UploadError, match=r"its logits differ .* It was not uploaded to 'me/mine'"):
+        run.train()
+    with pytest.raises(UploadError, match=r"nothing was uploaded to 'me/mine'.*its logits differ"):
+        run.push_to_hub("me/mine")
+    assert hub.files == {}
+    assert (tmp_path / "final" / "README.md").is_file()
+
+
+def test_an_adapter_on_a_model_without_a_name_is_uploaded(tokenizer, tmp_path: Path, hub: Hub) -> None:
+    config = settings(tmp_path, max_steps=1, push_to_hub=True, hub_model_id="me/mine")
+    trainer(config, tokenizer, model=lora(policy(tokenizer))).train()
+    assert "adapter_model.safetensors" in hub.files

@@ -139,7 +139,7 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     assert moved == {"counters", "prompts", "scheduler", "optimizer", "controller", "guard", *drawn}
     was, now = ({name: json.loads(found[name]) for name in moved if "." not in name} for found in (good, back))
     assert (now["counters"], now["prompts"]["epoch"], now["prompts"]["position"]) == (
-        {"step": 6, "episode": 48, "best": None, "best_step": None},
+        {"step": 6, "episode": 48, "best": None, "best_step": None, "evaluates": False},
         5,
         8,
     )

@@ -95,7 +95,9 @@ def assert_stopped_and_goes_on(tiny: Tiny, run: Path, expected: dict[str, bytes]
     assert [row["step"] for row in rows(run)] == [0, 1]
     assert (run / "report.html").is_file()
     assert not (run / ".owner.json").exists()
-    assert tiny.run(["resume", str(run)]) == (Exit.DONE, "")
+    code, said = tiny.run(["resume", str(run)])
+    assert (code, said.count("\n")) == (Exit.DONE, 1), said
+    assert said.startswith("6 steps done, reward ")
     assert_same(run, expected)
 
 
@@ -174,7 +176,9 @@ def test_a_sigterm_while_files_are_written_loses_nothing(
     saved, damaged = newest(run / "checkpoints")
     assert (steps_of(saved), damaged) == (step, [])
     assert not list(run.glob("checkpoints/.*"))
-    assert tiny.run(["resume", str(run)]) == (Exit.DONE, "")
+    code, said = tiny.run(["resume", str(run)])
+    assert (code, said.count("\n")) == (Exit.DONE, 1), said
+    assert said.startswith("6 steps done, reward ")
     assert_same(run, expected)
 
 

@@ -101,7 +101,7 @@ def test_the_seconds_of_a_step_are_those_of_its_parts_each_once(
     assert [timing["step"] for timing in timings] == [0, 1]
     assert sum(timing["total_s"] for timing in timings) < elapsed
     for timing, row in zip(timings, rows(run.run_dir), strict=True):
-        assert timing.keys() == {"step", *parts, "total_s", "tokens_per_s", "memory_gb"}
+        assert timing.keys() == {"step", "epoch", *parts, "total_s", "tokens_per_s", "memory_gb"}
         assert all(timing[name] > 0 for name in parts)
         assert timing["scoring_s"] >= 0.1
         rest = timing["total_s"] - sum(timing[name] for name in parts)
@@ -141,6 +141,7 @@ def test_the_seconds_of_a_part_are_spent_in_that_part(
     assert measured == learned == 2  # minibatches
     assert timing == {
         "step": 0,
+        "epoch": 1.0,
         "rollout_s": 0.25,
         "scoring_s": 1.0,
         "logprobs_s": 10.0,

@@ -42,7 +42,10 @@ _NAME = re.compile(r"(?:\.replaced-)?step-([0-9]{6,})")
 
 _LEFTOVER = re.compile(r"\.(writing|replaced|removed)-(step-[0-9]{6,})")
 
-_REMEDY = "choose an older checkpoint of the run with --checkpoint, or start a new run"
+_REMEDY = (
+    "choose an older checkpoint of the run (--checkpoint of `resume`, in Python resume_from_checkpoint), or start a "
+    "new run"
+)
 
 
 def at(folder: Path, step: int) -> Path:

@@ -18,6 +18,11 @@ def export(arguments: list[str]) -> int:
     given = made.parse_args(arguments)
     if not os.path.isdir(given.checkpoint):  # unlike Path.is_dir, a name that is too long is not an error
         raise ConfigError(f"{given.checkpoint} is not a folder; give a checkpoint, such as RUN/checkpoints/step-000020")
+    if not os.path.isdir(given.checkpoint / "checkpoints") and (given.checkpoint / "value_heads.safetensors").is_file():
+        raise ConfigError(
+            f"{given.checkpoint} is no checkpoint but a finished policy, which from_pretrained loads as it is; to fold "
+            "an adapter into the model, export the newest checkpoint, by the run's folder: RUN OUT --merge"
+        )
     from transformers.utils import logging  # torch and transformers load only when the arguments are good
 
     from stable_rlhf.checkpoints import store

@@ -24,7 +24,8 @@ stable-rlhf export CHECKPOINT OUT [--merge]                     make a checkpoin
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
 stable-rlhf doctor [FILE] [--section.field VALUE ...]           check a run before it starts, forecast its time
 
-`stable-rlhf train --help` lists every setting. A FILE is YAML, or recipe:NAME for one that ships with the package.
+`stable-rlhf train --help` lists the usual settings, `--help-all` every one. A FILE is YAML, or recipe:NAME for one that
+ships with the package.
 `stable-rlhf --version` prints the version."""
 
 

@@ -36,8 +36,9 @@ def report(arguments: list[str]) -> int:
 def _watch(run: Path, port: int) -> int:
     from stable_rlhf.report import watch
 
-    def say(address: str) -> None:
-        print(f"stable-rlhf report: {visible(str(run), '⏎')} at {address}; Ctrl-C ends it", flush=True)
+    def say(address: str, begun: bool) -> None:
+        waits = "" if begun else "; there is no run yet, the page waits for it"
+        print(f"stable-rlhf report: {visible(str(run), '⏎')} at {address}{waits}; Ctrl-C ends it", flush=True)
 
     stopped, signals = threading.Event(), list[int]()
 

@@ -1,16 +1,16 @@
-"""The `--help` of commands that take settings."""
+"""The `--help` and `--help-all` of commands that take settings."""
 
 from __future__ import annotations
 
-from stable_rlhf.config import help_text
+from stable_rlhf.config import HELP, HELP_ALL, help_text
 from stable_rlhf.errors import Exit
 
 
 def asks_for_help(arguments: list[str]) -> bool:
-    return "-h" in arguments or "--help" in arguments
+    return any(name in arguments for name in (*HELP, HELP_ALL))
 
 
 def show_settings(command: str, arguments: list[str]) -> int:
-    """Prints every setting, with the defaults of the preset and the controller that the arguments name."""
+    """Prints the settings that are asked for, as `help_text` has them."""
     print(help_text(arguments, command), end="")
     return Exit.DONE

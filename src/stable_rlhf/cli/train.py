@@ -95,7 +95,7 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     """Trains, writes the report even if training fails, and prints the closing tables."""
     from transformers.utils import logging  # torch and transformers load only when the settings are good
 
-    from stable_rlhf.report import print_summary, write_report
+    from stable_rlhf.report import closing_line, print_summary, write_report
     from stable_rlhf.training import SAFETrainer
 
     logging.disable_progress_bar()  # the run has a bar of its own
@@ -108,6 +108,8 @@ def _run(config: Config, resume: bool | Path | None) -> int:
     write_report(run)
     if config.log.progress:
         print_summary(run, result, _further(run, config), rollbacks=result.rollbacks)
+    else:
+        print(visible(closing_line(run, result, trainer.steps_done), "⏎"))
     return Exit.DONE
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
+from stable_rlhf.config.elsewhere import here
 from stable_rlhf.control import as_whole
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.text import valid_unicode
@@ -75,10 +77,10 @@ def check_url(setting: str, url: str) -> None:
         fits = bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is not a number, an IPv6 address without its bracket
         raise ConfigError(
-            f"{setting}: {url.rpartition('@')[2].split('?')[0]!r} is not a URL; give http://HOST:PORT/PATH"
+            f"{setting}: {url.rpartition('@')[2].split('?')[0]!r} is not a URL; give http://HOST:8000/PATH"
         ) from None
     shown = url_without_secrets(url)
-    require(fits and url.isprintable() and " " not in url, setting, shown, "give http://HOST:PORT/PATH")
+    require(fits and url.isprintable() and " " not in url, setting, shown, "give http://HOST:8000/PATH")
     remedy = "has a name or password in it, which config.yaml would keep; set reward.token_env instead"
     require("@" not in parts.netloc, setting, shown, remedy)
     require(not parts.fragment, setting, shown, "has a part after '#', which is never sent to a server; leave it out")
@@ -99,6 +101,8 @@ class Named:
     @classmethod
     def _suggestion(cls, name: str, given: Mapping[str, Any]) -> str:
         known = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+        if (named := here(name)) is not None:
+            return named
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         return f". Did you mean {close[0]}?" if close else f"; {cls.__name__} has {', '.join(known)}"
 
@@ -106,11 +110,17 @@ class Named:
 def as_meant(value: Any, hint: Any) -> Any:
     """A value as the type that an annotation asks for, where nothing else can be meant.
 
-    A float without a fraction is an int (1e2 is 100), and one entry is a list of one.
+    A float without a fraction is an int (1e2 is 100), a path is its text, and one entry is a list of one.
     """
     if int in alternatives(hint):
         return as_whole(value)
+    if {str, list[str]} & set(alternatives(hint)):
+        value = [_text(item) for item in value] if isinstance(value, list) else _text(value)
     return [value] if is_list(hint) and _fits([value], hint) else value
+
+
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from stable_rlhf.config.presets import PRESETS, preset_section
 from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig, RolloutConfig
 from stable_rlhf.control import CONTROLLERS, GuardConfig
 from stable_rlhf.errors import ConfigError
+from stable_rlhf.text import without_secrets
 
 
 def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def complete_settings(config: Config, run_dir: Path) -> dict[str, Any]:
 def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as one dictionary by their full names, such as ``kl.settings.budget``, as trackers want them.
 
-    The query of a reward server's URL is left out: it may be secret, and trackers are other people's machines.
+    Secrets in a URL, such as a query, are left out: trackers and model cards are shown to other people.
     """
     flat: dict[str, Any] = {}
     for name, value in settings.items():
@@ -41,12 +42,12 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list):
             flat[name] = [url_without_secrets(item) if is_url(item) else item for item in value]
         else:
-            flat[name] = value
+            flat[name] = without_secrets(value) if isinstance(value, str) else value
     return flat
 
 
 EVALUATED = ("reward", "kl", "entropy", "distinct_2", "length")
-"""Figures of an evaluation by which the best checkpoint can be chosen."""
+"""Figures of an evaluation by which the best checkpoint can be chosen, besides the means of gold rewards."""
 
 _FROM_PRESET: Any = None
 """Marks a section that the caller did not give. ``Config.__post_init__`` replaces it by the preset's."""
@@ -82,8 +83,8 @@ class Config(Named):
     """Evaluate on the held-out prompts every this many steps of training, and at its end; 0 evaluates only before and
     after. An evaluation changes nothing of the training."""
     metric_for_best_model: str | None = None
-    """Figure of these evaluations by which the best checkpoint is chosen, and kept: reward, kl, entropy, distinct_2 or
-    length. None chooses none. Only with eval_steps above 0."""
+    """Figure of these evaluations by which the best checkpoint is chosen, and kept: reward, kl, entropy, distinct_2,
+    length, or gold/NAME, the mean of a gold reward (reward.gold). None chooses none. Only with eval_steps above 0."""
     greater_is_better: bool = True
     """Whether a greater metric_for_best_model is better; set false for kl."""
     load_best_model_at_end: bool = False
@@ -97,7 +98,7 @@ class Config(Named):
     the name of the run's folder. Only with push_to_hub."""
     hub_private: bool = True
     """Whether a repository that the upload makes is private; completions of the run are in no file of it either way.
-    Only with push_to_hub."""
+    One that exists keeps its visibility, and a line says where it is another. Only with push_to_hub."""
     seed: int = 0
     """Seed of everything random: value heads, prompt order, sampling and minibatches."""
     model: ModelConfig = _FROM_PRESET
@@ -141,11 +142,22 @@ class Config(Named):
 
     def _check_best(self) -> None:
         best = self.metric_for_best_model
-        only_with("", self, "metric_for_best_model", self.eval_steps > 0, "eval_steps is above 0")
-        known = best is None or best in EVALUATED
-        require(known, "metric_for_best_model", best, f"choose one of {', '.join(EVALUATED)}")
+        remedy = "is chosen by evaluations in training, and there are none: set eval_steps above 0, or leave it out"
+        require(best is None or self.eval_steps > 0, "metric_for_best_model", best, remedy)
+        if best is not None and best.startswith("gold/"):  # the trainer knows which there are
+            object.__setattr__(self, "metric_for_best_model", f"{best.removesuffix('/mean')}/mean")
+        else:
+            self.check_best([])
         for name in ("greater_is_better", "load_best_model_at_end"):
             only_with("", self, name, best is not None, "metric_for_best_model is set")
+        remedy = "the policy farthest from the reference would be kept as the best: set greater_is_better=false"
+        require(best != "kl" or not self.greater_is_better, "metric_for_best_model", best, remedy)
+
+    def check_best(self, gold: Iterable[str]) -> None:
+        """Refuses a metric_for_best_model that no evaluation has. ``gold``: the names of the gold rewards."""
+        known = [*EVALUATED, *(f"gold/{name}/mean" for name in gold)]
+        best = self.metric_for_best_model
+        require(best is None or best in known, "metric_for_best_model", best, f"choose one of {', '.join(known)}")
 
     @classmethod
     def from_preset(cls, preset: str = "safe", **overrides: Any) -> Config:

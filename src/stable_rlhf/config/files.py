@@ -12,6 +12,7 @@ import yaml
 
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import ASSETS
+from stable_rlhf.text import kind_of
 
 PREFIX = "recipe:"
 RECIPES = ASSETS / "recipes"
@@ -51,7 +52,7 @@ def read_settings(name: str | Path) -> dict[Any, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{name}{line}: {getattr(error, 'problem', error)}; repair the YAML") from error
     if not isinstance(content, dict) or not content:
-        what = "is empty" if content is None or content == {} else f"is a {type(content).__name__}"
+        what = "is empty" if content is None or content == {} else f"is {kind_of(content)}"
         raise ConfigError(f"{name}: {what}; give a mapping of settings, such as `preset: safe`")
     return content
 

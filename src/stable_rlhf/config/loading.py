@@ -22,6 +22,7 @@ from jsonargparse import (
 from stable_rlhf.config.checks import alternatives, as_meant, is_list, wanted
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.files import PREFIX, over, read_settings, recipe_names
+from stable_rlhf.config.help import short_help
 from stable_rlhf.config.names import controllers_settings, fields_of, setting_types, suggestion
 from stable_rlhf.config.presets import PRESETS, preset_section
 from stable_rlhf.config.sections import SECTIONS
@@ -29,7 +30,7 @@ from stable_rlhf.control import CONTROLLERS, settings_class
 from stable_rlhf.errors import ConfigError
 
 _TOP = [field.name for field in dataclasses.fields(Config) if field.name not in SECTIONS]
-_SEE_HELP = "; `stable-rlhf train --help` lists them"
+_SEE_HELP = "; `stable-rlhf train --help-all` lists them"
 
 
 def parser(preset: str, controller: str, command: str = "train") -> ArgumentParser:
@@ -62,11 +63,19 @@ def parser(preset: str, controller: str, command: str = "train") -> ArgumentPars
     return made
 
 
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+"""Options that ask for the settings that runs change most, and for every setting."""
+
+
 def help_text(arguments: Sequence[str], command: str) -> str:
-    """Every setting, with the defaults of the preset and the settings of the controller that the arguments name."""
-    files, others = _files_and_flags([name for name in arguments if name not in ("-h", "--help")])
+    """The settings that the arguments ask for, with the defaults of the preset and the settings of the controller that
+    the arguments name."""
+    files, others = _files_and_flags([name for name in arguments if name not in (*HELP, HELP_ALL)])
+    made = parser(*_chosen([_content(file) for file in files], others), command)
+    if HELP_ALL not in arguments:
+        return re.sub(r"\bNone\b", "null", short_help(made, command))
     shown = io.StringIO()
-    parser(*_chosen([_content(file) for file in files], others), command).print_help(shown)
+    made.print_help(shown)
     return re.sub(r"\bNone\b", "null", shown.getvalue())  # Python's name for what YAML and the command line call null
 
 
@@ -203,6 +212,11 @@ def _check_section(file: str | Path, name: str, value: Any, controller: str) -> 
             raise ConfigError(f"--config {file}: unknown setting {f'{name}.{field}'!r}{close}")
     if name == "kl" and "settings" in value:
         _check_section(file, "kl.settings", value["settings"], controller)
+
+
+def probable_setting(name: str) -> str:
+    """The end of a sentence with the setting that a name means which is none; empty where no setting is like it."""
+    return suggestion(name, [*_TOP, *SECTIONS, *setting_types(Config, "safe")], "safe", "")
 
 
 def taken_out(option: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:

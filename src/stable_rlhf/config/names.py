@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from stable_rlhf.config.elsewhere import here
 from stable_rlhf.config.sections import SECTIONS
 from stable_rlhf.control import settings_class
 
@@ -23,7 +24,8 @@ def setting_types(top: type, controller: str) -> dict[str, Any]:
 
 
 def suggestion(name: str, known: Iterable[str], controller: str, otherwise: str) -> str:
-    """The settings that were probably meant: with that name in any section, or with a similar name.
+    """The settings that were probably meant: with that name in any section, of that name in another library, or with a
+    similar name.
 
     ``known``: every name that may be meant. ``otherwise``: what is said where none is similar.
     """
@@ -33,6 +35,8 @@ def suggestion(name: str, known: Iterable[str], controller: str, otherwise: str)
     within = fields_of(section, controller)  # compared without the prefix, which would make any two names similar
     near = [f"{section}.{one}" for one in difflib.get_close_matches(field, within, n=1, cutoff=0.7)]
     whole = [] if within else difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    if not (near or exact) and section != "kl.settings" and (named := here(field)) is not None:
+        return named
     if close := near or exact or whole:
         return f". Did you mean {' or '.join(close)}?"
     if section == "kl.settings":

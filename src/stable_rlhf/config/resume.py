@@ -36,7 +36,7 @@ def refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> Non
     for name in sorted(here.keys() | there.keys()):
         if name in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE or here.get(name) == there.get(name):
             continue
-        if name == "reward.functions" and _moved(here[name], there[name]):
+        if name in ("reward.functions", "reward.gold") and _moved(here[name], there[name]):
             continue
         raise CheckpointError(
             f"{name} is {here.get(name)!r} here and {there.get(name)!r} in the checkpoint: resume with the run's own, "
@@ -50,6 +50,7 @@ def given_in_python(settings: Mapping[str, Any]) -> str | None:
         "model.name": [settings["model"]["name"]],
         "data.train": [settings["data"]["train"]],
         "reward.functions": settings["reward"]["functions"],
+        "reward.gold": settings["reward"].get("gold", []),  # a run of an earlier version has none
     }
     for name, values in named.items():
         for value in values:

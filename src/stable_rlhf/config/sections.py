@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,24 @@ from stable_rlhf.control import GuardConfig
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 """Endings of prompt files. A file is one split and is read whole."""
+
+TRACKERS = (
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
+"""Transformers' names of trackers, which settings can be checked against without loading Transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +60,8 @@ class ModelConfig(Named):
     lora_alpha: float | None = None
     """LoRA scale; None is twice the rank, the usual choice. Only with lora_r > 0."""
     lora_target_modules: list[str] | None = None
-    """Names of the linear layers that get an adapter; None is every linear layer except the LM head. Only with lora_r >
-    0."""
+    """Names of the linear layers that get an adapter; None, or ``all-linear``, is every one except the LM head. Only
+    with lora_r > 0."""
     lora_options: dict[str, Any] | None = None
     """More fields of peft.LoraConfig, such as {use_rslora: true} or {target_modules: REGULAR_EXPRESSION}; None leaves
     them at PEFT's defaults. Only with lora_r > 0."""
@@ -69,6 +88,8 @@ class ModelConfig(Named):
             require(value is None or self.lora_r > 0, f"model.{name}", value, remedy)
         if self.lora_alpha is not None:
             positive("model", self, "lora_alpha")
+        if self.lora_target_modules == ["all-linear"]:  # PEFT's word for what None is here
+            object.__setattr__(self, "lora_target_modules", None)
         remedy = "name at least one layer, or leave it out for every linear layer"
         require(self.lora_target_modules != [], "model.lora_target_modules", self.lora_target_modules, remedy)
         for name in ("r", "lora_alpha"):
@@ -122,6 +143,10 @@ class DataConfig(Named):
     """Most tokens of a prompt. A longer prompt is cut on the left and counted (``prompts/truncated``)."""
     limit: int | None = None
     """Read only the first ``limit`` rows of the training set; None reads all."""
+    streaming: bool = False
+    """Read the training rows as they are needed, in the order of arrival, instead of loading all before training: for a
+    data set that does not fit the disk. Held-out prompts then need ``eval``, whose first ``eval_size`` rows are
+    read."""
 
     def __post_init__(self) -> None:
         check_types("data", self)
@@ -130,10 +155,13 @@ class DataConfig(Named):
         if self.limit is not None:
             positive("data", self, "limit")
         whole = self.train.endswith(_FILE_SUFFIXES)
-        only_with("data", self, "split", not whole, "data.train is a hub name or builtin (a file is taken whole)")
+        condition = "data.train is a hub name, a saved data set or builtin (a file is one split)"
+        only_with("data", self, "split", not whole, condition)
         on_hub = not (whole or self.train == "builtin" or self.train.startswith("<") or Path(self.train).exists())
         for name in ("config_name", "revision"):
             only_with("data", self, name, on_hub, "data.train is a hub name")
+        named = self.train != "builtin" and not self.train.startswith("<")
+        only_with("data", self, "streaming", named, "data.train is a file, a folder or a hub name")
         named = self.format not in ("preference", "hh")
         only_with("data", self, "prompt_column", named, "data.format is auto, prompt or messages")
         only_with("data", self, "eval", self.eval_size > 0, "data.eval_size is above 0")
@@ -155,6 +183,10 @@ class RewardConfig(Named):
     """Weights of the rewards in their sum, one for each entry of ``functions``; None gives each the weight 1. A reward
     that gives a sample no score is left out of its sum. The trainer checks the number, because functions may also be
     given as Python objects."""
+    gold: list[str] = dataclasses.field(default_factory=list)
+    """List of gold rewards, named as in ``functions``. They are only measured, never trained on: each by itself, on the
+    held-out prompts, before and after training and every ``eval_steps``. A gold reward that falls while the reward
+    rises shows over-optimisation (docs/rewards.md)."""
     missing_eos_penalty: float | None = None
     """Amount subtracted from the reward, in the scorer's units, if a completion did not end within
     max_completion_length; None subtracts nothing."""
@@ -189,10 +221,12 @@ class RewardConfig(Named):
     """Columns of the data set to send to a reward server with each request, such as [labels]. By default a server
     receives only prompts and completions."""
     accept_changed: bool = False
-    """Resume although the code or the weights of a reward are not those that the run began with, as after a repair.
+    """Resume although the code or the weights of a reward (or gold reward) are not those that the run began with, as
+    after a repair.
     False refuses: the rewards before and after would not be comparable."""
     trust_remote_code: list[str] = dataclasses.field(default_factory=list)
-    """Entries of ``functions`` whose own Python code may run. Leave it empty unless you have read that code."""
+    """Entries of ``functions`` or ``gold`` whose own Python code may run. Leave it empty unless you have read that
+    code."""
 
     def __post_init__(self) -> None:
         check_types("reward", self)
@@ -204,14 +238,20 @@ class RewardConfig(Named):
         if self.missing_eos_penalty is not None:
             not_negative("reward", self, "missing_eos_penalty")
         positive("reward", self, "batch_size")
-        unknown = sorted(set(self.trust_remote_code) - set(self.functions))
-        require(not unknown, "reward.trust_remote_code", unknown, "every entry must be one of reward.functions")
+        unknown = sorted(set(self.trust_remote_code) - {*self.functions, *self.gold})
+        remedy = "every entry must be one of reward.functions or reward.gold"
+        require(not unknown, "reward.trust_remote_code", unknown, remedy)
+
+    @property
+    def servers(self) -> list[str]:
+        """The reward servers' URLs, those of gold rewards included."""
+        return [name for name in (*self.functions, *self.gold) if is_url(name)]
 
     def _check_servers(self) -> None:
         """Checks the reward servers, and makes ``url`` the only entry of ``functions``, as in config.yaml."""
         if self.url is not None:
             require(
-                is_url(self.url), "reward.url", self.url, "give http://HOST:PORT/PATH, or name it in reward.functions"
+                is_url(self.url), "reward.url", self.url, "give http://HOST:8000/PATH, or name it in reward.functions"
             )
             check_url("reward.url", self.url)
             remedy = (
@@ -219,14 +259,15 @@ class RewardConfig(Named):
             )
             require(self.functions in (["builtin"], [self.url]), "reward.functions", self.functions, remedy)
             object.__setattr__(self, "functions", [self.url])
-        servers = [function for function in self.functions if is_url(function)]
-        for server in servers:
-            check_url("reward.functions", server)
+        for setting, names in (("reward.functions", self.functions), ("reward.gold", self.gold)):
+            for server in names:
+                if is_url(server):
+                    check_url(setting, server)
         positive("reward", self, "timeout", "max_wait")
         not_negative("reward", self, "retries")
         for name in sorted({"query", "prompts", "messages"} & set(self.columns)):
             require(False, "reward.columns", name, "is a field of the protocol itself; rename the column")
-        hosts = sorted({urlsplit(server).netloc for server in servers})
+        hosts = sorted({urlsplit(server).netloc for server in self.servers})
         remedy = f"would be sent to {' and '.join(hosts)}: use it with one server, or leave it out"
         require(self.token_env is None or len(hosts) < 2, "reward.token_env", self.token_env, remedy)
 
@@ -268,10 +309,14 @@ class LogConfig(Named):
     """Write the prompts and completions of a step to completions/ every this many steps, and as a table to those of the
     trackers that have tables; 0 never does."""
     progress: bool = True
-    """Show the progress bar and the closing tables on the console."""
+    """Show the progress bar and the closing tables on the console. False leaves one closing line of a command."""
 
     def __post_init__(self) -> None:
         check_types("log", self)
+        for name in self.report_to:
+            close = difflib.get_close_matches(name, TRACKERS, n=1)
+            meant = f"did you mean {close[0]}?" if close else f"choose from {', '.join(TRACKERS)}, or leave it out"
+            require(name in TRACKERS, "log.report_to", self.report_to, f"there is no tracker {name!r}; {meant}")
         not_negative("log", self, "completions_steps")
         only_with("log", self, "run_name", bool(self.report_to), "log.report_to names a tracker")
 

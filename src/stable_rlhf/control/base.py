@@ -95,6 +95,9 @@ def setting(default: Any, low: float | None = None, high: float | None = None, *
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
 def as_whole(value: Any) -> Any:
     """A float without a fraction as an int, so that 1e2 is 100 where a whole number is wanted; else the same value."""
     return int(value) if type(value) is float and value.is_integer() else value
@@ -113,10 +116,7 @@ def check_settings(settings: Settings) -> None:
             object.__setattr__(settings, field.name, value)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if (wanted is float and not number) or (wanted is not float and type(value) is not wanted):
-            raise ValueError(
-                f"{field.name}={value!r} is a {type(value).__name__}: give a {wanted.__name__}, such as "
-                f"{field.default}."
-            )
+            raise ValueError(f"{field.name}={value!r}: give {_WANTED[wanted]}, such as {field.default}.")
         if not number:
             continue
         low, high, above = (field.metadata[key] for key in ("low", "high", "above"))

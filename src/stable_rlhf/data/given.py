@@ -11,7 +11,7 @@ from datasets.table import InMemoryTable
 
 from stable_rlhf.data.sources import from_columns, said, split_of
 from stable_rlhf.errors import PromptError
-from stable_rlhf.text import quoted
+from stable_rlhf.text import kind_of, quoted
 
 _KINDS = (
     "Give a datasets.Dataset, DatasetDict or IterableDataset, a pandas DataFrame, a dict of columns, or a list of "
@@ -47,7 +47,7 @@ def as_dataset(given: Any, split: str, name: str) -> datasets.Dataset | Iterable
         return dataset_of(_items(given, name), name)
     if iter(given) is given:
         raise PromptError(
-            f"{name} is a {type(given).__name__}, which can be read only once, so no run on it could be resumed. "
+            f"{name} is {kind_of(given)}, which can be read only once, so no run on it could be resumed. "
             "Give a list, or IterableDataset.from_generator(function)."
         )
     return given

@@ -84,7 +84,11 @@ def prompts_in(rows: Iterable[Mapping[str, Any]], how: Convention, name: str) ->
 def same_kind(prompt: Prompt, first: type | None, where: str) -> type:
     """The type of a prompt. Raises PromptError where it is not ``first``, that of the first row."""
     if first not in (None, type(prompt)):
-        raise _unusable(where, "is text where row 1 is messages, or the reverse")
+        kinds = ("text", "a chat") if isinstance(prompt, str) else ("a chat", "text")
+        raise PromptError(
+            f"{where}: the prompt is {kinds[0]}, but that of row 1 is {kinds[1]}. Write every prompt in one way: TEXT "
+            "as the chat [{'role': 'user', 'content': TEXT}], or train on the two kinds in two runs."
+        )
     return type(prompt)
 
 

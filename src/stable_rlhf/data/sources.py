@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -18,8 +18,8 @@ from datasets.table import InMemoryTable
 from stable_rlhf.data.rows import FORMATS, convention, prompts_in
 from stable_rlhf.errors import PromptError
 from stable_rlhf.files import ASSETS
-from stable_rlhf.hub import hub_fault
-from stable_rlhf.text import ends, quoted
+from stable_rlhf.hub import hub_fault, looked_up
+from stable_rlhf.text import ends, kind_of, quoted
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".csv.gz", ".parquet")
 _BUILTIN_PROMPTS = ASSETS / "prompts.json"
@@ -27,6 +27,13 @@ _NO_TABLE = (pyarrow.ArrowException, ArithmeticError, AttributeError, LookupErro
 """Errors of Arrow and Python for values that are not those of a table."""
 SHOWN = 500
 """Most characters of each end of another library's message: a library may quote a whole file."""
+READ_AT_ONCE = 1000
+"""Rows of a Parquet file that are read at once: few enough for long texts, and many enough to be read fast."""
+_CSV: Any = {
+    "parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True),
+    # Without column_types a prompt "42" would be read as a number.
+    "convert_options": pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(("prompt", "chosen"), pyarrow.string())),
+}
 _BUILTIN_SPLITS = {"train": "train", "eval": "eval", "test": "eval"}
 
 
@@ -74,6 +81,41 @@ def load_prompts(
     return with_prompts(dataset, format=format, prompt_column=prompt_column, limit=limit, name=name)
 
 
+def open_stream(source: str, *, split: str, config_name: str | None, revision: str | None) -> Iterable[Any]:
+    """The rows of what ``load_prompts`` loads, except the built-in set: read each time that they are iterated over.
+
+    Only what is read at once differs. Raises PromptError for a source that is not there, and at its row for one that is
+    broken.
+    """
+    path = Path(source)
+    if path.is_file() or source.endswith(_FILE_SUFFIXES):
+        _check_file(path)
+        return FileRows(path)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _saved(source, split).to_iterable_dataset()
+    return _hub(source, split=split, config_name=config_name, data_dir=None, revision=revision, streaming=True)
+
+
+class FileRows:
+    """The rows of a file, read as they are needed each time that this is iterated over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.path.name.endswith(".parquet"):
+            with pyarrow.parquet.ParquetFile(self.path) as parquet:
+                for batch in parquet.iter_batches(READ_AT_ONCE):
+                    batch.validate(full=True)  # texts are UTF-8
+                    yield from batch.to_pylist()
+        elif self.path.name.endswith((".csv", ".csv.gz")):
+            with _open(self.path) as file, pyarrow.csv.open_csv(file, **_CSV) as batches:
+                for batch in batches:
+                    yield from batch.to_pylist()
+        else:
+            yield from _read_json(self.path)
+
+
 def with_prompts(
     dataset: datasets.Dataset, *, format: str, prompt_column: str | None, limit: int | None, name: str
 ) -> datasets.Dataset:
@@ -105,10 +147,20 @@ def _builtin(split: str) -> datasets.Dataset:
 
 
 def _hub(
-    name: str, *, split: str, config_name: str | None, data_dir: str | None, revision: str | None
-) -> datasets.Dataset:
+    name: str,
+    *,
+    split: str,
+    config_name: str | None,
+    data_dir: str | None,
+    revision: str | None,
+    streaming: bool = False,
+) -> Any:
+    part: dict[str, Any] = {"data_dir": data_dir, "revision": revision, "split": split}
+    if streaming:
+        part["streaming"] = True
     try:
-        dataset = datasets.load_dataset(name, config_name, data_dir=data_dir, revision=revision, split=split)
+        with looked_up(name):
+            dataset = datasets.load_dataset(name, config_name, **part)
     except Exception as error:  # of datasets, Arrow, the hub's client and the network: each has errors of its own
         parts = {"config_name": config_name, "revision": revision, "split": split}
         wanted = f"{name!r} ({', '.join(f'{part} {value!r}' for part, value in parts.items() if value is not None)})"
@@ -118,8 +170,8 @@ def _hub(
         )
         why = (hub_fault(error) or said(error)).rstrip(".")
         raise PromptError(f"data set {wanted} could not be loaded {where}: {why}. {remedy}") from error
-    if not isinstance(dataset, datasets.Dataset):
-        raise PromptError(f"data set {name!r}, split {split!r}, gave a {type(dataset).__name__}; name one plain split.")
+    if not isinstance(dataset, datasets.IterableDataset if streaming else datasets.Dataset):
+        raise PromptError(f"data set {name!r}, split {split!r}, gave {kind_of(dataset)}; name one plain split.")
     return dataset
 
 
@@ -135,7 +187,9 @@ def _saved(folder: str, split: str) -> datasets.Dataset:
 def split_of(splits: Mapping[Any, Any], split: str, name: str) -> Any:
     """One data set of several. A single one is taken whatever its name. Raises PromptError."""
     if split not in splits and len(splits) != 1:
-        raise PromptError(f"{name} has the splits {', '.join(map(repr, splits))}, not {split!r}. Set data.split.")
+        there = ", ".join(map(repr, splits))
+        remedy = "Choose one with data.split, or data.eval_split for held-out prompts."
+        raise PromptError(f"{name} has the splits {there}, not {split!r}. {remedy}")
     return splits[split] if split in splits else next(iter(splits.values()))
 
 
@@ -147,11 +201,15 @@ def said(error: Exception) -> str:
     return ends(" ".join(text.split()).rstrip("."), SHOWN)
 
 
-def _local(path: Path) -> datasets.Dataset:
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise PromptError(f"prompt file {path} does not exist. Check the path (relative paths start at {Path.cwd()}).")
     if not path.name.endswith(_FILE_SUFFIXES):
         raise PromptError(f"prompt file {path} has an unknown ending; it must be one of {', '.join(_FILE_SUFFIXES)}.")
+
+
+def _local(path: Path) -> datasets.Dataset:
+    _check_file(path)
     try:
         if path.name.endswith(".parquet"):
             table = pyarrow.parquet.read_table(path)
@@ -193,11 +251,8 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _read_csv(path: Path) -> pyarrow.Table:
-    # Without column_types a prompt "42" would be read as a number.
-    convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(("prompt", "chosen"), pyarrow.string()))
-    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
     with _open(path) as file:
-        return pyarrow.csv.read_csv(file, parse_options=parse, convert_options=convert)
+        return pyarrow.csv.read_csv(file, **_CSV)
 
 
 def _read_json(path: Path) -> Iterable[dict[str, Any]]:
@@ -208,11 +263,11 @@ def _read_json(path: Path) -> Iterable[dict[str, Any]]:
             if not isinstance(items, list):
                 raise PromptError(f"{path} holds a JSON {type(items).__name__}; it must be an array of objects.")
         else:
-            items = [_json(line, f"{path}, row {n}") for n, line in enumerate(file, start=1) if line.strip()]
-    for row, item in enumerate(items, start=1):
-        if not isinstance(item, dict):
-            raise PromptError(f"{path}, row {row} is {quoted(item)}, not a JSON object. Give it a 'prompt' field.")
-        yield item
+            items = (_json(line, f"{path}, row {n}") for n, line in enumerate(file, start=1) if line.strip())
+        for row, item in enumerate(items, start=1):
+            if not isinstance(item, dict):
+                raise PromptError(f"{path}, row {row} is {quoted(item)}, not a JSON object. Give it a 'prompt' field.")
+            yield item
 
 
 def _json(text: bytes, where: str) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 
 from stable_rlhf.config import DataConfig
-from stable_rlhf.data.given import as_dataset, dataset_of
-from stable_rlhf.data.sources import load_prompts, with_prompts
+from stable_rlhf.data.given import as_dataset
+from stable_rlhf.data.sources import load_prompts, open_stream, with_prompts
 from stable_rlhf.data.streamed import StreamedRows
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.text import counted
@@ -78,10 +78,15 @@ def split_datasets(
     if train is not None:
         return _given_training(train, data), held_out
     if held_out is not None or size == 0:
-        return _named(data), held_out
+        return _training(data), held_out
     if data.eval is not None or data.train == "builtin":
         source = "builtin" if data.eval is None else data.eval
-        return _named(data), _named(data, source, split=data.eval_split, limit=size)
+        return _training(data), _held_out(data, source)
+    if data.streaming:
+        raise ConfigError(
+            f"data.streaming=true: data.eval_size={size} rows cannot be held out of rows that are read as they are "
+            "needed; name held-out prompts in data.eval, or set data.eval_size=0"
+        )
     return hold_out(_named(data), size, seed)
 
 
@@ -103,19 +108,35 @@ def hold_out(train: Prompts, size: int, seed: int) -> tuple[Prompts, Prompts]:
     return train.rows(kept), replace(train.rows(chosen), cost=cost)
 
 
+def _training(data: DataConfig) -> Prompts | StreamedRows:
+    return _stream(data, data.train, data.split, data.limit) if data.streaming else _named(data)
+
+
+def _held_out(data: DataConfig, source: str) -> Prompts:
+    """The first ``data.eval_size`` rows of a source."""
+    if data.streaming and source != "builtin":
+        rows = _stream(data, source, data.eval_split, data.eval_size)
+        return Prompts.whole(rows.first(data.eval_size), source)
+    return _named(data, source, split=data.eval_split, limit=data.eval_size)
+
+
 def _named(data: DataConfig, source: str | None = None, **chosen: Any) -> Prompts:
     """The training prompts that ``data`` names, or those of another source with another split and limit."""
     name = data.train if source is None else source
-    of_hub = name == data.train  # another data set has other configurations and commits
-    dataset = load_prompts(
-        name,
-        format=data.format,
-        prompt_column=data.prompt_column,
-        config_name=data.config_name if of_hub else None,
-        revision=data.revision if of_hub else None,
-        **{"split": data.split, "limit": data.limit, **chosen},
-    )
+    how = {"format": data.format, "prompt_column": data.prompt_column, **_of_hub(data, name)}
+    dataset = load_prompts(name, **{**how, "split": data.split, "limit": data.limit, **chosen})
     return Prompts.whole(dataset, name)
+
+
+def _stream(data: DataConfig, source: str, split: str, limit: int | None) -> StreamedRows:
+    rows = open_stream(source, split=split, **_of_hub(data, source))
+    return StreamedRows(rows, format=data.format, prompt_column=data.prompt_column, limit=limit, name=source)
+
+
+def _of_hub(data: DataConfig, name: str) -> dict[str, Any]:
+    """Configuration and commit of a hub data set: another data set than the training set has others."""
+    known = {"config_name": data.config_name, "revision": data.revision}
+    return known if name == data.train else dict.fromkeys(known)
 
 
 def _given_training(train: Any, data: DataConfig) -> Prompts | StreamedRows:
@@ -133,8 +154,7 @@ def _given_evaluation(evaluation: Any, data: DataConfig) -> Prompts:
     if not isinstance(rows, datasets.Dataset):
         if data.eval_size == 0:
             raise ConfigError("data.eval_size=0: that many rows of eval_dataset, a stream, are read; raise it")
-        read = StreamedRows(rows, **{**how, "limit": data.eval_size}, name=name).read(0)
-        rows, how = dataset_of(list(read), name), {"format": "prompt", "prompt_column": None, "limit": None}
+        return Prompts.whole(StreamedRows(rows, **how, name=name).first(data.eval_size), name)
     return Prompts.whole(with_prompts(rows, **how, name=name), name)
 
 

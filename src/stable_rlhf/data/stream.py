@@ -39,6 +39,16 @@ class PromptStream:
             self._position += len(rows)
         return taken
 
+    @property
+    def passes(self) -> float:
+        """Passes over the rows so far, fractions included."""
+        return (self._epoch * self._n_rows + self._position) / self._n_rows
+
+    def leave_pass(self) -> None:
+        """Leaves the rest of the present pass: the next row is the first of the next one."""
+        self._start_epoch(self._epoch + 1)
+        self._position = 0
+
     def state_dict(self) -> dict[str, int]:
         order = {"version": self._VERSION, "n_rows": self._n_rows, "seed": self._seed}
         return order | {"epoch": self._epoch, "position": self._position}

@@ -8,10 +8,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import datasets
+
 from stable_rlhf.data.encoding import PromptEncoder
-from stable_rlhf.data.given import row_of
+from stable_rlhf.data.given import dataset_of, row_of
 from stable_rlhf.data.rows import Convention, convention, prompt_in, same_kind
-from stable_rlhf.data.sources import said
+from stable_rlhf.data.sources import said, with_prompts
 from stable_rlhf.errors import PromptError
 
 
@@ -45,6 +47,11 @@ class StreamedRows:
             self._kind = same_kind(prompt, self._kind, where)
             yield {**row, "prompt": prompt}
 
+    def first(self, count: int) -> datasets.Dataset:
+        """The first rows of the first pass as a data set with their checked `prompt`, at most ``count``."""
+        rows = dataset_of(list(itertools.islice(self.read(0), count)), self.name)
+        return with_prompts(rows, format="prompt", prompt_column=None, limit=None, name=self.name)
+
     def _raw(self) -> Iterator[dict[str, Any]]:
         count = 0
         try:
@@ -59,8 +66,10 @@ class StreamedRows:
 class StreamedPrompts:
     """Rows, token ids and order of a stream's prompts. Rows are numbered in the order of arrival, over all passes.
 
-    At the end of the stream the next pass begins. Only the rows of the last batch, and those read ahead of it, are in
-    memory. It stands where a data set, its ``EncodedPrompts`` and its ``PromptStream`` stand otherwise.
+    At the end of the stream the next pass begins. One row is read ahead of each batch, which tells whether the batch
+    was the last of its pass; what is wrong with that row is said when it is needed. Only the rows of the last batch,
+    and those read ahead of it, are in memory. It stands where a data set, its ``EncodedPrompts`` and its
+    ``PromptStream`` stand otherwise.
 
     ahead: rows that are read, checked and encoded at once, so that what is wrong with them is said before training.
 
@@ -77,15 +86,23 @@ class StreamedPrompts:
         self._columns: dict[int, dict[str, Any]] = {}
         self._before: dict[int, dict[str, Any]] = {}  # the state before each row in memory
         self._broken = False  # reading the row after `_end` failed
+        self._fault: PromptError | None = None  # of a row that was read ahead and is not needed yet
         self._state = self._start(0, 0)
         self._open(self._state)
         for _ in range(ahead):
             self._read()
 
     @property
-    def epoch(self) -> int:
-        """Passes over the stream that are complete."""
-        return int(self._state["epoch"])
+    def passes(self) -> float:
+        """Passes over the stream that are complete; how much there is of the present one nobody knows."""
+        return float(self._state["epoch"])
+
+    def leave_pass(self) -> None:
+        """Leaves the rest of the present pass: the next row is the first of the next one."""
+        self._open(self._start(self._state["epoch"] + 1, self._state["taken"]))
+        for number in [number for number in self._before if number >= self._end["taken"]]:
+            self._forget(number)
+        self._state, self._broken, self._fault = self._end, False, None
 
     def take(self, k: int) -> list[int]:
         """Return the numbers of the next `k` rows, continuing into the next passes as needed; `k` must be >= 1."""
@@ -94,10 +111,11 @@ class StreamedPrompts:
         first = self._state["taken"]
         while self._end["taken"] < first + k:
             self._read()
+        if self._end["taken"] == first + k:
+            self._look_ahead()
         self._state = self._before.get(first + k, self._end)
         for number in [number for number in self._before if number < first]:
-            for known in (self._before, self._columns, self.input_ids, self.truncated):
-                del known[number]
+            self._forget(number)
         return list(range(first, first + k))
 
     def __getitem__(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
@@ -133,7 +151,7 @@ class StreamedPrompts:
                 f"{self._rows.name}: its first {state['position']} rows are not those of the saved run. Resume with "
                 "the same stream (shuffled, if at all, with the same seed), or start a new run."
             )
-        self._pass, self._end, self._broken = rows, end, False
+        self._pass, self._end, self._broken, self._fault = rows, end, False, None
 
     def _start(self, epoch: int, taken: int) -> dict[str, Any]:
         return {"version": self._VERSION, "epoch": epoch, "position": 0, "taken": taken, "digest": ""}
@@ -148,21 +166,41 @@ class StreamedPrompts:
         moved = {"position": before["position"] + 1, "taken": before["taken"] + 1}
         return {**before, **moved, "digest": hashlib.sha256(text.encode()).hexdigest()}
 
+    def _forget(self, number: int) -> None:
+        for known in (self._before, self._columns, self.input_ids, self.truncated):
+            del known[number]
+
+    def _look_ahead(self) -> None:
+        """Reads one row more, or finds that the pass is over. An error is kept until the row is needed."""
+        self._broken = True
+        try:
+            self._read_row()
+        except PromptError as error:
+            self._fault = error
+        else:
+            self._broken = False
+
     def _read(self) -> None:
+        """Reads the next row that is needed, of the next pass where this one is over."""
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
         if self._broken:  # a generator that raised is at its end: the rows that it did not give would be left out
             self._read_up_to(self._end)
         self._broken = True
-        self._read_row()
-        self._broken = False
-
-    def _read_row(self) -> None:
-        if (row := next(self._pass, None)) is None and self._end["position"] > 0:
-            self._open(self._start(self._end["epoch"] + 1, self._end["taken"]))
-            row = next(self._pass, None)
-        if row is None:
+        if not self._read_row() and not self._read_row():
             again = f" in pass {self._end['epoch'] + 1}: it can be read only once" if self._end["epoch"] else ""
             raise PromptError(f"{self._rows.name} has no rows{again}. Give a stream with at least one prompt.")
+        self._broken = False
+
+    def _read_row(self) -> bool:
+        """Reads a row; False at the end of a pass, where it opens the next one."""
+        if (row := next(self._pass, None)) is None:
+            if self._end["position"] > 0:
+                self._open(self._start(self._end["epoch"] + 1, self._end["taken"]))
+            return False
         number, where = self._end["taken"], f"{self._rows.name}, row {self._end['position'] + 1}"
         self.input_ids[number], self.truncated[number] = self._encoder.encode(row, where)
         self._columns[number], self._before[number] = row, self._end
         self._end = self._after(self._end, row)
+        return True

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerState
 
 from stable_rlhf.config import Config
-from stable_rlhf.data import EncodedPrompts, PromptEncoder, Prompts, split_datasets
+from stable_rlhf.data import EncodedPrompts, PromptEncoder, Prompts, StreamedRows, split_datasets
 from stable_rlhf.doctor.dry_run import dry_steps
 from stable_rlhf.doctor.findings import Findings
 from stable_rlhf.doctor.memory import Memory, estimate, skeleton
@@ -25,12 +25,13 @@ from stable_rlhf.errors import RewardError, RewardUnavailable
 from stable_rlhf.files import existing, unwritable
 from stable_rlhf.hardware import memory, resolve_device, shortage_named
 from stable_rlhf.policy import context_length, embedding_rows, load_tokenizer, policy_dtype
-from stable_rlhf.rewards import Scorer, make_scorer
+from stable_rlhf.rewards import Scorer, make_gold, make_scorer
 from stable_rlhf.text import printable, readable_size
-from stable_rlhf.training import as_given, check_named, probe_servers
+from stable_rlhf.training import as_given, check_held_out, check_named, probe_servers
 
 PLEASANT = " It was wonderful: friendly, quick, and better than I had hoped. I would go again."
 UNPLEASANT = " It was terrible: rude, slow, and worse than I had feared. I would never go again."
+AFTER = f" to {PLEASANT.strip()!r} and {UNPLEASANT.strip()!r} after the first prompt"
 
 SHOWN, CHARACTERS = 3, 400
 """Prompts that are shown, and characters of each: enough to see both ends of a short prompt's chat template."""
@@ -71,8 +72,13 @@ def examine(config: Config, say: Callable[[str], object] = print) -> bool:
     check_disk(found, config, disk := needed(1))
     train, encoded, held_out = check_data(found, config, context_length(policy), embedding_rows(policy))
     state = TrainerState(max_steps=config.max_steps)
-    scorer = make_scorer(config.reward, None, None, device, trainer_state=lambda: state)
-    rewarded = check_reward(found, scorer, train[0], load_tokenizer(config.model))
+    scorer = make_scorer(config.reward, None, None, device, trainer_state=lambda: state, alone=False)
+    gold = make_gold(config.reward, None, None, device, scorer, trainer_state=lambda: state)
+    config.check_best(gold.names if gold is not None else [])
+    tokenizer = load_tokenizer(config.model)
+    rewarded = check_reward(found, scorer, train[0], tokenizer)
+    if gold is not None:
+        check_gold(found, gold, train[0], tokenizer)
     longest = max(map(len, encoded.input_ids))
     fits = check_memory(found, needed(longest), device)
     if rewarded and fits:
@@ -111,8 +117,11 @@ def check_data(
     ``context``: positions that the model has; ``vocabulary``: rows of its embedding.
     """
     train, held_out = split_datasets(config.data, config.seed, None, None)
+    check_held_out(config, held_out)
     tokenizer = load_tokenizer(config.model)
-    assert isinstance(train, Prompts)  # only an object can be a stream
+    if isinstance(train, StreamedRows):
+        train = Prompts.whole(train.first(count := 2 * config.rollout.batch_size), train.name)
+        found.detail(f"data.streaming=true: only the first {count} rows are looked at")
     encoder = PromptEncoder(
         tokenizer,
         max_prompt_length=config.data.max_prompt_length,
@@ -176,19 +185,14 @@ def check_disk(found: Findings, config: Config, needed: Memory) -> None:
 
 def check_reward(found: Findings, scorer: Scorer, row: dict[str, Any], tokenizer: Any) -> bool:
     """Scores a pleasant and an unpleasant answer to the first prompt. Returns False if that failed."""
-    columns = {name: [value, value] for name, value in row.items() if name != "prompt"}
-    answers = [PLEASANT, UNPLEASANT]
-    ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    prompts, answers, columns, ids = _trial(row, tokenizer)
     try:
-        scores = scorer.score([row["prompt"]] * 2, answers, columns, [True, True], ids)
+        scores = scorer.score(prompts, answers, columns, [True, True], ids)
     except RewardError as error:
         found.fail(f"reward: {error}")
         return False
-    text = "reward: " + ", ".join(
-        f"{name} gives {' and '.join('no score' if value is None else f'{value:.4g}' for value in values)}"
-        for name, values in scores.per_function.items()
-    )
-    text += f" to {PLEASANT.strip()!r} and {UNPLEASANT.strip()!r} after the first prompt"
+    text = f"reward: {_told(scores.per_function)}"
+    text += AFTER
     if not all(scores.valid):
         found.warning(f"{text}; a completion without a score is not trained on: find out why it has none")
     elif scores.total[0] == scores.total[1]:
@@ -196,6 +200,39 @@ def check_reward(found: Findings, scorer: Scorer, row: dict[str, Any], tokenizer
     else:
         found.ok(text)
     return True
+
+
+def check_gold(found: Findings, gold: Scorer, row: dict[str, Any], tokenizer: Any) -> None:
+    """Has the gold rewards score the same two answers."""
+    prompts, answers, columns, ids = _trial(row, tokenizer)
+    try:
+        scores = gold.answers(prompts, answers, columns, ids)
+    except RewardError as error:
+        found.fail(f"gold: {error}")
+        return
+    text = f"gold: {_told(scores)}{AFTER}"
+    silent = [name for name, values in scores.items() if None in values]
+    alike = [name for name, values in scores.items() if values[0] == values[1]]
+    if silent:
+        found.warning(f"{text}; {silent[0]} does not judge every completion: its mean is of those that it judges")
+    elif alike:
+        found.warning(f"{text}; {alike[0]} gives both the same score: check that it reads the completion")
+    else:
+        found.ok(text)
+
+
+def _trial(row: dict[str, Any], tokenizer: Any) -> tuple[list[Any], list[str], dict[str, list[Any]], Any]:
+    """(prompts, answers, columns, token ids) of a pleasant and an unpleasant answer to one prompt."""
+    columns = {name: [value, value] for name, value in row.items() if name != "prompt"}
+    answers = [PLEASANT, UNPLEASANT]
+    return [row["prompt"]] * 2, answers, columns, tokenizer(answers, add_special_tokens=False)["input_ids"]
+
+
+def _told(scores: dict[str, list[float | None]]) -> str:
+    return ", ".join(
+        f"{name} gives {' and '.join('no score' if value is None else f'{value:.4g}' for value in values)}"
+        for name, values in scores.items()
+    )
 
 
 def check_memory(found: Findings, needed: Memory, device: torch.device) -> bool:

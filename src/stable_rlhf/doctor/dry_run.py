@@ -20,6 +20,7 @@ from stable_rlhf.data import EncodedPrompts, PromptStream
 from stable_rlhf.doctor.findings import Findings
 from stable_rlhf.errors import DivergenceError, OutOfMemoryError, RewardError
 from stable_rlhf.hardware import memory, resolve_device
+from stable_rlhf.rewards import RewardModel
 from stable_rlhf.text import readable_size
 from stable_rlhf.training import GracefulStop, SAFETrainer
 
@@ -79,6 +80,8 @@ def dry_steps(
     by_length = sorted(range(len(encoded)), key=lambda row: -len(encoded.input_ids[row]))
     longest = [by_length[i % len(by_length)] for i in range(size)]
     usual = PromptStream(len(train), config.seed).take(size)
+    # Without a function of the user's the setting is about gold rewards, which these steps do not have.
+    own = any(not isinstance(function, RewardModel) and not _skips(function) for function in functions)
     with tempfile.TemporaryDirectory(prefix="stable-rlhf-doctor-") as folder:
         dry = dataclasses.replace(
             config,
@@ -92,7 +95,7 @@ def dry_steps(
                 weights=config.reward.weights,
                 missing_eos_penalty=config.reward.missing_eos_penalty,
                 normalise=config.reward.normalise,
-                skip_special_tokens=config.reward.skip_special_tokens,
+                skip_special_tokens=config.reward.skip_special_tokens or not own,
             ),
             guard=GuardConfig(enabled=False),  # a figure that is not finite is to be named, not rolled back
             log=dataclasses.replace(config.log, report_to=[], run_name=None, completions_steps=0, progress=False),
@@ -120,6 +123,11 @@ def dry_steps(
     parts = ", ".join(f"{name} {timing[key]:.3g} s" for name, key in PARTS.items())
     found.ok(f"step: {timing['total_s']:.3g} s ({parts}), {timing['tokens_per_s']:.0f} tokens/s{taken}")
     found.ok(forecast(config, timing, held_out, checkpoint))
+
+
+def _skips(function: Any) -> bool:
+    """Whether a function says itself that it gets no special tokens."""
+    return bool(getattr(function, "skip_special_tokens", False))
 
 
 def number_of_steps(device: torch.device, most: int) -> int:

@@ -22,7 +22,6 @@ INPUTS = {
     "stable-rlhf": "the version of this package",
     "torch": "the version of torch",
     "transformers": "the version of transformers",
-    "framework": "the trainer",
 }
 """What arms must share -> in words."""
 
@@ -60,7 +59,7 @@ def differing(runs: Sequence[Outcome]) -> list[str]:
         and not name.startswith("log.")
         and len({value_text(run.settings, name) for run in known}) > 1
     ]
-    for leader in ("framework", "preset"):
+    for leader in ("preset", "framework"):
         if leader in found:
             implied = {name for name in found if name != leader and _implied(known, leader, name)}
             found = [leader, *(name for name in found if name != leader and name not in implied)]

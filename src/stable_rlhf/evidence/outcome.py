@@ -20,6 +20,7 @@ from stable_rlhf.errors import RunError
 from stable_rlhf.evidence.measures import END, NEAR
 from stable_rlhf.report import Facts, Headline, Run, facts_of, headline, moving_average, read_run, series
 from stable_rlhf.report.verdict import ENTROPY_GONE, VARIETY_GONE
+from stable_rlhf.runs.evaluation import gold_names
 
 CURVES = (
     "objective/scores",
@@ -118,13 +119,14 @@ def _figures(run: Run, status: Status, head: Headline, facts: Facts) -> dict[str
     """Key of a measure -> value. Steps that the guard undid are left out of means at the end and over the run."""
     undone = {incident["step"] for incident in run.incidents if incident["action"] != "skip"}
     rows = [row for row in run.rows if row["step"] not in undone] or list(run.rows)
+    after = (run.evaluation or {}).get("after") or {}
     acted = Counter(incident["action"] for incident in run.incidents)
     scores = series(rows, "objective/scores")[1]
     kl = series(rows, "objective/kl")[1]
     found: dict[str, float | None] = {
         "reward/average": _mean(scores),
         "reward/final": _mean(scores[-WINDOW:]),
-        "reward/held_out": ((run.evaluation or {}).get("after") or {}).get("reward"),
+        "reward/held_out": after.get("reward"),
         "kl/final": _mean(kl[-END:]),
         "kl/max": max(kl, default=None),
         "kl/near": _near(rows),
@@ -151,9 +153,7 @@ def _figures(run: Run, status: Status, head: Headline, facts: Facts) -> dict[str
         kept = not _lost(facts.variety, VARIETY_GONE) and not _lost(facts.entropy, ENTROPY_GONE)
         calm = not head.crashes and not facts.rollbacks
         found["healthy"] = float(status is Status.FINISHED and kept and calm)
-    for gold, (_, values) in _gold(run).items():
-        if len(values) and (run.evaluation or {}).get("after"):
-            found[f"gold/{gold}"] = float(values[-1])
+    found |= {f"gold/{name}": after.get(f"gold/{name}/mean") for name in gold_names(run.evaluation or {})}
     return {key: float(value) for key, value in found.items() if value is not None}
 
 
@@ -222,12 +222,8 @@ def _near(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _gold(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    known = run.evaluation or {}
-    after = [{**known["after"], "step": run.rows[-1]["step"] + 1}] if known.get("after") else []
-    sides = [{**(known.get("before") or {}), "step": 0}, *(known.get("during") or []), *after]
-    names = sorted({name for side in sides for name in side if name.startswith("gold/") and name.count("/") == 1})
-    return {name.removeprefix("gold/"): _array(series(sides, name)) for name in names}
-
+    names = gold_names(run.evaluation or {})
+    return {name: _array(series(run.measured, f"gold/{name}/mean")) for name in names}
 
 def _seconds(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
     steps, each = series(run.timings, "total_s")

@@ -10,7 +10,7 @@ from stable_rlhf.policy.actor_critic import (
     detached,
     weights_digest,
 )
-from stable_rlhf.policy.adapter import adapter_folder, adapter_settings, lora_config, with_adapter
+from stable_rlhf.policy.adapter import adapter_folder, adapter_settings, lora_config, peft_unwarned, with_adapter
 from stable_rlhf.policy.loading import (
     check_model,
     given_policy,
@@ -21,7 +21,15 @@ from stable_rlhf.policy.loading import (
     policy_source,
     prepare_tokenizer,
 )
-from stable_rlhf.policy.saving import HEADS, save_description, save_heads, save_policy, saved_fault
+from stable_rlhf.policy.saving import (
+    HEADS,
+    SavedFault,
+    save_description,
+    save_heads,
+    save_policy,
+    saved_fault,
+    without_bars,
+)
 from stable_rlhf.policy.self_check import apart, check_checkpointing, foreign_errors, probe, tolerance
 from stable_rlhf.policy.transformer import causal_lm, compile_layer, context_length, eos_token_ids, layers, lm_head
 from stable_rlhf.policy.vocabulary import embedding_rows, end_token_ids, pad_within
@@ -31,6 +39,7 @@ __all__ = [
     "ActorCritic",
     "Output",
     "Reference",
+    "SavedFault",
     "TrainedState",
     "ValueHead",
     "adapter_folder",
@@ -55,6 +64,7 @@ __all__ = [
     "lora_config",
     "model_named",
     "pad_within",
+    "peft_unwarned",
     "policy_dtype",
     "policy_source",
     "prepare_tokenizer",
@@ -66,4 +76,5 @@ __all__ = [
     "tolerance",
     "weights_digest",
     "with_adapter",
+    "without_bars",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,15 @@ from stable_rlhf.config import ModelConfig
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.policy.self_check import foreign_errors, probe, tolerance
 from stable_rlhf.policy.transformer import causal_lm
+
+
+@contextlib.contextmanager
+def peft_unwarned() -> Iterator[None]:
+    """For calls of PEFT that wrap a model: PEFT 0.21 asks by a name that Transformers 5.23 has renamed, and users would
+    read the warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def lora_config(config: ModelConfig) -> LoraConfig | None:
@@ -56,7 +68,8 @@ def with_adapter(model: Any, config: ModelConfig, peft_config: LoraConfig | None
     if adapter is None:
         return model
     try:
-        return get_peft_model(model, adapter)
+        with peft_unwarned():
+            return get_peft_model(model, adapter)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
@@ -149,7 +162,7 @@ def load_adapter(model: Any, folder: Path, config: ModelConfig) -> PeftModel:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ConfigError(f"model.name={config.name!r}: its adapter is not in safetensors; save it again as such")
     device = str(next(model.parameters()).device)
-    with foreign_errors(model, f"loading the adapter {config.name!r}"):
+    with foreign_errors(model, f"loading the adapter {config.name!r}"), peft_unwarned():
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True, torch_device=device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from stable_rlhf.config import ModelConfig
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import ASSETS
 from stable_rlhf.hardware import resolve_device
-from stable_rlhf.hub import hub_fault
+from stable_rlhf.hub import hub_fault, looked_up
 from stable_rlhf.policy.adapter import (
     adapter_base,
     adapter_folder,
@@ -33,6 +34,12 @@ from stable_rlhf.policy.transformer import causal_lm
 HEAD_TOLERANCE = 1e-3
 """Largest difference, in nats, between the model's own log-probs and ours that the check at loading accepts: rounding
 in float32 stays below 1e-4, and a head with a bias, a scale or a soft cap is far above."""
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "tekken.json", "*.tiktoken", "*.vocab", "*.bpe")
+_GIVE_TOKENIZER = (
+    "Save that of its base model there, by AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER), or give it as "
+    "processing_class to SAFETrainer"
+)
 
 
 def check_model(config: ModelConfig) -> None:
@@ -54,9 +61,19 @@ def model_named(config: ModelConfig) -> Iterator[None]:
     language model.
     """
     try:
-        yield
+        with looked_up(*_names(config)):
+            yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: of the package gguf
         raise _not_a_model(config, hub_fault(error) or str(error)) from error
+
+
+def _names(config: ModelConfig) -> list[str]:
+    """What is loaded by name: the model, and the base of an adapter that is a folder."""
+    if config.name == "builtin":
+        return []
+    folder = Path(config.name)
+    has_base = config.gguf_file is None and (folder / "adapter_config.json").is_file()
+    return [config.name, adapter_base(folder)[0]] if has_base else [config.name]
 
 
 def _not_a_model(config: ModelConfig, fault: str) -> ConfigError:
@@ -72,15 +89,29 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         folder = adapter_folder(config)
         if folder and (folder / "tokenizer_config.json").is_file():
             name, arguments = str(folder), {"trust_remote_code": config.trust_remote_code}
+    if config.gguf_file is None and os.path.isdir(name) and not _has_tokenizer(Path(name)):
+        raise ConfigError(f"model.name={config.name!r}: {name} holds no tokenizer. {_GIVE_TOKENIZER}")
+    with model_named(config):
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     return prepare_tokenizer(tokenizer)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file of a tokenizer, by the names that Transformers' tokenizers save themselves under."""
+    return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Sets padding to the left, and the pad token to EOS where there is none.
 
-    Masks are built from the first EOS, not from the pad id. Raises ConfigError without an EOS token.
+    Masks are built from the first EOS, not from the pad id. Raises ConfigError without an EOS token, and for a
+    tokenizer of special tokens alone, as Transformers makes it where the files of a vocabulary are missing.
     """
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no vocabulary: it knows only its special tokens. "
+            f"{_GIVE_TOKENIZER}"
+        )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token, so no completion could end: set eos_token"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import logging
 
 from stable_rlhf.console import tell
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.policy.actor_critic import ActorCritic
+from stable_rlhf.policy.adapter import peft_unwarned
 from stable_rlhf.policy.transformer import causal_lm
 
 HEADS = "value_heads.safetensors"
@@ -30,6 +35,31 @@ SAME_LOGITS = 1e-3
 float32 is a thousand times smaller; a weight that was not saved is far above."""
 
 
+@dataclass(frozen=True)
+class SavedFault:
+    """What is wrong with a saved policy; ``str`` gives it as a clause."""
+
+    clause: str
+    proven: bool = True
+    """False where the policy could not be loaded to be compared, because its base model is not here."""
+
+    def __str__(self) -> str:
+        return self.clause
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the progress bars of Transformers, which would write into the run's own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@without_bars()
 def save_policy(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves the policy or its adapter, its generation settings, the tokenizer, and the value heads (HEADS)."""
     policy: Any = model.policy
@@ -50,6 +80,7 @@ def save_heads(state: dict[str, Tensor], folder: Path) -> None:
     save_file(heads, folder / HEADS)
 
 
+@without_bars()
 def save_description(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves everything of ``save_policy`` except weights: whether that is possible is known before training.
 
@@ -104,9 +135,10 @@ def _adapter(policy: PeftModel) -> str:
     return active if isinstance(active, str) else active[0]
 
 
+@without_bars()
 @torch.no_grad()
-def saved_fault(model: ActorCritic, folder: Path, trust_remote_code: bool = False) -> str | None:
-    """What is wrong with a saved policy: a clause, or None where it loads and gives the policy's logits.
+def saved_fault(model: ActorCritic, folder: Path, trust_remote_code: bool = False) -> SavedFault | None:
+    """What is wrong with a saved policy, or None where it loads and gives the policy's logits.
 
     A model of more than CHECKED bytes, or that does not fit next to the policy, is not loaded. Nor is an adapter whose
     base model is not on this machine by the name that the adapter's configuration gives: the clause then says so.
@@ -115,17 +147,25 @@ def saved_fault(model: ActorCritic, folder: Path, trust_remote_code: bool = Fals
     lm = causal_lm(policy)
     if sum(tensor.numel() * tensor.element_size() for tensor in policy.parameters()) > CHECKED:
         return None
-    options: dict[str, Any] = {"dtype": lm.dtype, "local_files_only": True, "trust_remote_code": trust_remote_code}
+    known: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    options = {"dtype": lm.dtype, **known}
+    if isinstance(policy, PeftModel):
+        base = policy.peft_config[_adapter(policy)].base_model_name_or_path
+        if not base:
+            remedy = "load the adapter onto the model that it was given"
+            return SavedFault(f"its adapter_config.json names no base model: {remedy}", proven=False)
+        try:
+            AutoConfig.from_pretrained(base, **known)
+        except (OSError, ValueError):
+            return SavedFault(f"its base model {base!r} is not on this machine to compare it with", proven=False)
     try:
         if isinstance(policy, PeftModel):
-            base = policy.peft_config[_adapter(policy)].base_model_name_or_path
-            if not base:
-                return "its adapter_config.json names no base model: load the adapter onto the model that it was given"
-            saved: Any = AutoPeftModelForCausalLM.from_pretrained(folder, **options)
+            with peft_unwarned():
+                saved: Any = AutoPeftModelForCausalLM.from_pretrained(folder, **options)
         else:
             saved = type(lm).from_pretrained(folder, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        return f"it does not load ({' '.join(str(error).split())})"
+        return SavedFault(f"it does not load ({' '.join(str(error).split())})")
     device = next(policy.parameters()).device
     vocabulary = lm.get_output_embeddings().weight.shape[0]
     ids = torch.arange(2, 10, device=device)[None] % vocabulary  # any few tokens: every weight takes part
@@ -138,10 +178,10 @@ def saved_fault(model: ActorCritic, folder: Path, trust_remote_code: bool = Fals
     except torch.OutOfMemoryError:  # of a second copy: the training that it would fail is done, and its policy saved
         return None
     if own.shape != loaded.shape:
-        return f"loaded again it has {loaded.shape[-1]} logits, the policy {own.shape[-1]}"
+        return SavedFault(f"loaded again it has {loaded.shape[-1]} logits, the policy {own.shape[-1]}")
     difference = ((own - loaded).abs().max() / own.abs().max().clamp(min=1e-6)).item()
     # bfloat16's rounding, of which adapters merged in another order have some
     low = 100 if model.autocast or lm.dtype != torch.float32 else 1
     if not difference < SAME_LOGITS * low:
-        return f"loaded again its logits differ from the policy's by {difference:.2g} of the largest"
+        return SavedFault(f"loaded again its logits differ from the policy's by {difference:.2g} of the largest")
     return None

@@ -11,7 +11,7 @@ from stable_rlhf.report.html import write_report
 from stable_rlhf.report.page import page_of, shown, write_page
 from stable_rlhf.report.plots import figure, series, ticks_across, ticks_up
 from stable_rlhf.report.run import Headline, Run, headline, read_run
-from stable_rlhf.report.summary import print_summary
+from stable_rlhf.report.summary import closing_line, print_summary
 from stable_rlhf.report.verdict import Tone, verdict
 from stable_rlhf.report.watch import watch
 
@@ -25,6 +25,7 @@ __all__ = [
     "Series",
     "Tone",
     "band",
+    "closing_line",
     "dots",
     "facts_of",
     "figure",

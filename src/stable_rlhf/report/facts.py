@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stable_rlhf.control import WINDOW
 from stable_rlhf.report.plots import series
 from stable_rlhf.report.run import Headline, Run
+from stable_rlhf.runs.evaluation import GOLD_NAME, gold_names
+from stable_rlhf.text import printable
 
 FEW = 5
 """Steps of which a mean is taken where a run's end is compared with its start or its budget: a single step is noisy,
 and more would lag behind a KL that still rises."""
+
+
+CHANCE_OF_THE_BEST = 3.0
+"""Standard errors by which a gold reward must lie below its best evaluation in training, which is the best partly by
+luck: as many as a reward crash needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gold:
+    """The change of a gold reward, and of the reward, from one evaluation to the end, with their standard errors."""
+
+    name: str
+    change: float
+    error: float
+    reward_change: float
+    reward_error: float
+    since: int = 0
+    """Steps done before that evaluation: 0 is the one before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +50,7 @@ class Facts:
     reward_change: float | None = None
     """In the scorer's units, with its standard error `reward_error`."""
     reward_error: float | None = None
+    golds: tuple[Gold, ...] = ()
     crashes: int = 0
     kl: float | None = None
     """At the end, nats per token; `budget` is the KL threshold in force there."""
@@ -69,6 +90,7 @@ def facts_of(run: Run, head: Headline) -> Facts:
         gave_up_at=last["step"] if last is not None and stopped else None,
         reward_change=reward[0] if reward else None,
         reward_error=reward[1] if reward else None,
+        golds=tuple(golds(run.evaluation or {}, run.measured)),
         crashes=len(head.crashes),
         kl=_mean(kl[-FEW:]) if kl else None,
         budget=budgets[-1] if budgets else None,
@@ -89,6 +111,34 @@ def _held_out_reward(evaluation: dict[str, Any] | None) -> tuple[float, float] |
     large."""
     rewards, errors = _held_out(evaluation, "reward"), _held_out(evaluation, "reward_se")
     return None if rewards is None or errors is None else (rewards[1] - rewards[0], math.hypot(*errors))
+
+
+def golds(evaluation: dict[str, Any], measured: Sequence[dict[str, Any]]) -> Iterator[Gold]:
+    """The change of each gold reward from its best evaluation, if that is clearly above the end, otherwise from the
+    first. The end is `after`, the policy that is kept; in a run that goes on the last evaluation.
+
+    `measured`: every evaluation, by step. There is none of a gold reward whose figures are not known on both sides.
+    """
+    end = evaluation.get("after") or (measured[-1] if len(measured) > 1 else {})
+    for name in gold_names(evaluation):
+        mean, error = f"gold/{name}/mean", f"gold/{name}/se"
+        known = [row for row in (*measured, end) if all(row.get(each) is not None for each in (mean, error, *_REWARD))]
+        if not known or known[0].get("step") != 0 or known[-1] is not end:
+            continue
+        start, best = known[0], max(known, key=lambda row: row[mean])
+        if best[mean] - end[mean] > CHANCE_OF_THE_BEST * math.hypot(best[error], end[error]):
+            start = best
+        yield Gold(
+            name=printable(name, GOLD_NAME),
+            change=end[mean] - start[mean],
+            error=math.hypot(start[error], end[error]),
+            reward_change=end["reward"] - start["reward"],
+            reward_error=math.hypot(start["reward_se"], end["reward_se"]),
+            since=start["step"],
+        )
+
+
+_REWARD = ("reward", "reward_se")
 
 
 def _ends(values: list[float]) -> tuple[float, float] | None:

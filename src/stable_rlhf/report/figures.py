@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ MOST_REWARDS = 12
 
 AVERAGE = "average"
 """The name of the reward's moving average, which is computed and not recorded."""
+
+
+HELD_OUT = "reward"
+"""The name of the mean reward in evaluation.json, which no step has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +293,17 @@ def recorded_plot(rows: Rows) -> Plot:
     return _named(rows, "user/", "", "Recorded by rewards", caption, "figure")
 
 
+def gold_plot(measured: Rows) -> Plot:
+    """The plot of gold rewards (`gold/<name>/mean` of evaluation.json) above each other with the reward itself."""
+    named = _named(measured, "gold/", "/mean", "", "", "")
+    caption = (
+        "Means on the held-out prompts: the reward that is trained on, and gold rewards, which are only measured. "
+    )
+    caption += "Gold that falls while the reward rises is over-optimisation."
+    lines = (_line(HELD_OUT, "reward", "quiet"), *(dataclasses.replace(line, panel=1) for line in named.lines))
+    return Plot(title="Reward and gold", caption=caption, units=("reward", "gold"), lines=lines if named.lines else ())
+
+
 def _named(rows: Rows, before: str, after: str, title: str, caption: str, unit: str) -> Plot:
     """A plot with a line for each figure of this form: names are known only from the run."""
     form = re.compile(f"{before}(.+){after}")
@@ -305,8 +321,9 @@ def _named(rows: Rows, before: str, after: str, title: str, caption: str, unit: 
     )
 
 
-def sections(rows: Rows) -> dict[str, Sequence[Plot]]:
-    """The plots of a run by section: SECTIONS, with those of its reward functions after the reward."""
+def sections(rows: Rows, measured: Rows = ()) -> dict[str, Sequence[Plot]]:
+    """The plots of a run by section: SECTIONS, with those of its reward functions after the reward. `measured`: the
+    figures of its evaluations."""
     first, *rest = SECTIONS["Objective"]
-    own = [recorded] if (recorded := recorded_plot(rows)).lines else []
+    own = [plot for plot in (gold_plot(measured), recorded_plot(rows)) if plot.lines]
     return {**SECTIONS, "Objective": (first, rewards_plot(rows), *own, *rest)}

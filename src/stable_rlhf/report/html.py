@@ -55,7 +55,7 @@ def rendered(run: Run, live: str | None = None) -> str:
         samples=(run.evaluation or {}).get("samples", [])[:SAMPLES],
         completions=run.completions[:COMPLETIONS],
         incidents=run.incidents[-INCIDENTS:],
-        sections=draw_plots(run.rows, run.timings, head.crashes, run.incidents),
+        sections=draw_plots(run.rows, run.timings, head.crashes, run.incidents, run.measured),
         metrics=METRICS,
     )
 
@@ -71,9 +71,6 @@ def about(run: Run) -> list[tuple[str, str]]:
     if (rank := _setting(run.config, "model", "lora_r")) and model is not None:
         model = f"{_text(model)} (LoRA, rank {_text(rank)})"
     data = _setting(run.config, "data", "train")
-    rewards = _setting(run.config, "reward", "functions")
-    if isinstance(rewards, list):
-        rewards = [url_without_secrets(reward) if is_url(reward) else reward for reward in rewards]
     start = run.starts[0] if run.starts else None
     began = None if start is None else datetime.datetime.fromisoformat(start["time"]).strftime("%Y-%m-%d %H:%M %Z")
     seconds = sum(row.get("total_s") or 0 for row in run.timings)
@@ -81,13 +78,22 @@ def about(run: Run) -> list[tuple[str, str]]:
     given = {
         "model": model,
         "data": data,
-        "reward": ", ".join(map(_text, rewards[:4])) if isinstance(rewards, list) and len(rewards) < 5 else rewards,
+        "reward": _rewards(_setting(run.config, "reward", "functions")),
+        **({"gold reward": _rewards(gold)} if (gold := _setting(run.config, "reward", "gold")) else {}),
         "preset": run.config.get("preset"),
         "begun": began,
         "time in steps": duration(seconds) if seconds else None,
         "device": ", then ".join(map(_text, devices[:4])) or _setting(run.config, "model", "device"),
     }
     return [(name, "not recorded" if value is None else _text(value)) for name, value in given.items()]
+
+
+def _rewards(names: Any) -> Any:
+    """The rewards of a setting, the queries of URLs left out."""
+    if not isinstance(names, list):
+        return names
+    names = [url_without_secrets(name) if is_url(name) else name for name in names]
+    return ", ".join(map(_text, names[:4])) if len(names) < 5 else names
 
 
 def duration(seconds: float) -> str:

@@ -33,10 +33,19 @@ def series(rows: Rows, metric: str) -> tuple[list[int], list[float]]:
 
 
 def draw_plots(
-    rows: Rows, timings: Rows = (), crashes: Sequence[RewardCrash] = (), incidents: Rows = ()
+    rows: Rows,
+    timings: Rows = (),
+    crashes: Sequence[RewardCrash] = (),
+    incidents: Rows = (),
+    measured: Rows = (),
 ) -> dict[str, list[dict[str, Any]]]:
-    """The plots for the template, by section. A plot of which nothing is recorded has no `panels`."""
-    recorded = _recorded(rows, timings)
+    """The plots for the template, by section. A plot of which nothing is recorded has no `panels`.
+
+    `measured`: the figures of evaluations. One after n steps stands at step n, whose completions the same policy
+    samples; that at the end of the run stands at its last step.
+    """
+    last = rows[-1]["step"]
+    recorded = _recorded(rows, timings, _within(measured, last))
     across = chart.step_axis([row["step"] for row in rows])
     shared = {
         "ticks": ticks_across(across),
@@ -47,14 +56,21 @@ def draw_plots(
     }
     return {
         section: [_drawn(plot, recorded, rows, crashes, across) | shared for plot in plots]
-        for section, plots in sections(rows).items()
+        for section, plots in sections(rows, measured).items()
     }
 
 
-def _recorded(rows: Rows, timings: Rows) -> dict[str, Series]:
+def _within(measured: Rows, last: int) -> Rows:
+    """Evaluations by steps that the plots have: the one after the last step takes the place of one before it."""
+    inside = [row for row in measured if row["step"] <= last]
+    beyond = [{**row, "step": last} for row in measured if row["step"] > last][-1:]
+    return [row for row in inside if row["step"] < last or not beyond] + beyond
+
+
+def _recorded(rows: Rows, timings: Rows, measured: Rows = ()) -> dict[str, Series]:
     """The series of every figure that has a value."""
     found: dict[str, tuple[list[int], list[float], list[int]]] = {}
-    for source in (rows, timings):
+    for source in (rows, timings, measured):
         for number, row in enumerate(source):
             for name, value in row.items():
                 if isinstance(value, int | float):

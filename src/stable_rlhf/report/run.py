@@ -40,6 +40,16 @@ class Run:
     incidents: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """The figures of every evaluation, each with its `step`: the steps done before it."""
+        return [] if self.evaluation is None else runs_evaluation.measured_rows(self.evaluation, self.steps)
+
+    @property
+    def steps(self) -> int:
+        """Steps done, those that were rolled back included."""
+        return self.rows[-1]["step"] + 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
@@ -82,7 +92,7 @@ def _read(path: Path, with_completions: bool) -> Run:
     if torn:
         notes.append("metrics.jsonl ends in an incomplete line: the run was stopped while writing it.")
     config_text, config = _read_config(path / "config.yaml", notes)
-    evaluation = _read_evaluation(path / "evaluation.json", notes)
+    evaluation = _read_evaluation(path / "evaluation.json", rows[-1]["step"] + 1, notes)
     step, completions = _read_completions(path / "completions", notes) if with_completions else (None, ())
     timings = read_rows(path / "timings.jsonl")[0] if (path / "timings.jsonl").is_file() else []
     return Run(
@@ -108,7 +118,7 @@ def headline(run: Run) -> Headline:
     averages = moving_average(rewards)
     falls = [peak - now for peak, now in zip(itertools.accumulate(averages, max), averages, strict=True)]
     return Headline(
-        steps=run.rows[-1]["step"] + 1,
+        steps=run.steps,
         reward=math.fsum(rewards[-WINDOW:]) / min(WINDOW, len(rewards)) if rewards else None,
         kl_end=kl[-1] if kl else None,
         kl_max=max(kl, default=None),
@@ -134,7 +144,7 @@ def _read_config(path: Path, notes: list[str]) -> tuple[str | None, dict[str, An
     return text, config
 
 
-def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
+def _read_evaluation(path: Path, steps: int, notes: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
         notes.append("evaluation.json is missing: no comparison of before and after, and no samples.")
         return None
@@ -143,6 +153,7 @@ def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
         if not isinstance(evaluation, dict):
             raise TypeError(f"expected an object, found {type(evaluation).__name__}")
         runs_evaluation.evaluation_rows(evaluation)
+        runs_evaluation.measured_rows(evaluation, steps)
         if not all(isinstance(sample, dict) for sample in evaluation.get("samples", [])):
             raise TypeError("`samples` must be a list of objects")
     except (ValueError, TypeError, RecursionError) as error:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stable_rlhf.runs import evaluation_rows
-from stable_rlhf.text import formatted, printable, visible
+from stable_rlhf.text import counted, formatted, printable, visible
 
 
 def summary_table(evaluation: Mapping[str, Any], rollbacks: int = 0) -> Table:
@@ -47,6 +47,15 @@ def rolled_back(rollbacks: int) -> str:
     """A clause on the roll-backs of a run."""
     times = "once" if rollbacks == 1 else f"{rollbacks} times"
     return f"The guard rolled this run back {times}: see incidents.jsonl"
+
+
+def closing_line(run_dir: Path, evaluation: Mapping[str, Any], steps: int) -> str:
+    """One line at the end of a run whose tables are not shown: the policy's folder, its reward, and where to look."""
+    before, after = (evaluation.get(side, {}).get("reward") for side in ("before", "after"))
+    known = before is not None and after is not None
+    reward = f", reward {formatted(before, '.3f')} before and {formatted(after, '.3f')} after" if known else ""
+    where = f"the policy is in {run_dir / 'final'}, the report in {run_dir / 'report.html'}"
+    return f"{counted(steps, 'step')} done{reward}; {where}"
 
 
 def print_summary(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stable_rlhf.report.facts import Facts
+from stable_rlhf.report.facts import Facts, Gold
 
 ERRORS = 2.0
 """Standard errors that a change of the reward must exceed: by chance alone, one change in twenty does."""
@@ -31,6 +32,9 @@ ENTROPY_GONE = 0.75
 
 ENTROPY_GAINED = 0.25
 """Share by which the entropy may rise before the text may be turning into gibberish."""
+
+NAMED = 3
+"""Gold rewards that a sentence names; the table has all."""
 
 _SHARES = {
     0.1: "a tenth", 0.2: "a fifth", 0.25: "a quarter", 1 / 3: "a third", 0.5: "half", 2 / 3: "two thirds",
@@ -65,11 +69,11 @@ class Verdict:
 
 
 def verdict(facts: Facts) -> Verdict:
-    """The verdict: reward, KL, variety, entropy, incidents, in this order, and what to look at."""
+    """The verdict: reward, gold, KL, variety, entropy, incidents, in this order, and what to look at."""
     state = _state(facts)
     findings = [
         found
-        for rule in (_given_up, _reward, _crashes, _kl, _variety, _entropy, _incidents)
+        for rule in (_given_up, _reward, _gold, _crashes, _kl, _variety, _entropy, _incidents)
         if (found := rule(facts)) is not None
     ]
     words = ", ".join(found.words for found in findings) or "too little is recorded for a verdict"
@@ -121,6 +125,31 @@ def _reward(facts: Facts) -> Finding | None:
     if facts.reward_change < 0:
         return Finding(Tone.BAD, f"reward fell by {amount}", "the samples")
     return Finding(Tone.FINE, f"reward rose by {amount}")
+
+
+def _gold(facts: Facts) -> Finding | None:
+    if not facts.golds:
+        return None
+    fell = [gold for gold in facts.golds if gold.change < -ERRORS * gold.error]
+    rose = [gold for gold in facts.golds if gold.change > ERRORS * gold.error]
+    against = [gold for gold in fell if gold.reward_change > ERRORS * gold.reward_error]
+    if against:
+        return Finding(Tone.BAD, f"the reward rises, gold falls ({_amounts(against)}): over-optimised", "the samples")
+    if fell:
+        return Finding(Tone.BAD, f"gold falls ({_amounts(fell)})", "the samples")
+    if len(rose) == len(facts.golds):
+        return Finding(Tone.FINE, f"gold rose ({_amounts(rose)})")
+    still = [gold for gold in facts.golds if gold not in rose]
+    return Finding(Tone.LOOK, f"gold did not change beyond its error ({_amounts(still)})")
+
+
+def _amounts(golds: Sequence[Gold]) -> str:
+    said = [
+        f"{gold.name} by {abs(gold.change):.3g} ± {gold.error:.2g}"
+        + (f" since step {gold.since}" if gold.since else "")
+        for gold in golds[:NAMED]
+    ]
+    return ", ".join(said) + (f" and {len(golds) - NAMED} more" if len(golds) > NAMED else "")
 
 
 def _crashes(facts: Facts) -> Finding | None:

@@ -67,6 +67,8 @@ class LiveReport:
             if version != self._version:
                 try:
                     page = rendered(read_run(self._path), live=version)
+                except NoRunError:
+                    page = waiting(self._path.resolve().name, "the run has not done a step yet", live=version)
                 except RunError as error:
                     page = waiting(self._path.resolve().name, str(error), live=version)
                 self._version, self._page = version, page
@@ -126,13 +128,15 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def watch(run_dir: Path, port: int, say: Callable[[str], None], stopped: threading.Event) -> None:
-    """Serves the report of a run until `stopped` is set; `say` is given the address. Port 0 takes a free one.
+def watch(run_dir: Path, port: int, say: Callable[[str, bool], None], stopped: threading.Event) -> None:
+    """Serves the report of a run until `stopped` is set. Port 0 takes a free one.
 
-    Raises NoRunError for a folder that is not one of a run, ConfigError for a port that cannot be had.
+    `say` is given the address, and whether the run has begun: a folder that is not there yet, or is empty, is waited
+    for. Raises NoRunError for a folder with something else in it, ConfigError for a port that cannot be had.
     """
-    if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
-        raise NoRunError(f"{run_dir / 'metrics.jsonl'} does not exist: give the folder of a run")
+    begun = any(os.path.isfile(run_dir / name) for name in ("config.yaml", "metrics.jsonl"))
+    if not begun and os.path.exists(run_dir) and not _may_become_a_run(run_dir):
+        raise NoRunError(f"{run_dir / 'metrics.jsonl'} does not exist: give the folder of a run, or of one to come")
     try:
         server = _Server(port, LiveReport(run_dir))
     except OSError as error:
@@ -140,10 +144,15 @@ def watch(run_dir: Path, port: int, say: Callable[[str], None], stopped: threadi
     with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
         thread.start()
-        say(f"http://{HOST}:{server.server_port}/")
+        say(f"http://{HOST}:{server.server_port}/", begun)
         stopped.wait()
         server.shutdown()
         thread.join()
+
+
+def _may_become_a_run(folder: Path) -> bool:
+    """Whether a folder without a run is empty, or a process that is going to train has it already."""
+    return os.path.isdir(folder) and (not os.listdir(folder) or RunLock(folder).held_elsewhere())
 
 
 def _host(given: list[str]) -> str | None:

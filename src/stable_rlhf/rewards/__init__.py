@@ -1,6 +1,6 @@
 """Scores of completions: functions, reward models and reward servers."""
 
-from stable_rlhf.rewards.build import listed, make_scorer
+from stable_rlhf.rewards.build import listed, make_gold, make_scorer
 from stable_rlhf.rewards.client import remote_reward
 from stable_rlhf.rewards.functions import RewardFunction, resolve_reward
 from stable_rlhf.rewards.model import RewardModel
@@ -11,6 +11,7 @@ __all__ = [
     "RewardModel",
     "Scorer",
     "listed",
+    "make_gold",
     "make_scorer",
     "remote_reward",
     "resolve_reward",

@@ -15,6 +15,7 @@ from stable_rlhf.errors import RewardError
 from stable_rlhf.rewards.checks import failures_named
 from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.model import RewardModel
+from stable_rlhf.rewards.parameters import accepts, misfit
 from stable_rlhf.rewards.run_async import waited_for
 
 
@@ -33,14 +34,19 @@ class Samples:
     """More arguments of TRL's, for the functions that accept them (``completion_ids``, ``trainer_state``, ...)."""
 
     def arguments(self, function: RewardFunction) -> dict[str, Any]:
-        """The keyword arguments of a call. They are copies of its own: a function may change them."""
+        """The keyword arguments of a call. They are copies of its own: a function may change them.
+
+        Raises RewardError where they do not fit the function's parameters.
+        """
+        if (fault := misfit(function.function, self.columns, self.run)) is not None:
+            raise RewardError(f"reward function {function.name!r} {fault}.")
         completions = self.whole if function.special_tokens and self.whole is not None else self.completions
         answers = [
             completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
             for prompt, completion in zip(self.prompts, completions, strict=True)
         ]
         given: dict[str, Any] = {"prompts": list(self.prompts), "completions": answers, **self.columns}
-        given |= {name: value for name, value in self.run.items() if _accepts(function, name)}
+        given |= {name: value for name, value in self.run.items() if accepts(function.function, name)}
         return {name: value if callable(value) else _copied(name, value) for name, value in given.items()}
 
 
@@ -55,7 +61,7 @@ def call(
     waiting: dict[str, Callable[[], Any]] = {}
 
     async def one(name: str, start: Callable[[], Any]) -> Any:
-        with failures_named(name, samples.prompts):
+        with failures_named(name, samples.prompts, samples.columns):
             return await start()
 
     async def gather() -> list[Any]:
@@ -70,7 +76,7 @@ def call(
             with failures_named(function.name, samples.prompts):
                 outputs[function.name] = function.function(**arguments)
         else:
-            with failures_named(function.name, samples.prompts), shield():
+            with failures_named(function.name, samples.prompts, samples.columns), shield():
                 output = function.function(**arguments)
             if inspect.isawaitable(output):  # of a lambda around an async function
                 waiting[function.name] = lambda output=output: output
@@ -99,19 +105,6 @@ def _copied(name: str, value: Any) -> Any:
             f"the data set's column {name!r} cannot be copied for each reward ({type(error).__name__}: {error}). Leave "
             "it out of the rows, or give what it is made from, such as a path."
         ) from error
-
-
-def _accepts(function: RewardFunction, name: str) -> bool:
-    """Whether a function has a parameter of this name, or takes any."""
-    try:
-        parameters = inspect.signature(function.function).parameters.values()
-    except (TypeError, ValueError):  # of a builtin
-        return False
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return any(
-        parameter.kind is inspect.Parameter.VAR_KEYWORD or (parameter.kind in by_name and parameter.name == name)
-        for parameter in parameters
-    )
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,19 @@ from typing import Any
 import stable_rlhf
 from stable_rlhf.data import Text
 from stable_rlhf.errors import RewardError, RewardInputError
-from stable_rlhf.text import quoted, visible
+from stable_rlhf.rewards.parameters import listing
+from stable_rlhf.text import kind_of, quoted, visible
 
 LARGEST = 1e30
 """Largest size of a score: deviations are sums of squares, which must stay far below the largest float64."""
 
 
 @contextmanager
-def failures_named(name: str, prompts: Sequence[Text]) -> Iterator[None]:
-    """Turns an exception of a reward function into a RewardError that names it; RewardErrors pass unchanged."""
+def failures_named(name: str, prompts: Sequence[Text], columns: Collection[str] = ()) -> Iterator[None]:
+    """Turns an exception of a reward function into a RewardError that names it; RewardErrors pass unchanged.
+
+    ``columns``: those that it gets besides prompts and completions.
+    """
     try:
         yield
     except RewardInputError as error:  # met while scoring, so training has begun
@@ -33,8 +37,8 @@ def failures_named(name: str, prompts: Sequence[Text]) -> Iterator[None]:
             cause = cause.exceptions[0]
         raise RewardError(
             f"reward function {name!r} raised {type(cause).__name__}: {str(cause)!r}{_place(cause)} on "
-            f"{len(prompts)} samples, the first prompt being {shown(prompts[0])}. It must accept prompts, completions "
-            "and every other column of the data set (**columns), and return None where it cannot score."
+            f"{len(prompts)} samples, the first prompt being {shown(prompts[0])}. It gets prompts, completions and "
+            f"the data set's other columns ({listing(columns)}), and returns None where it cannot score."
         ) from error
 
 
@@ -53,7 +57,7 @@ def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | Non
     """
     values = output.tolist() if hasattr(output, "tolist") else output  # tensors and arrays
     if not isinstance(values, list | tuple) or len(values) != len(prompts):
-        got = f"{len(values)} scores" if isinstance(values, list | tuple) else f"a {type(output).__name__}"
+        got = f"{len(values)} scores" if isinstance(values, list | tuple) else kind_of(output)
         raise RewardError(f"reward function {name!r} returned {got}; it must return a list of {len(prompts)} scores.")
     checked: list[float | None] = []
     for number, (value, prompt) in enumerate(zip(values, prompts, strict=True), start=1):

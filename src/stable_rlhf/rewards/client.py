@@ -204,9 +204,13 @@ class RemoteReward:
     def _unavailable(self, failure: RequestFailure, tries: int, seconds: float) -> RewardUnavailable:
         how = f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
         asked = f" (it asked to wait {failure.after:g} s)" if failure.after > 0 else ""
+        lacks = ""
+        if (failure.status or 0) >= 400 and failure.status not in NOT_THE_PLACE:
+            sent = ", ".join(self.columns) or "none"
+            lacks = f" If it needs columns of the data set, name them in reward.columns (now {sent})."
         return RewardUnavailable(
             f"the reward server {url_without_secrets(self.url)} gave no scores, {how} ({self._bounds}): "
-            f"{failure}{asked}. Start or repair the server, or correct its URL."
+            f"{failure}{asked}. Start or repair the server, or correct its URL.{lacks}"
         )
 
     async def _sleep(self, seconds: float) -> None:

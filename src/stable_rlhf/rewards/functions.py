@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from stable_rlhf.errors import RewardInputError
 from stable_rlhf.rewards.load_model import BUILTIN_MODEL, load_reward_model, load_reward_tokenizer
 from stable_rlhf.rewards.model import RewardModel
+from stable_rlhf.text import kind_of
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -121,5 +122,5 @@ def _import(path: str) -> Callable[..., Any]:
             )
         value = getattr(value, part)
     if not callable(value):
-        raise RewardInputError(f"reward {path!r} is a {type(value).__name__}, which cannot be called. Name a function.")
+        raise RewardInputError(f"reward {path!r} is {kind_of(value)}, which cannot be called. Name a function.")
     return value

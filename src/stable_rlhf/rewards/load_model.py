@@ -15,7 +15,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from stable_rlhf.errors import RewardInputError
 from stable_rlhf.files import ASSETS
 from stable_rlhf.hardware import shortage
-from stable_rlhf.hub import hub_fault
+from stable_rlhf.hub import hub_fault, looked_up
+from stable_rlhf.policy import peft_unwarned
 from stable_rlhf.rewards.model import require_one_label
 
 BUILTIN_MODEL = ASSETS / "reward_model"
@@ -32,9 +33,10 @@ def load_reward_model(
     Raises RewardInputError where it cannot be loaded, has more than one output, or lacks a weight.
     """
     try:
-        adapter = find_adapter_config_file(path)
-        load = _whole if adapter is None else _merged
-        model, missing, tokenizer_path = load(path, spec, dtype, trust_remote_code)
+        with looked_up(path):
+            adapter = find_adapter_config_file(path)
+            load = _whole if adapter is None else _merged
+            model, missing, tokenizer_path = load(path, spec, dtype, trust_remote_code)
     except RewardInputError:
         raise
     except Exception as error:
@@ -60,7 +62,8 @@ def load_reward_tokenizer(path: str, name: str, trust_remote_code: bool = False)
     if not path:
         raise RewardInputError(f"{what}: set reward_processing_classes.")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with looked_up(path):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise RewardInputError(
             f"{what}, which could not be loaded from {path!r}: {_said(error)} Save it next to the model's weights, or "
@@ -81,6 +84,13 @@ def _merged(path: str, spec: str, dtype: torch.dtype, trust_remote_code: bool) -
     """The same of an adapter, whose base model it names."""
     trust = {"trust_remote_code": trust_remote_code}
     base = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    with looked_up(base):
+        return _with_base(path, base, spec, dtype, trust)
+
+
+def _with_base(
+    path: str, base: str, spec: str, dtype: torch.dtype, trust: dict[str, bool]
+) -> tuple[Any, list[str], str]:
     weights = cached_file(path, _ADAPTER, _raise_exceptions_for_missing_entries=False)
     if weights is None:  # the older format can run code when it is read
         raise RewardInputError(f"the reward model {spec!r} is an adapter without {_ADAPTER}: save it as safetensors.")
@@ -95,7 +105,8 @@ def _merged(path: str, spec: str, dtype: torch.dtype, trust_remote_code: bool) -
         ) from error
     model, missing = _loaded(base, known, dtype, trust)
     missing = [name for name in missing if not any(key.endswith(f".{name}") for key in given)]
-    merged = PeftModel.from_pretrained(model, path).merge_and_unload()  # pyright: ignore[reportCallIssue]
+    with peft_unwarned():
+        merged = PeftModel.from_pretrained(model, path).merge_and_unload()  # pyright: ignore[reportCallIssue]
     own = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return merged, missing, path if own or not Path(path).is_dir() else base
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +15,7 @@ from stable_rlhf.rewards.calls import Samples, call
 from stable_rlhf.rewards.checks import LARGEST, checked, failures_named, shown
 from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.log import RewardLog
+from stable_rlhf.rewards.parameters import misfit
 from stable_rlhf.user_code import RandomStream, Shield
 
 
@@ -84,6 +85,12 @@ class Scorer:
         """Whether a function asks for completions with their special tokens."""
         return any(function.special_tokens for function in self.functions)
 
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raises RewardInputError for a function whose parameters do not fit a data set with these other columns."""
+        for function in self.functions:
+            if (fault := misfit(function.function, columns)) is not None:
+                raise RewardInputError(f"reward function {function.name!r} {fault}.")
+
     def score(
         self,
         prompts: Sequence[Text],
@@ -106,16 +113,7 @@ class Scorer:
         wrong = {name: length for name, length in lengths.items() if length != len(prompts)}
         if not prompts or wrong:
             raise ValueError(f"{len(prompts)} prompts to score, but {wrong or 'at least 1 is needed'}")
-        log = RewardLog(len(prompts))
-        run: dict[str, Any] = {}
-        if completion_ids is not None:
-            run["completion_ids"] = completion_ids
-        if self._trainer_state is not None:
-            run |= {"trainer_state": self._trainer_state(), "log_metric": log.log_metric, "log_extra": log.log_extra}
-        if taken := {"prompts", "completions", *run} & set(columns):
-            raise RewardError(f"the data set's column {taken.pop()!r} has the name of a reward argument. Rename it.")
-        samples = Samples(prompts=prompts, completions=completions, whole=whole, columns=dict(columns), run=run)
-        per_function = self._answers(samples)
+        per_function, log = self._answers(prompts, completions, columns, completion_ids, whole)
         rows = list(zip(*per_function.values(), strict=True))
         valid = [any(score is not None for score in row) for row in rows]
         if not any(valid):
@@ -130,17 +128,38 @@ class Scorer:
         return Scores(total=total, valid=valid, per_function=per_function, metrics=log.metrics, extra=log.columns)
 
     def answers(
-        self, prompts: Sequence[Text], completions: Sequence[str], columns: dict[str, list[Any]]
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[str],
+        columns: dict[str, list[Any]],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        whole: Sequence[str] | None = None,
     ) -> dict[str, list[float | None]]:
-        """The validated scores of each reward function by its name; `score` adds them up."""
-        return self._answers(Samples(prompts=prompts, completions=completions, columns=dict(columns)))
+        """The validated scores of each reward function by its name; `score`, which has the arguments, adds them up."""
+        return self._answers(prompts, completions, columns, completion_ids, whole)[0]
 
-    def _answers(self, samples: Samples) -> dict[str, list[float | None]]:
+    def _answers(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[str],
+        columns: dict[str, list[Any]],
+        completion_ids: Sequence[Sequence[int]] | None,
+        whole: Sequence[str] | None,
+    ) -> tuple[dict[str, list[float | None]], RewardLog]:
+        log = RewardLog(len(prompts))
+        run: dict[str, Any] = {}
+        if completion_ids is not None:
+            run["completion_ids"] = completion_ids
+        if self._trainer_state is not None:
+            run |= {"trainer_state": self._trainer_state(), "log_metric": log.log_metric, "log_extra": log.log_extra}
+        if taken := {"prompts", "completions", *run} & set(columns):
+            raise RewardError(f"the data set's column {taken.pop()!r} has the name of a reward argument. Rename it.")
+        samples = Samples(prompts=prompts, completions=completions, whole=whole, columns=dict(columns), run=run)
         scores: dict[str, list[float | None]] = {}
         for function, output in zip(self.functions, call(self.functions, samples, self._shielded), strict=True):
             with failures_named(function.name, samples.prompts):  # of an output that cannot be read
                 scores[function.name] = checked(function.name, output, samples.prompts)
-        return scores
+        return scores, log
 
     def _shielded(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._shield is None else self._shield.around(self.random)

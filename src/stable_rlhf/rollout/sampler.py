@@ -31,11 +31,16 @@ class Sampler:
     decoder: Generator
 
     def collect(
-        self, dataset: Any, encoded: EncodedPrompts | StreamedPrompts, indices: Sequence[int]
+        self,
+        dataset: Any,
+        encoded: EncodedPrompts | StreamedPrompts,
+        indices: Sequence[int],
+        gold: Scorer | None = None,
     ) -> tuple[Rollout, dict[str, float]]:
         """Samples and scores a completion for each of the rows; returns (rollout, seconds by part).
 
-        Draws from torch's global generator of the model's device. The rollout's tensors are on the CPU.
+        ``gold``: rewards that are only measured. Draws from torch's global generator of the model's device. The
+        rollout's tensors are on the CPU.
         """
         started = time.perf_counter()
         prompt, prompt_mask = pad_left([encoded.input_ids[i] for i in indices], self.pad_token_id)
@@ -50,13 +55,14 @@ class Sampler:
                 return self.decode(prompt[rows], prompt_mask[rows], response[rows], mask[rows] & first)[0]
 
             completions, mask, ended = stopped(completions, mask, ended, self.config.stop_strings, beginning)
-        asked = self.scorer.special_tokens
+        asked = self.scorer.special_tokens or (gold is not None and gold.special_tokens)
         whole = self.decode(prompt, prompt_mask, response, mask, skip_special_tokens=False) if asked else None
         ids = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]
         sampled = time.perf_counter()
         rows = dataset[list(indices)]
         columns = {name: values for name, values in rows.items() if name != "prompt"}
         scores = self.scorer.score(rows["prompt"], completions, columns, ended.tolist(), ids, whole)
+        measured = {} if gold is None else gold.answers(rows["prompt"], completions, columns, ids, whole)
         rollout = Rollout(
             indices=list(indices),
             prompts=rows["prompt"],
@@ -68,6 +74,7 @@ class Sampler:
             per_function=scores.per_function,
             metrics=scores.metrics,
             extra=scores.extra,
+            gold=measured,
             truncated=sum(encoded.truncated[i] for i in indices),
         )
         return rollout, {"rollout_s": sampled - started, "scoring_s": time.perf_counter() - sampled}

@@ -2,7 +2,7 @@
 
 from stable_rlhf.runs import evaluation, incidents, starts
 from stable_rlhf.runs.card import model_card
-from stable_rlhf.runs.evaluation import evaluation_rows, read
+from stable_rlhf.runs.evaluation import evaluation_rows, gold_figures, read
 from stable_rlhf.runs.lock import RunLock
 from stable_rlhf.runs.metrics import MetricsWriter, read_rows, write_completions
 from stable_rlhf.runs.names import METRICS, TEXT_METRICS, TIMINGS
@@ -18,6 +18,7 @@ __all__ = [
     "check_writable",
     "evaluation",
     "evaluation_rows",
+    "gold_figures",
     "incidents",
     "model_card",
     "read",

@@ -29,13 +29,21 @@ LAST = {
 """Figures of the last step that the card shows, with their labels."""
 
 
-def model_card(run_dir: Path, settings: Mapping[str, Any], adapter: bool) -> str:
+def model_card(run_dir: Path, settings: Mapping[str, Any], adapter: bool, steps: int | None = None) -> str:
     """The card's Markdown, from the files of a run.
 
-    ``settings``: all of the run's, by their full names; ``adapter``: whether the folder holds a PEFT adapter. Names are
+    ``settings``: all of the run's, by their full names; ``adapter``: whether the folder holds a PEFT adapter;
+    ``steps``: those done where the policy is that of a checkpoint, whose card has no figures of later ones. Names are
     shown as code, in which nothing is markup; no text of a data set or of a model is part of the card.
     """
     rows = read_rows(run_dir / "metrics.jsonl")[0] if (run_dir / "metrics.jsonl").exists() else []
+    known, seen = evaluation.read(run_dir), incidents.read(run_dir)
+    if steps is not None:
+        is_last = all(row["step"] < steps for row in rows) and not settings["load_best_model_at_end"]
+        rows = [row for row in rows if row["step"] < steps]
+        seen = [incident for incident in seen if incident["step"] < steps]
+        then = [figures for figures in known.get("during", []) if figures["step"] == steps]
+        known["after"] = then[-1] if then else known.get("after") if is_last else None
     parts = [
         "---\n" + yaml.safe_dump(_metadata(settings, adapter), sort_keys=False) + "---",
         f"# {_code(run_dir.name)}",
@@ -43,9 +51,9 @@ def model_card(run_dir: Path, settings: Mapping[str, Any], adapter: bool) -> str
         f"{importlib.metadata.version('stable-rlhf')}, preset {_code(settings['preset'])}.",
         _table(("", ""), _subject(settings, rows)),
         "## Figures",
-        *_figures(run_dir, rows),
+        *_figures(known, rows),
         "## Incidents",
-        _incidents(run_dir),
+        _incidents(seen),
         "## How to load it",
         _loading(adapter),
         "## Settings",
@@ -71,25 +79,27 @@ def _subject(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[tu
     rewards = settings["reward.functions"]
     weights = settings["reward.weights"] or [1.0] * len(rewards)
     adapter = f"rank {settings['model.lora_r']}" if settings["model.lora_r"] else "none of the settings'"
+    gold = ", ".join(map(_code, settings["reward.gold"]))
     return [
         ("policy before training", _code(settings["model.name"])),
         ("adapter", adapter),
         ("prompts", f"{_code(settings['data.train'])}, split {_code(settings['data.split'])}"),
         ("reward", " + ".join(f"{weight:g} x {_code(name)}" for weight, name in zip(weights, rewards, strict=True))),
+        *([("gold reward, only measured", gold)] if gold else []),
         ("KL controller", _code(settings["kl.controller"])),
         ("steps", f"{rows[-1]['step'] + 1 if rows else 0} of {settings['rollout.batch_size']} prompts each"),
         ("seed", str(settings["seed"])),
     ]
 
 
-def _figures(run_dir: Path, rows: list[dict[str, Any]]) -> list[str]:
-    known = evaluation.read(run_dir)
+def _figures(known: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     parts = []
     if "before" in known:
         prompts = formatted(known["before"].get("prompts"), ".0f")
+        evaluated = evaluation.evaluation_rows(known)
         parts += [
             f"On {prompts} held-out prompts; ± is one standard error.",
-            _table(("", "before", "after", "change"), evaluation.evaluation_rows(known)),
+            _table(("", "before", "after", "change"), [(_cell(label), *rest) for label, *rest in evaluated]),
         ]
     if rows:
         last = [(label, formatted(rows[-1].get(name), ".4g")) for name, label in LAST.items()]
@@ -97,8 +107,7 @@ def _figures(run_dir: Path, rows: list[dict[str, Any]]) -> list[str]:
     return parts or ["None were recorded."]
 
 
-def _incidents(run_dir: Path) -> str:
-    found = incidents.read(run_dir)
+def _incidents(found: list[dict[str, Any]]) -> str:
     if not found:
         return "The guard saw none, or was off (`guard.enabled`)."
     rolled = sum(incident["action"] == "roll back" for incident in found)
@@ -127,6 +136,12 @@ def _loading(adapter: bool) -> str:
 
 def _code(text: str) -> str:
     return "`" + printable(str(text), VALUE).replace("`", "'").replace("|", "\u00a6") + "`"
+
+
+def _cell(label: str) -> str:
+    """A label, as code where it has a gold reward's name in it, in which nothing is markup."""
+    kind, colon, name = label.partition(": ")
+    return f"{kind}{colon}{_code(name)}" if colon else label
 
 
 def _table(heading: tuple[str, ...], rows: list[Any]) -> str:

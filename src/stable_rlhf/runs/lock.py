@@ -8,11 +8,17 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.runs.output import check_writable
+
+SAME_START = 10.0
+"""Seconds within which two start times of a process are one: the system counts them from a clock that may be set. A
+number of a process is not given again so soon."""
 
 
 class RunLock:
@@ -36,9 +42,10 @@ class RunLock:
                 f"output_dir={str(self._owner.parent)!r}: is in use by {self._who()}; wait for it, stop it, or choose "
                 "another folder"
             ) from error
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError):  # only for the sentence that names the process; the lock is taken
-            self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}))
+        own = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        own["started"] = psutil.Process().create_time()
+        with contextlib.suppress(OSError):  # only for those who look; the lock is taken
+            self._owner.write_text(json.dumps(own))
 
     def check(self) -> None:
         """Raises ConfigError, naming the process, if another one has the lock. Leaves no trace."""
@@ -47,26 +54,32 @@ class RunLock:
             self.release()
 
     def held_elsewhere(self) -> bool:
-        """Whether another process is training in the folder."""
-        if not self._owner.exists():
-            return False
+        """Whether a process is training in the folder, by the note that it leaves there. The lock is not touched: a run
+        that begins at this moment would be refused.
+
+        A process of another machine cannot be looked up, and its note is believed.
+        """
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        except PermissionError:  # the run of another user, of which only the note can be read
-            return True
-        self._lock.release()
-        return False
+            owner = self._noted()
+            if owner["host"] != socket.gethostname():
+                return True
+            process = psutil.Process(owner["pid"])
+            is_same = abs(process.create_time() - owner["started"]) < SAME_START
+            return is_same and process.status() != psutil.STATUS_ZOMBIE
+        except (OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):  # no note, or of a killed process
+            return False
 
     def release(self) -> None:
         if self._lock.is_locked:
             self._owner.unlink(missing_ok=True)
             self._lock.release()
 
+    def _noted(self) -> dict[str, Any]:
+        return json.loads(self._owner.read_text())
+
     def _who(self) -> str:
         try:
-            owner = json.loads(self._owner.read_text())
+            owner = self._noted()
             return f"process {owner['pid']} on {owner['host']}, training since {owner['since']}"
         except (OSError, ValueError, KeyError, TypeError):  # it is only just beginning, or not ours to read
             return "another process"

@@ -67,6 +67,7 @@ TEXT_METRICS = frozenset({"safe/phase", "safe/reason"})
 
 TIMINGS: dict[str, str] = {
     "step": "the step of the row in metrics.jsonl",
+    "epoch": "passes over the training prompts so far, this rollout included; whole ones of a stream",
     "rollout_s": "seconds spent sampling",
     "scoring_s": "seconds spent scoring",
     "logprobs_s": "seconds spent on the log-probs of policy and reference",

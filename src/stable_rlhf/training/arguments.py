@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
-from stable_rlhf.config import PRESETS, Config, ModelConfig
+from stable_rlhf.config import PRESETS, Config, ModelConfig, probable_setting
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.rewards import listed
-from stable_rlhf.text import quoted
+from stable_rlhf.text import kind_of, quoted
+from stable_rlhf.training.scoring import GivenRewards
 
 _BY_FIELD = {"r": "lora_r", "lora_alpha": "lora_alpha", "target_modules": "lora_target_modules"}
 """Fields of LoraConfig that have a setting of their own. The others are in `model.lora_options`."""
@@ -24,12 +27,54 @@ _NOT_CHOSEN = ("task_type", "base_model_name_or_path", "peft_version", "auto_map
 """Fields that PEFT fills in itself where an adapter is made. The task is a causal language model's always."""
 
 
+_ELSEWHERE = {
+    "config": "args",
+    "tokenizer": "processing_class",
+    "reward_model": "reward_funcs",
+    "reward_fn": "reward_funcs",
+    "dataset": "train_dataset",
+    "reward_tokenizer": "reward_processing_classes",
+    "ref_model": "",
+    "value_model": "",
+}
+"""Arguments of other trainers, and what they are here; "" for those of models that `SAFETrainer` makes itself."""
+
+
+class KnownArguments:
+    """Base class of the trainer: an argument that it does not have is a ConfigError with the one that was meant."""
+
+    def __new__(cls, *values: Any, **given: Any) -> Self:
+        has = list(inspect.signature(cls).parameters)
+        for name in given:
+            if name not in has:
+                raise ConfigError(f"SAFETrainer({name}={quoted(given[name])}): {_meant(name, has)}")
+        if len(values) > len(has) or set(given) & set(has[: len(values)]):
+            raise ConfigError(f"SAFETrainer: an argument is given twice, or too many are; it has {', '.join(has)}")
+        if not values and "model" not in given:
+            raise ConfigError("SAFETrainer(): model is missing; give a causal language model, or its name")
+        return super().__new__(cls)
+
+
+def _meant(name: str, has: Sequence[str]) -> str:
+    """What an argument that there is not was probably meant to be: another argument, or a setting."""
+    if _ELSEWHERE.get(name) == "":
+        return "unknown argument; none is needed: the reference and the value heads are made from the model"
+    if name in [field.name for field in dataclasses.fields(Config)]:
+        return f"is a setting: give args=Config({name}=...)"
+    close = difflib.get_close_matches(name, has, n=1, cutoff=0.8)
+    if meant := _ELSEWHERE.get(name) or "".join(close):
+        return f"unknown argument. Did you mean {meant}?"
+    if setting := probable_setting(name):
+        end = "" if setting.endswith("?") else "."
+        return f"unknown argument{setting}{end} Settings are given in args=Config(...)"
+    return f"unknown argument; SAFETrainer has {', '.join(has)}"
+
+
 def check_arguments(
     model: Any,
-    reward_funcs: Any,
+    rewards: GivenRewards,
     args: Any,
     processing_class: Any,
-    reward_processing_classes: Any,
     callbacks: Any,
     peft_config: Any,
 ) -> None:
@@ -42,21 +87,15 @@ def check_arguments(
         raise _wrong("model", model, "give one causal language model, its folder, or its name on the hub")
     if isinstance(model, nn.Module) and not (isinstance(model, PeftModel) or hasattr(model, "config")):
         raise _wrong("model", model, "give a causal language model of Transformers, such as AutoModelForCausalLM loads")
-    for function in [] if reward_funcs is None else listed(reward_funcs):
-        if not (isinstance(function, str | Path) or callable(function)):
-            remedy = "give functions, names such as 'package.module:function', or sequence-classification models"
-            raise _wrong("reward_funcs", function, remedy)
     _check_tokenizer("processing_class", processing_class)
-    if isinstance(reward_processing_classes, str) or not isinstance(reward_processing_classes, Sequence | None):
-        remedy = "give a list with a tokenizer or None for each reward"
-        raise _wrong("reward_processing_classes", reward_processing_classes, remedy)
-    for tokenizer in reward_processing_classes or []:
-        _check_tokenizer("reward_processing_classes", tokenizer)
+    _check_rewards("reward_", rewards.reward_funcs, rewards.reward_processing_classes)
+    _check_rewards("gold_", rewards.gold_funcs, rewards.gold_processing_classes)
     if callbacks is not None and not isinstance(callbacks, Sequence):
         raise _wrong("callbacks", callbacks, "give a list of transformers.TrainerCallback objects")
     for callback in callbacks or []:
         if not (isinstance(callback, TrainerCallback) or _is_class_of(callback, TrainerCallback)):
-            raise _wrong("callbacks", callback, "give a list of transformers.TrainerCallback objects")
+            remedy = "each entry of the list must be a transformers.TrainerCallback; write a class with on_step_end"
+            raise _wrong("callbacks", callback, remedy)
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         kind = "another adapter than LoRA" if isinstance(peft_config, PeftConfig) else "no adapter"
         raise _wrong("peft_config", peft_config, f"it is {kind}; give a peft.LoraConfig, or set model.lora_r")
@@ -95,6 +134,19 @@ def _plain(value: Any) -> Any:
         return f"<{type(value).__name__}>"
 
 
+def _check_rewards(prefix: str, functions: Any, tokenizers: Any) -> None:
+    """Checks ``reward_funcs`` with ``reward_processing_classes``, or those of another ``prefix``."""
+    for function in [] if functions is None else listed(functions):
+        if not (isinstance(function, str | Path) or callable(function)):
+            remedy = "give functions, names such as 'package.module:function', or sequence-classification models"
+            raise _wrong(f"{prefix}funcs", function, remedy)
+    if isinstance(tokenizers, str) or not isinstance(tokenizers, Sequence | None):
+        remedy = "give a list with a tokenizer or None for each reward"
+        raise _wrong(f"{prefix}processing_classes", tokenizers, remedy)
+    for tokenizer in tokenizers or []:
+        _check_tokenizer(f"{prefix}processing_classes", tokenizer)
+
+
 def _check_tokenizer(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, PreTrainedTokenizerBase | ProcessorMixin):
         raise _wrong(name, value, "give a tokenizer, such as AutoTokenizer.from_pretrained(NAME), or None")
@@ -105,4 +157,4 @@ def _is_class_of(value: Any, kind: type) -> bool:
 
 
 def _wrong(argument: str, value: Any, remedy: str) -> ConfigError:
-    return ConfigError(f"SAFETrainer({argument}={quoted(value)}): is a {type(value).__name__}; {remedy}")
+    return ConfigError(f"SAFETrainer({argument}={quoted(value)}): is {kind_of(value)}; {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import json
 import math
@@ -22,6 +23,9 @@ from stable_rlhf.runs import evaluation, read_rows
 from stable_rlhf.training.resume import Counters
 from stable_rlhf.training.trackers import trackers
 from stable_rlhf.user_code import RandomStream, Shield
+
+OF_STEP = ("step", "epoch")
+"""Fields of timings.jsonl that say which step it is, and are not timings."""
 
 
 class RunArguments(TrainingArguments):
@@ -156,10 +160,10 @@ class Events:
     def train_end(self) -> None:
         self._call("on_train_end")
 
-    def step_begin(self) -> None:
-        """A step begins, and with it an epoch where the last one has ended."""
+    def step_begin(self, epoch: float) -> None:
+        """A step begins at ``epoch``, and with it an epoch where the last one has ended."""
         if not self._in_epoch:
-            self._in_epoch = True
+            self._in_epoch, self.state.epoch = True, epoch  # some of the last one may have been left
             self._call("on_epoch_begin")
         self._call("on_step_begin")
 
@@ -170,6 +174,11 @@ class Events:
 
     def step_end(self) -> None:
         self._call("on_step_end")
+
+    @property
+    def leaves_epoch(self) -> bool:
+        """Whether a callback asks to leave the rest of an epoch (``should_epoch_stop``) that is not over anyway."""
+        return self.control.should_epoch_stop and self._in_epoch and not self.epoch_is_over
 
     def epoch_end(self) -> None:
         """Ends the epoch, if one has begun."""
@@ -211,13 +220,12 @@ class Events:
         self.state.num_train_epochs = math.ceil(
             self.arguments.max_steps * self.arguments.per_device_train_batch_size / rows
         )
-        self.state.log_history = self.recorded(rows)
+        self.state.log_history = self.recorded()
         self.best(counters)
 
-    def recorded(self, rows: float) -> list[dict[str, Any]]:
+    def recorded(self) -> list[dict[str, Any]]:
         """The log of all that the run's folder has records of."""
-        per_step = self.arguments.per_device_train_batch_size / rows
-        return recorded(Path(str(self.arguments.output_dir)), per_step)
+        return recorded(Path(str(self.arguments.output_dir)))
 
     def check(self) -> None:
         """Raises ConfigError for a callback whose needs the settings do not meet."""
@@ -234,21 +242,23 @@ def evaluation_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {f"eval_{name}": value for name, value in figures.items() if value is not None}
 
 
-def recorded(run_dir: Path, epochs: float) -> list[dict[str, Any]]:
-    """``state.log_history`` of the steps and evaluations in a run's folder. ``epochs``: of a step."""
+def recorded(run_dir: Path) -> list[dict[str, Any]]:
+    """``state.log_history`` of the steps and evaluations in a run's folder."""
     files = [run_dir / "metrics.jsonl", run_dir / "timings.jsonl"]
     metrics, timings = ({row["step"]: row for row in read_rows(path)[0]} if path.exists() else {} for path in files)
     known = evaluation.read(run_dir)
     evaluated = [{"step": 0, **known["before"]}] if "before" in known else []
     history = []
     for number, row in metrics.items():
-        timing = {f"timings/{name}": value for name, value in timings.get(number, {}).items() if name != "step"}
+        timing = {f"timings/{name}": value for name, value in timings.get(number, {}).items() if name not in OF_STEP}
         history.append({**row, **timing, "step": number + 1})
     for figures in [*evaluated, *known.get("during", [])]:
         own = {name: value for name, value in figures.items() if name != "step"}
         history.append({**evaluation_figures(own), "step": figures["step"]})
-    for entry in history:
-        entry["epoch"] = entry["step"] * epochs
+    timed = list(timings)
+    for entry in history:  # a step whose figures were not finite has no row: the epoch is that of the row before
+        last = bisect.bisect_left(timed, entry["step"])
+        entry["epoch"] = timings[timed[last - 1]].get("epoch", 0.0) if last else 0.0
     history = [{name: value for name, value in entry.items() if value is not None} for entry in history]
     return sorted(history, key=lambda entry: entry["step"])
 

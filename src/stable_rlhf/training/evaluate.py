@@ -12,7 +12,9 @@ from stable_rlhf.data import EncodedPrompts, prompt_text
 from stable_rlhf.learner import Passes, measure, plain
 from stable_rlhf.ops.masked import distinct_n
 from stable_rlhf.records import Measured, Rollout
+from stable_rlhf.rewards import Scorer
 from stable_rlhf.rollout import Sampler
+from stable_rlhf.runs import gold_figures
 
 SEED = 12_345
 """Seed of the sampling in every evaluation, so that before and after differ only by the policy."""
@@ -22,13 +24,13 @@ SAMPLES = 16
 
 
 def evaluate(
-    passes: Passes, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, step: int
+    passes: Passes, sampler: Sampler, dataset: Any, encoded: EncodedPrompts, step: int, gold: Scorer | None = None
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """Samples and scores every held-out prompt; returns (figures over all rows, the first SAMPLES completions).
 
-    ``step``: the measurement is as in this step of training, such as one past the critic's warm-up. The random
-    generators, those of the reward functions too, are then put back, so that an evaluation does not change the training
-    after it.
+    ``step``: the measurement is as in this step of training, such as one past the critic's warm-up. ``gold``: rewards
+    that are only measured. The random generators, those of the reward functions too, are then put back, so that an
+    evaluation does not change the training after it.
     """
     size, parts = sampler.config.batch_size, []
     draws = {"run": RandomState(), "rewards": sampler.scorer.random}
@@ -36,9 +38,11 @@ def evaluate(
     try:
         torch.manual_seed(SEED)
         sampler.scorer.random.seed(SEED)
+        if gold is not None:
+            gold.random.seed(SEED, 1)  # other numbers than the rewards', which would agree by chance
         for start in range(0, len(dataset), size):
             indices = range(start, min(start + size, len(dataset)))
-            rollout, _ = sampler.collect(dataset, encoded, indices)
+            rollout, _ = sampler.collect(dataset, encoded, indices, gold)
             parts.append((rollout, measure(passes, rollout, step)))
     finally:
         for name, part in draws.items():
@@ -57,6 +61,7 @@ def evaluation_metrics(parts: list[tuple[Rollout, Measured]]) -> dict[str, float
     """The figures of one side of evaluation.json, before or after training, over all rows of all parts.
 
     reward_se is the standard error of the mean reward. kl and entropy are means over response tokens, nats per token.
+    Each gold reward has its own mean and standard error, and the number of completions that it judged.
     """
     scores = [s for rollout, _ in parts for s, v in zip(rollout.scores, rollout.valid, strict=True) if v]
     reward = torch.tensor(scores, dtype=torch.float64)
@@ -77,4 +82,8 @@ def evaluation_metrics(parts: list[tuple[Rollout, Measured]]) -> dict[str, float
         "length": masks.sum(1).double().mean(),
         "prompts": len(masks),
     }
-    return plain(metrics)
+    figures = plain(metrics)
+    for name in parts[0][0].gold:
+        judged = [score for rollout, _ in parts for score in rollout.gold[name] if score is not None]
+        figures |= gold_figures(name, judged)
+    return figures

@@ -13,15 +13,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stable_rlhf.checkpoints import store
-from stable_rlhf.config import ModelConfig
+from stable_rlhf.config import ModelConfig, flat_settings
 from stable_rlhf.errors import CheckpointError, ConfigError
-from stable_rlhf.policy import model_named, policy_source, save_heads
+from stable_rlhf.files import replace_text
+from stable_rlhf.policy import model_named, peft_unwarned, policy_source, save_heads, without_bars
+from stable_rlhf.runs import model_card
 
 ADAPTER = "adapter_config.json"
 
 
+@without_bars()
 def export(checkpoint: Path, out: Path, merge: bool = False) -> None:
-    """Writes the policy of a checkpoint to ``out``, with tokenizer, generation settings and value heads.
+    """Writes the policy of a checkpoint to ``out``, with tokenizer, generation settings, value heads and model card.
 
     A policy with an adapter is written as the adapter, or with ``merge`` as the whole model. ``checkpoint`` is in the
     folder of its run, whose ``model`` describes the policy. Raises ConfigError, and CheckpointError for a checkpoint
@@ -51,6 +54,9 @@ def export(checkpoint: Path, out: Path, merge: bool = False) -> None:
                 # A folder is `additional_chat_templates`, of a tokenizer with several.
                 (shutil.copytree if file.is_dir() else shutil.copy2)(file, aside / file.name)
         save_heads(trained, aside)
+        known = flat_settings(state["parts"]["settings"])
+        card = model_card(described.parent, known, adapter=adapted and not merge, steps=state["step"])
+        replace_text(aside / "README.md", card)
         if out.exists():
             out.rmdir()
         aside.rename(out)
@@ -84,7 +90,7 @@ def _adapted(described: Path, settings: ModelConfig, weights: dict[str, Tensor],
     adapter: Any = LoraConfig.from_pretrained(str(described))
     adapter.init_lora_weights = False  # all of its weights are loaded
     adapter.inference_mode = False
-    with contextlib.nullcontext() if merge else torch.device("meta"):
+    with contextlib.nullcontext() if merge else torch.device("meta"), peft_unwarned():
         base = _by_name(settings) if merge else _empty(described, settings)
         adapter.base_model_name_or_path = base.name_or_path  # PEFT warns of another; what is written is a copy
         model: Any = get_peft_model(base, adapter)

@@ -18,7 +18,7 @@ from stable_rlhf.console import tell
 from stable_rlhf.data import EncodedPrompts
 from stable_rlhf.errors import CheckpointError
 from stable_rlhf.policy import weights_digest
-from stable_rlhf.rewards import RewardFunction, RewardModel
+from stable_rlhf.rewards import RewardModel, Scorer
 
 BATCH = 1000
 """Rows of a data set that are read at once: few enough for long texts, and reading them takes no time of its own."""
@@ -90,12 +90,13 @@ class SameInputs:
         self,
         tokenizer: Any,
         data: Iterable[tuple[str, Any, EncodedPrompts | None]],
-        rewards: Iterable[RewardFunction],
+        rewards: Scorer,
+        gold: Scorer | None,
         accept_changed: bool,
     ) -> None:
         """``data``: for each of SAFETrainer's data sets the argument's name, the rows or None, and their token ids."""
         self.tokenizer, self.data = tokenizer, list(data)
-        self.rewards, self.accept_changed = rewards, accept_changed
+        self.rewards, self.gold, self.accept_changed = rewards, gold, accept_changed
 
     @functools.cached_property
     def _own(self) -> dict[str, Any]:
@@ -103,7 +104,8 @@ class SameInputs:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "chat template": _digest([json.dumps(self.tokenizer.chat_template)]),
             "data": {name: None if ids is None else data_fingerprint(rows, ids) for name, rows, ids in self.data},
-            "rewards": {reward.name: reward_fingerprint(reward.function) for reward in self.rewards},
+            "rewards": _fingerprints(self.rewards),
+            "gold": _fingerprints(self.gold),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,14 +130,23 @@ class SameInputs:
         for name, own in self._own["data"].items():
             if (fault := _data_fault(own, saved["data"][name])) is not None:
                 raise _other(name if name == "train_dataset" else f"{name} (held-out prompts)", fault, "data")
-        for name, own in self._own["rewards"].items():
-            if saved["rewards"].get(name) != own:
-                fault = f"the reward {name!r} is not the one that the run began with: its code or its weights differ"
-                if not self.accept_changed:
-                    raise CheckpointError(
-                        f"{fault}; resume with that one, or set reward.accept_changed=true if it was only repaired"
-                    )
-                tell(f"{fault} (accepted: reward.accept_changed)")
+        for kind, what in (("rewards", "reward"), ("gold", "gold reward")):
+            for name, own in self._own[kind].items():
+                if saved[kind].get(name) != own:
+                    self._refuse_changed(f"the {what} {name!r}")
+
+    def _refuse_changed(self, reward: str) -> None:
+        fault = f"{reward} is not the one that the run began with: its code or its weights differ"
+        if not self.accept_changed:
+            raise CheckpointError(
+                f"{fault}; resume with that one, or set reward.accept_changed=true if it was only repaired"
+            )
+        tell(f"{fault} (accepted: reward.accept_changed)")
+
+
+def _fingerprints(scorer: Scorer | None) -> dict[str, str | None]:
+    functions = [] if scorer is None else scorer.functions
+    return {function.name: reward_fingerprint(function.function) for function in functions}
 
 
 def _data_fault(own: dict[str, Any] | None, saved: dict[str, Any] | None) -> str | None:

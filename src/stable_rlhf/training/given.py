@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,21 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from stable_rlhf.config import Config, is_url, only_with
+from stable_rlhf.config import Config, only_with
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.hardware import resolve_device
 from stable_rlhf.policy import check_model
-from stable_rlhf.rewards import listed, remote_reward
+from stable_rlhf.rewards import Scorer, listed, remote_reward
 from stable_rlhf.training.arguments import as_settings
 
 
 def as_given(
-    config: Config, model: Any, reward_funcs: Any, train: Any, peft_config: LoraConfig | None = None
+    config: Config,
+    model: Any,
+    reward_funcs: Any,
+    train: Any,
+    peft_config: LoraConfig | None = None,
+    gold_funcs: Any = None,
 ) -> Config:
     """Puts the names of the model, rewards and data actually used into the settings, so that config.yaml is true.
 
@@ -37,26 +44,31 @@ def as_given(
     settings = dataclasses.replace(config.model, name=name)
     settings.check_source(given_as_object=not isinstance(model, str))
     given: dict[str, Any] = {"model": settings if peft_config is None else as_settings(settings, peft_config)}
+    rewards = listed(config.reward.functions if reward_funcs is None else reward_funcs)
+    gold = listed(config.reward.gold if gold_funcs is None else gold_funcs)
+    _refuse_trained_gold(gold, rewards)
+    named: dict[str, Any] = {}
     if reward_funcs is not None:
-        functions = [_reward_name(function) for function in listed(reward_funcs)]
-        given["reward"] = dataclasses.replace(config.reward, functions=functions, url=None)
+        named = {"functions": [_reward_name(function) for function in rewards], "url": None}
+    if gold_funcs is not None:
+        named["gold"] = [_reward_name(function) for function in gold]
+    given["reward"] = dataclasses.replace(config.reward, **named)
     if train is not None:
         given["data"] = dataclasses.replace(config.data, train="<train_dataset>")
     config = dataclasses.replace(config, **given)
     weights, count = config.reward.weights, len(config.reward.functions)
     if weights is not None and len(weights) != count:
         raise ConfigError(f"reward.weights={weights!r}: give a list of {count}, one weight for each reward")
-    servers = [function for function in config.reward.functions if is_url(function)]
     for name in ("timeout", "retries", "max_wait", "token_env", "columns"):
-        only_with("reward", config.reward, name, bool(servers), "one of reward.functions is the URL of a server")
+        condition = "one of reward.functions is the URL of a server, or one of reward.gold"
+        only_with("reward", config.reward, name, bool(config.reward.servers), condition)
     return config
 
 
 def probe_servers(config: Config) -> None:
     """Tries each reward server, before a model loads. Raises RewardError for one that is not there."""
-    for function in config.reward.functions:
-        if is_url(function):
-            remote_reward(function, config.reward).function.probe()
+    for server in config.reward.servers:
+        remote_reward(server, config.reward).function.probe()
 
 
 def check_named(config: Config, model: Any) -> None:
@@ -76,12 +88,14 @@ def check_named(config: Config, model: Any) -> None:
 
 
 def check_held_out(config: Config, held_out: Any) -> None:
-    """Raises ConfigError where training is to be evaluated and there are no held-out prompts."""
-    if config.eval_steps and held_out is None:
-        raise ConfigError(
-            f"eval_steps={config.eval_steps!r}: there are no held-out prompts; give eval_dataset, or name data.train "
-            "with data.eval_size above 0"
-        )
+    """Raises ConfigError where training or gold rewards are to be evaluated and there are no held-out prompts."""
+    asked = {"eval_steps": config.eval_steps, "reward.gold": config.reward.gold}
+    for name, value in asked.items():
+        if value and held_out is None:
+            raise ConfigError(
+                f"{name}={value!r}: there are no held-out prompts; give eval_dataset, or name data.train with "
+                "data.eval_size above 0"
+            )
 
 
 def check_columns(config: Config, rows: Any) -> None:
@@ -94,9 +108,35 @@ def check_columns(config: Config, rows: Any) -> None:
             raise ConfigError(f"reward.columns={config.reward.columns!r}: the data set has no column {name!r}{meant}")
 
 
+def check_asked(scorer: Scorer | None, *prompts: Any) -> None:
+    """Raises RewardInputError for a reward function that asks for a column which one of the data sets does not have.
+
+    ``prompts``: each data set's, None for one that is not there. The columns of a stream show with its rows.
+    """
+    for rows in (getattr(given, "dataset", None) for given in prompts):
+        if rows is not None and scorer is not None:
+            scorer.check_columns([name for name in rows.column_names if name != "prompt"])
+
+
+def _refuse_trained_gold(gold: Sequence[Any], rewards: Sequence[Any]) -> None:
+    """Raises ConfigError for a gold reward that is also a reward: it would be trained on."""
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, str | Path) and isinstance(other, str | Path):
+            return str(one) == str(other)
+        return one is other or (inspect.ismethod(one) and one == other)
+
+    for function in gold:
+        if any(same(function, reward) for reward in rewards):
+            raise ConfigError(
+                f"reward.gold: {_reward_name(function)!r} is one of the rewards (reward.functions), so it is trained "
+                "on; a gold reward is only measured: leave it out of one of them"
+            )
+
+
 def _reward_name(function: Any) -> str:
-    if isinstance(function, str):
-        return function
+    if isinstance(function, str | Path):
+        return str(function)
     if isinstance(function, torch.nn.Module):
         return getattr(getattr(function, "config", None), "_name_or_path", "") or f"<{type(function).__name__}>"
     own = function if hasattr(function, "__qualname__") else type(function)

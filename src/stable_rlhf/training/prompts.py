@@ -76,8 +76,3 @@ def encoded(
         stream=PromptStream(len(train.dataset), seed),
         **kept,
     )
-
-
-def passes_over(stream: PromptStream | StreamedPrompts, episode: int, rows: float) -> float:
-    """Epochs so far: completions sampled / training rows; of a stream the whole passes."""
-    return float(stream.epoch) if isinstance(stream, StreamedPrompts) else episode / rows

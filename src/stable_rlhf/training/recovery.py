@@ -62,6 +62,16 @@ class Recovery:
             self.snapshots.confirm()  # the figures are of the policy that was kept as the candidate
         return verdict
 
+    def what_next(self, action: Action) -> str:
+        """The end of a sentence on a roll-back, which is already counted."""
+        most = self.guard.settings.max_rollbacks
+        if action is Action.STOP:
+            return f"and stopped there, after guard.max_rollbacks={most} roll-back{'' if most == 1 else 's'}"
+        return (
+            f"(roll-back {self.guard.state.rollbacks} of {most}) and continues with other prompts, the learning rate "
+            f"at {self.factor:g} x its setting and the KL held tighter by the same factor"
+        )
+
 
 def incident(step: int, verdict: Verdict, action: Action, done: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """The line of incidents.jsonl for a verdict: what was seen at ``step`` (from 0), what was ``done``, and figures."""

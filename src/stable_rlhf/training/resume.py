@@ -27,6 +27,8 @@ class Counters:
     """``metric_for_best_model`` of the best evaluation so far."""
     best_step: int | None = None
     """Steps done at that evaluation, whose checkpoint is kept."""
+    evaluates: bool = False
+    """Whether an evaluation after the present step is still to be made, because its reward failed."""
 
     def is_best(self, value: float | None, greater: bool) -> bool:
         """Notes the evaluation of the present step as the best one if it is. ``greater``: a greater value is better."""
@@ -40,7 +42,7 @@ class Counters:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.episode = state["step"], state["episode"]
-        self.best, self.best_step = state["best"], state["best_step"]
+        self.best, self.best_step, self.evaluates = state["best"], state["best_step"], state["evaluates"]
 
 
 class SameSettings:

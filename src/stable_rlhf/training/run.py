@@ -49,23 +49,23 @@ from stable_rlhf.policy import (
     prepare_tokenizer,
     save_description,
 )
-from stable_rlhf.rewards import make_scorer
 from stable_rlhf.rollout import Decoder, Sampler
 from stable_rlhf.runs import MetricsWriter, RunLock, evaluation, incidents, remove_run, starts
 from stable_rlhf.text import counted
-from stable_rlhf.training.arguments import check_arguments
+from stable_rlhf.training.arguments import KnownArguments, check_arguments
 from stable_rlhf.training.callbacks import CallbackStates, Events, callback_arguments
 from stable_rlhf.training.fingerprints import SameInputs
-from stable_rlhf.training.given import as_given, check_columns, check_held_out, check_named, probe_servers
+from stable_rlhf.training.given import as_given, check_asked, check_columns, check_held_out, check_named, probe_servers
 from stable_rlhf.training.hub import prepare_upload
-from stable_rlhf.training.prompts import encoded, passes_over
+from stable_rlhf.training.prompts import encoded
 from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
+from stable_rlhf.training.scoring import GivenRewards, make_scorers
 from stable_rlhf.training.stopping import GracefulStop
-from stable_rlhf.user_code import RandomStream, RunRandom, Shield
+from stable_rlhf.user_code import RunRandom, Shield
 
 
-class Run:
+class Run(KnownArguments):
     """Everything that a run consists of. `SAFETrainer`, which documents the arguments, adds the loop."""
 
     @shortage_named("loading")
@@ -80,11 +80,14 @@ class Run:
         reward_processing_classes: Sequence[Any] | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: LoraConfig | None = None,
+        gold_funcs: Any = None,
+        gold_processing_classes: Sequence[Any] | None = None,
     ) -> None:
         refuse_many_processes()
-        check_arguments(model, reward_funcs, args, processing_class, reward_processing_classes, callbacks, peft_config)
+        rewards = GivenRewards(reward_funcs, reward_processing_classes, gold_funcs, gold_processing_classes)
+        check_arguments(model, rewards, args, processing_class, callbacks, peft_config)
         model = str(model) if isinstance(model, Path) else model
-        self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset, peft_config)
+        self.args = config = as_given(args or Config(), model, reward_funcs, train_dataset, peft_config, gold_funcs)
         check_named(config, model)
         probe_servers(config)
         self.controller = controller_of(config.kl.settings)
@@ -95,13 +98,11 @@ class Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        named = isinstance(model, str)
         self.processing_class = (
             prepare_tokenizer(processing_class) if processing_class else load_tokenizer(config.model)
         )
-        policy, low = (
-            load_policy(config.model, peft_config) if named else given_policy(model, config.model, peft_config)
-        )
+        of = (config.model, peft_config)
+        policy, low = load_policy(*of) if isinstance(model, str) else given_policy(model, *of)
         if (padding := pad_within(self.processing_class, embedding_rows(policy))) is not None:
             tell(padding)
         tried = config.model.self_check
@@ -119,16 +120,11 @@ class Run:
         self.preview = make_preview(self.passes)
         self._stop = GracefulStop()
         self.shield = Shield(self.model.dropout_off)
-        self.scorer = make_scorer(
-            config.reward,
-            reward_funcs,
-            reward_processing_classes,
-            self.model.device,
-            stopping=self._stop.asked,
-            shield=self.shield,
-            random=RandomStream(config.seed),
-            trainer_state=lambda: self.state,
+        self.scorer, self.gold = make_scorers(
+            config, rewards, self.model, self.shield, stopping=self._stop.asked, trainer_state=lambda: self.state
         )
+        check_asked(self.scorer, train, held_out)
+        check_asked(self.gold, held_out)
         self.sampler = Sampler(
             tokenizer=self.processing_class,
             scorer=self.scorer,
@@ -163,7 +159,7 @@ class Run:
         self.recovery = Recovery(self.guard, Snapshots(None if self.model.peft else self.run_dir / "snapshot"))
         self.reference = Reference(self.model)
         self.inputs = SameInputs(
-            self.processing_class, prompts.whole, self.scorer.functions, config.reward.accept_changed
+            self.processing_class, prompts.whole, self.scorer, self.gold, config.reward.accept_changed
         )
         self._lock = RunLock(self.run_dir)
         self._console = Console(quiet=not config.log.progress)
@@ -193,7 +189,7 @@ class Run:
     @property
     def epoch(self) -> float:
         """Passes over the training rows so far; whole ones of a stream."""
-        return passes_over(self.stream, self.counters.episode, self.rows)
+        return self.stream.passes
 
     @property
     def state(self) -> TrainerState:

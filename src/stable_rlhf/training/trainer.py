@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from stable_rlhf.checkpoints import capture, restore, store
+from stable_rlhf.checkpoints import capture, restore
 from stable_rlhf.console import Progress, said_if_lost, tell
 from stable_rlhf.control import Action, Verdict
 from stable_rlhf.errors import (
@@ -56,6 +57,8 @@ class SAFETrainer(PolicySaving):
             folder), None elsewhere.
         callbacks: ``transformers.TrainerCallback`` objects.
         peft_config: adapter for a model that has none.
+        gold_funcs, gold_processing_classes: rewards of the same kinds that are only measured, on the held-out prompts,
+            never trained on, and their tokenizers. None: ``args.reward.gold``.
 
     Raises ConfigError, PromptError, RewardError or OutOfMemoryError, with a remedy, before anything is written.
     """
@@ -87,7 +90,7 @@ class SAFETrainer(PolicySaving):
                 began_at, episodes = self.steps_done, self.counters.episode
                 self._progress = Progress(self.args.max_steps, first_step=self.steps_done, console=self._console)
                 with self._progress, stop.waiting():
-                    while self.steps_done < self.args.max_steps and not self.control.should_training_stop:
+                    while not (self._epochs_done or self.control.should_training_stop):
                         self.step()
                         if stop.signum is not None:
                             if self._saved_at != self.steps_done:
@@ -100,9 +103,8 @@ class SAFETrainer(PolicySaving):
                 evaluated = self._evaluate_into("after")
                 seconds = time.monotonic() - began
                 steps, samples = self.steps_done - began_at, self.counters.episode - episodes
-                logged = self.events.recorded(self.rows)
+                logged = self.events.recorded()
                 result = TrainResult(self.steps_done, evaluated, logged, self._rollbacks, seconds, steps, samples)
-                result.metrics["epoch"] = self.epoch  # the records of a stream's steps do not have it
                 self.events.log(result.training)
                 self.events.train_end()
                 self._finish()
@@ -145,6 +147,10 @@ class SAFETrainer(PolicySaving):
             self.events.train_begin()
             if not resume_from_checkpoint:
                 self._evaluate_into("before")
+            elif self.counters.evaluates:
+                self.control.should_evaluate = self.control.should_save = True  # saved again, where it is not owed
+                self._saved_at = -1
+                self._follow_control()
         except BaseException:
             self.end()
             raise
@@ -154,7 +160,7 @@ class SAFETrainer(PolicySaving):
         """Learns from one rollout and acts on the guard's verdict; returns the step's row, which is already written."""
         before = self._parts_named("prompts", "callbacks", "random", "reward_random")
         boundary = capture(before, self.steps_done)
-        self.events.step_begin()
+        self.events.step_begin(self.epoch)
         watch = Stopwatch()
         try:
             step = take_step(self._loop, watch)
@@ -201,7 +207,7 @@ class SAFETrainer(PolicySaving):
         row = step_row(step, self.counters, self.normaliser, self._rollbacks if self.args.guard.enabled else None)
         timing = watch.timing(int(step.rollout.tokens.mask.sum()))
         timing["memory_gb"] = memory.taken(self.model.device) / 1e9
-        self.writer.write(row, {"step": number, **timing})
+        self.writer.write(row, {"step": number, "epoch": self.epoch, **timing})
         self._to_log = row | {f"timings/{name}": value for name, value in timing.items()}
         if every and number % every == 0:
             sampled = completion_rows(step.rollout, step.measured)
@@ -218,12 +224,26 @@ class SAFETrainer(PolicySaving):
         """Callbacks, log, evaluation, snapshot, checkpoint in this order, at a rollout's end, where no buffer has to be
         saved."""
         self.events.step_end()
+        self._leave_epoch()
         if self.recovery.snapshot_due(self.steps_done):
             self.recovery.snapshots.keep(*capture(self.parts, self.steps_done))
         self._follow_control()
         if self.events.epoch_is_over:
             self.events.epoch_end()
             self._follow_control()
+
+    def _leave_epoch(self) -> None:
+        """Leaves the rest of the epoch's prompts where a callback asks for it; the last epoch's end is the run's."""
+        if self.events.leaves_epoch:
+            self.stream.leave_pass()
+            self.events.epoch_is_over = True
+            self.control.should_training_stop |= self._epochs_done
+
+    @property
+    def _epochs_done(self) -> bool:
+        """Whether all steps are done, or all epochs that they would take (some of which a callback may have left)."""
+        is_set = not math.isinf(self.rows)
+        return self.steps_done >= self.args.max_steps or (is_set and self.epoch >= self.state.num_train_epochs)
 
     def _follow_control(self) -> None:
         """Logs, evaluates and saves where ``control`` asks for it, which by default is where the settings do."""
@@ -237,6 +257,7 @@ class SAFETrainer(PolicySaving):
                 with said_if_lost(error):
                     self.save_checkpoint()
                 raise
+        self._leave_epoch()  # before it is saved
         if (self.control.should_save or self.control.should_training_stop) and self._saved_at != self.steps_done:
             self.save_checkpoint()
 
@@ -266,7 +287,7 @@ class SAFETrainer(PolicySaving):
                 action, fault = Action.STOP, error
                 done = f"could not go back, since the last good state cannot be read ({error}), and stopped"
             if fault is None:
-                done += f" {self._what_next(action)}"
+                done += f" {self.recovery.what_next(action)}"
         entry = incident(self.steps_done - 1, verdict, action, done, figures)
         sentence = incidents.sentence(entry)
         with said_if_lost(sentence):
@@ -277,19 +298,10 @@ class SAFETrainer(PolicySaving):
         if action is Action.STOP:
             raise GuardStop(sentence) from fault
 
-    def _what_next(self, action: Action) -> str:
-        most = self.args.guard.max_rollbacks
-        if action is Action.STOP:
-            return f"and stopped there, after guard.max_rollbacks={most} roll-back{'' if most == 1 else 's'}"
-        return (
-            f"(roll-back {self.guard.state.rollbacks} of {most}) and continues with other prompts, the learning rate "
-            f"at {self.recovery.factor:g} x its setting and the KL held tighter by the same factor"
-        )
-
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float | None]:
-        """Evaluates on the held-out prompts: reward with its standard error, KL, entropy, distinct-2 and length.
+        """Evaluates on the held-out prompts: the figures of one side of evaluation.json (docs/metrics.md).
 
         Raises ConfigError where there are no held-out prompts.
         """
@@ -300,7 +312,7 @@ class SAFETrainer(PolicySaving):
             raise ConfigError("evaluate() needs held-out prompts: give eval_dataset, or set data.eval_size above 0")
         self.model.dropout_off()
         figures, samples = evaluate(
-            self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args.max_steps
+            self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args.max_steps, self.gold
         )
         self.events.evaluated(figures)
         return figures, samples
@@ -313,7 +325,9 @@ class SAFETrainer(PolicySaving):
         if self.eval_dataset is None:
             tell("control.should_evaluate: there are no held-out prompts; give eval_dataset, or set data.eval_size")
             return
+        self.counters.evaluates = True  # as a checkpoint has it that is saved because this fails
         figures, samples = self._evaluate()
+        self.counters.evaluates = False
         evaluation.record_during(self.run_dir, self.steps_done, figures)
         self._evaluated = self.steps_done, figures, samples
         name = self.args.metric_for_best_model
@@ -329,19 +343,6 @@ class SAFETrainer(PolicySaving):
         if step != self.steps_done:  # otherwise the policy of this moment has just been evaluated
             figures, samples = self._evaluate()
         return evaluation.record(self.run_dir, side, figures, samples)
-
-    def load_best(self) -> None:
-        """With ``load_best_model_at_end``: puts the weights of the best checkpoint into the policy."""
-        best = self.counters.best_step
-        if not self.args.load_best_model_at_end or best in (None, self.steps_done):
-            return
-        try:
-            tensors, _ = store.load(store.at(self.run_dir / "checkpoints", best))
-            self.model.load_trained_state(tensors["model"])
-        except (CheckpointError, ValueError, KeyError) as error:
-            tell(f"load_best_model_at_end: {error}; final/ holds the policy of the last step instead")
-        else:
-            self._evaluated = None
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         self.events.handler.add_callback(callback)

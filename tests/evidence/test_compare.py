@@ -70,6 +70,17 @@ def test_less_is_better_where_the_measure_says_so() -> None:
     assert found.value == 1.0
 
 
+def test_an_interval_ends_where_the_figure_does() -> None:
+    given = [
+        outcome(str(seed), {"healthy": value, "crashes": 1 - value}, seed=seed)
+        for seed, value in enumerate((1.0, 1.0, 0.0))
+    ]
+    cells = compare(given).cells
+    assert (cells[0, "healthy"].mean.low, cells[0, "healthy"].mean.high) == (0.0, 1.0)
+    assert cells[0, "crashes"].mean.low == 0.0
+    assert (cells[0, "crashes"].mean.high or 0.0) > 1.0
+
+
 def with_rewards(name: str, preset: str, rewards: Sequence[float]) -> Outcome:
     values = np.asarray(rewards, np.float32)
     made = outcome(name, {"reward/final": float(values[-20:].mean())}, preset=preset, seed=0)

@@ -150,6 +150,8 @@ def test_of_runs_without_any_spread_p_is_that_of_the_most_extreme_order() -> Non
     assert apart.p == pytest.approx(2 / math.comb(10, 5), abs=1e-12)
     assert difference(arm([3.0] * 5), arm([0.0] * 5)).p == pytest.approx(2 / 2**5, abs=1e-12)
     assert difference(arm([3.0] * 5), arm([3.0] * 5)).p == 1.0
+    shifted = [value + 1.0 for value in FIVE]  # by the same, but for rounding
+    assert difference(arm(shifted), arm(FIVE)).p == pytest.approx(2 / 2**5, abs=1e-12)
 
 
 def test_single_runs_have_a_difference_without_a_test() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from stable_rlhf.cli.compare import compare
 from stable_rlhf.cli.doctor import doctor
 from stable_rlhf.cli.export import export
 from stable_rlhf.cli.messages import say
@@ -19,6 +20,8 @@ from stable_rlhf.errors import ConfigError, Exit, Interrupted, StableRLHFError
 USAGE = """\
 stable-rlhf train [FILE] [--section.field VALUE ...]            train a policy; without arguments, the built-in one
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    resume a run from its newest checkpoint
+stable-rlhf sweep [FILE] --preset A,B --seeds N --out SWEEP     train a grid of settings and seeds, many runs at a time
+stable-rlhf compare RUN... [--by SETTING,...] [--out PAGE]      tables, intervals and a page of many runs
 stable-rlhf report RUN [--watch]                                write RUN/report.html, or show it while the run goes on
 stable-rlhf export CHECKPOINT OUT [--merge]                     make a checkpoint a folder for from_pretrained
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {
         "train": train,
         "resume": resume,
+        "sweep": _sweep,
+        "compare": compare,
         "report": report,
         "doctor": doctor,
         "serve-reward": _serve_reward,
@@ -61,6 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return say(error, error.exit_code)
     except KeyboardInterrupt:
         return say("interrupted before training began", Exit.INTERRUPTED)
+
+
+def _sweep(arguments: list[str]) -> int:
+    from stable_rlhf.cli.sweep import sweep  # it loads scipy
+
+    return sweep(arguments)
 
 
 def _serve_reward(arguments: list[str]) -> int:

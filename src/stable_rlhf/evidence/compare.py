@@ -176,10 +176,12 @@ def _cells(arms: Sequence[Arm], baseline: int, key: str) -> dict[tuple[int, str]
     values = {index: found for index, arm in enumerate(arms) if (found := arm.values(key))}
     cells = {
         index: Cell(
-            mean=estimate(found), iqm=estimate(found, "IQM"), percentiles=spread(list(found.values()))
+            mean=_cut(estimate(found), key),
+            iqm=_cut(estimate(found, "IQM"), key),
+            percentiles=spread(list(found.values())),
         )
         for index, found in values.items()
-    }  # fmt: skip
+    }
     if baseline in values:
         base = values[baseline]
         gaps = {index: difference(found, base) for index, found in values.items() if index != baseline}
@@ -193,6 +195,14 @@ def _cells(arms: Sequence[Arm], baseline: int, key: str) -> dict[tuple[int, str]
                 improvement=_improvement(values[index], base, measure(key).better),
             )
     return {(index, key): cell for index, cell in cells.items()}
+
+
+def _cut(found: Estimate, key: str) -> Estimate:
+    """The interval within what the figure can be: a share is at most 1."""
+    if found.low is None or found.high is None:
+        return found
+    least, most = measure(key).bounds
+    return replace(found, low=max(found.low, least), high=min(found.high, most))
 
 
 def _improvement(

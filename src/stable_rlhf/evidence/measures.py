@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import re
 from dataclasses import dataclass
 
@@ -26,6 +27,15 @@ class Measure:
     group: str
     better: Better = Better.NEITHER
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """No value lies outside: an interval is cut there."""
+        low = 0.0 if self.unit in NEVER_NEGATIVE and self.key != "explained_variance" else -math.inf
+        return low, 1.0 if self.unit == "share" else math.inf
+
+
+NEVER_NEGATIVE = ("share", "count", "steps", "s", "tokens", "tokens per s", "GB")
+"""Units."""
 
 NEAR = 0.15
 """Share of the threshold within which a step's KL counts as on it (docs/metrics.md)."""

@@ -225,6 +225,7 @@ def _gold(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     names = gold_names(run.evaluation or {})
     return {name: _array(series(run.measured, f"gold/{name}/mean")) for name in names}
 
+
 def _seconds(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
     steps, each = series(run.timings, "total_s")
     return _array((steps, list(itertools.accumulate(each)))) if steps else None

@@ -28,6 +28,9 @@ RESAMPLES = 2000
 FEW = 5
 """With fewer seeds, an interval is so wide, and rests so much on the form of the distribution, that it shows little."""
 
+EQUAL = 1e-9
+"""Share of a difference below which its error is rounding: the runs' differences are equal."""
+
 SPREAD = (5, 50, 95)
 """Percentiles of the runs themselves: what one more run may give."""
 
@@ -163,7 +166,7 @@ def _tested(
 ) -> Difference:
     """`least`: the p of the most extreme order of these runs, for runs without any spread: no test of t sees those."""
     half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
-    if error > 0:
+    if error > EQUAL * abs(value):
         p = float(2 * stdtr(freedom, -abs(value) / error))
     else:
         p = min(1.0, least) if value else 1.0

@@ -18,6 +18,9 @@ from stable_rlhf.text import counted, printable
 NAME_LIMIT = 60
 """Characters of the name of an arm or a figure on the console."""
 
+SENTENCE_LIMIT = 1000
+"""Characters of a sentence on the console."""
+
 BASELINE = "baseline"
 
 
@@ -143,6 +146,14 @@ def method(made: Comparison) -> str:
 def console_tables(made: Comparison) -> list[Table]:
     """A table for each group of figures. All texts are shown as text, never as markup."""
     return [_console_table(made, group) for group in groups(made)]
+
+
+def notes(made: Comparison) -> list[str]:
+    """The sentences around the tables: first what makes arms not comparable, then what the figures do not show."""
+    bad = [f"NOT COMPARABLE: {sentence}." for sentence in made.not_comparable]
+    return [
+        printable(text, SENTENCE_LIMIT) for text in (*bad, *(f"Note: {text}." for text in made.warnings), method(made))
+    ]
 
 
 def in_words(value: float, low: float | None, high: float | None) -> tuple[str, str]:

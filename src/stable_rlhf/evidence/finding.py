@@ -1,0 +1,65 @@
+"""What `compare` is given: run folders, sweeps, and logs of other trainers, each read into an outcome."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from stable_rlhf.errors import ConfigError
+from stable_rlhf.evidence.outcome import Outcome, Status, flat, read_outcome
+from stable_rlhf.evidence.peers import is_foreign, read_foreign
+from stable_rlhf.runs import sweeps
+
+
+def find_outcomes(paths: Sequence[Path], mapping: Path | None = None) -> list[Outcome]:
+    """The outcomes of runs, of the cells of sweeps and of foreign logs, each under a name of its own.
+
+    ``mapping``: what the columns of a CSV or JSONL mean (evidence/peers.py). What cannot be read is an outcome that
+    says so. Raises ConfigError for a path that is given twice, RunError for a sweep whose own files cannot be read.
+    """
+    seen: set[str] = set()
+    found: list[tuple[Path, Outcome]] = []
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in seen:
+            raise ConfigError(f"{path} is given twice: give each run and each sweep once")
+        seen.add(real)
+        if sweeps.is_sweep(path):
+            found += [(sweeps.cell_folder(path, each.name), each) for each in _cells(path)]
+        elif is_foreign(path):
+            found.append((path, read_foreign(path, mapping)))
+        else:
+            found.append((path, read_outcome(path, Path(real).name)))
+    return _named(found)
+
+
+def _cells(sweep: Path) -> list[Outcome]:
+    """The cells of a sweep in its order; one that has not begun is missing, one that ended with an error crashed."""
+    ends = {end["cell"]: end for end in sweeps.read_outcomes(sweep)}
+    made = []
+    for name, settings in sweeps.read_cells(sweep).items():
+        each = read_outcome(sweeps.cell_folder(sweep, name), name)
+        end = ends.get(name)
+        if end is not None and end["exit_code"] and each.status is not Status.GIVEN_UP:
+            why = f"it ended with exit code {end['exit_code']}: {end['reason'] or 'no reason was recorded'}"
+            each = replace(each, status=Status.CRASHED, why=why, figures={**each.figures, "healthy": 0.0})
+        elif end is None and each.status is Status.MISSING:
+            each = replace(each, why="it has not begun")
+        made.append(each if each.settings else replace(each, settings=flat(settings)))
+    return made
+
+
+def _named(found: Sequence[tuple[Path, Outcome]]) -> list[Outcome]:
+    """Of several runs of one name, each gets as much of its path as tells them apart."""
+    paths = [Path(os.path.realpath(path)) for path, _ in found]
+    names = [each.name for _, each in found]
+    for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        repeated = {name for name in names if names.count(name) > 1}
+        if not repeated:
+            break
+        names = [
+            "/".join(path.parts[-depth:]) if name in repeated else name for name, path in zip(names, paths, strict=True)
+        ]
+    return [replace(each, name=name) for name, (_, each) in zip(names, found, strict=True)]

@@ -6,11 +6,12 @@ import argparse
 import sys
 import time
 
-from tests.faults import checkpoints, disks, kills, survivals
+from tests.faults import checkpoints, disks, kills, survivals, sweeps
 
-FAULTS = {**kills.FAULTS, **survivals.FAULTS, **disks.FAULTS, **checkpoints.FAULTS}
+FAULTS = {**kills.FAULTS, **sweeps.FAULTS, **survivals.FAULTS, **disks.FAULTS, **checkpoints.FAULTS}
 COUNTS = {
     "runs killed at random": 50,
+    "sweeps killed at random": 30,
     "figures that are NaN": len(survivals.WHERE) * len(survivals.WHEN),
     "reward servers that fail": 2 * len(survivals.FAILURES) + 1,
     "clocks that jump": 3,

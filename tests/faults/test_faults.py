@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.faults import __main__ as suite
-from tests.faults import disks, kills, survivals
+from tests.faults import disks, kills, survivals, sweeps
 from tests.faults.counts import Counts
 
 SEED = 4
 SHORT = {
     "runs killed at random": 6,
+    "sweeps killed at random": 3,
     "figures that are NaN": len(survivals.WHERE),
     "reward servers that fail": 2,
     "clocks that jump": 1,
@@ -20,7 +21,7 @@ SHORT = {
 
 
 def test_every_fault_of_a_run_has_a_short_form_here() -> None:
-    assert SHORT.keys() == {*kills.FAULTS, *survivals.FAULTS, *disks.FAULTS}
+    assert SHORT.keys() == {*kills.FAULTS, *sweeps.FAULTS, *survivals.FAULTS, *disks.FAULTS}
     assert suite.FAULTS.keys() == suite.COUNTS.keys() > SHORT.keys()
     assert all(SHORT[name] < suite.COUNTS[name] for name in SHORT)
 

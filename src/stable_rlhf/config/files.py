@@ -57,6 +57,14 @@ def read_settings(name: str | Path) -> dict[Any, Any]:
     return content
 
 
+def read_value(text: str) -> Any:
+    """One value as YAML reads it. Raises ConfigError."""
+    try:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{text!r}: {getattr(error, 'problem', error)}; give a value as YAML has it") from error
+
+
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Settings as the YAML that ``read_settings`` reads back to the same values."""
     return yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False)

@@ -8,9 +8,10 @@ import io
 import json
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import (
     ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
@@ -21,7 +22,7 @@ from jsonargparse import (
 
 from stable_rlhf.config.checks import alternatives, as_meant, is_list, wanted
 from stable_rlhf.config.config import Config
-from stable_rlhf.config.files import PREFIX, over, read_settings, recipe_names
+from stable_rlhf.config.files import PREFIX, over, read_settings, read_value, recipe_names
 from stable_rlhf.config.help import short_help
 from stable_rlhf.config.names import controllers_settings, fields_of, setting_types, suggestion
 from stable_rlhf.config.presets import PRESETS, preset_section
@@ -70,7 +71,7 @@ HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 def help_text(arguments: Sequence[str], command: str) -> str:
     """The settings that the arguments ask for, with the defaults of the preset and the settings of the controller that
     the arguments name."""
-    files, others = _files_and_flags([name for name in arguments if name not in (*HELP, HELP_ALL)])
+    files, others = files_and_flags([name for name in arguments if name not in (*HELP, HELP_ALL)])
     made = parser(*_chosen([_content(file) for file in files], others), command)
     if HELP_ALL not in arguments:
         return re.sub(r"\bNone\b", "null", short_help(made, command))
@@ -81,8 +82,19 @@ def help_text(arguments: Sequence[str], command: str) -> str:
 
 def load_config(arguments: Sequence[str]) -> Config:
     """Defaults < preset < FILE or --config FILE < --section.field VALUE, in this order. Raises ConfigError."""
-    files, flags = _files_and_flags(arguments)
-    contents = [_content(file) for file in files]
+    given = given_settings(arguments)
+    config = Config.from_preset(given.pop("preset", "safe"), **given)
+    config.model.check_source()
+    return config
+
+
+def given_settings(arguments: Sequence[str], beside: Collection[str] = ()) -> dict[str, Any]:
+    """The settings that files and flags give, as in a file; those of flags win. Raises ConfigError.
+
+    ``beside``: names at the top of a file that are not settings and are left out.
+    """
+    files, flags = files_and_flags(arguments)
+    contents = [{name: value for name, value in _content(file).items() if name not in beside} for file in files]
     preset, controller = _chosen(contents, flags)
     merged: dict[str, Any] = {}
     for file, content in zip(files, contents, strict=True):
@@ -98,13 +110,36 @@ def load_config(arguments: Sequence[str]) -> Config:
     for name, fields in given.items():
         if name in SECTIONS:
             fields |= {field: complete[name][field] for field in fields if isinstance(complete[name][field], list)}
-    merged = over(merged, given)
-    config = Config.from_preset(merged.pop("preset", "safe"), **merged)
-    config.model.check_source()
-    return config
+    return over(merged, given)
 
 
-def _files_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def setting_value(name: str, text: str, controller: str) -> Any:
+    """A value of a setting as people write it: 1e-4 a number, null, [a, b] a list; a text where the setting is one.
+
+    Raises ConfigError for a name that is not a setting of Config with this controller.
+    """
+    hint = known_type(name, controller)
+    options = alternatives(hint)
+    if types.NoneType in options and text in ("null", "None", "~"):
+        return None
+    if is_list(hint) and list[str] in options and not text.lstrip().startswith("["):
+        return [text]
+    if str in options or any(typing.get_origin(option) is Literal for option in options):
+        return text
+    return read_value(text)
+
+
+def known_type(name: str, controller: str) -> Any:
+    """The type of a setting by its full name. Raises ConfigError for an unknown one, with the one probably meant."""
+    types_of = setting_types(Config, controller)
+    if fields := fields_of(name, controller):
+        raise ConfigError(f"{name} is a section: give one of its settings, such as {name}.{fields[0]}=VALUE")
+    if name not in types_of:
+        raise ConfigError(f"unknown setting {name!r}{suggestion(name, types_of, controller, _SEE_HELP)}")
+    return types_of[name]
+
+
+def files_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(files of settings, the other arguments). A first argument that is not an option is a file."""
     first = [arguments[0]] if arguments and not arguments[0].startswith("-") else []
     files, others = taken_out("--config", arguments[len(first) :])

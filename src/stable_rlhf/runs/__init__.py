@@ -1,6 +1,6 @@
-"""The files of a run: metrics, incidents, evaluation, starts, model card, lock. Needs no torch."""
+"""The files of a run: metrics, incidents, evaluation, starts, model card, lock; and of a sweep. Needs no torch."""
 
-from stable_rlhf.runs import evaluation, incidents, starts
+from stable_rlhf.runs import evaluation, incidents, starts, sweeps
 from stable_rlhf.runs.card import model_card
 from stable_rlhf.runs.evaluation import evaluation_rows, gold_figures, read
 from stable_rlhf.runs.lock import RunLock
@@ -23,5 +23,6 @@ __all__ = [
     "read_rows",
     "remove_run",
     "starts",
+    "sweeps",
     "write_completions",
 ]

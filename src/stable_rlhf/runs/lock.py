@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process at a time."""
+"""The lock of a run folder, or of a sweep's: one process at a time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ number of a process is not given again so soon."""
 
 
 class RunLock:
-    """The lock of a run folder. The system releases it when its process ends, however it ends."""
+    """The lock of a folder. The system releases it when its process ends, however it ends.
 
-    def __init__(self, run_dir: Path) -> None:
+    ``setting``: what names the folder, for the messages.
+    """
+
+    def __init__(self, run_dir: Path, setting: str = "output_dir") -> None:
+        self._setting = setting
         self._owner = run_dir / ".owner.json"
         self._lock = FileLock(run_dir / ".lock")
 
@@ -33,14 +37,14 @@ class RunLock:
         process), and for a folder that is not writable."""
         if self._lock.is_locked:
             return
-        check_writable(self._owner.parent)
+        check_writable(self._owner.parent, self._setting)
         self._owner.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(
-                f"output_dir={str(self._owner.parent)!r}: is in use by {self._who()}; wait for it, stop it, or choose "
-                "another folder"
+                f"{self._setting}={str(self._owner.parent)!r}: is in use by {self._who()}; wait for it, stop it, or "
+                "choose another folder"
             ) from error
         own = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         own["started"] = psutil.Process().create_time()

@@ -32,17 +32,17 @@ def remove_run(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_output(folder: Path) -> None:
+def check_output(folder: Path, setting: str = "output_dir") -> None:
     """Raises ConfigError if the folder cannot be made: a name in the path is too long, or a file is in the way."""
     if any(len(part.encode()) > NAME for part in folder.parts):
-        raise ConfigError(f"output_dir={str(folder)!r}: has a name of more than {NAME} bytes; choose a shorter one")
+        raise ConfigError(f"{setting}={str(folder)!r}: has a name of more than {NAME} bytes; choose a shorter one")
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
-            raise ConfigError(f"output_dir={str(folder)!r}: {path} is a file; choose another folder")
+            raise ConfigError(f"{setting}={str(folder)!r}: {path} is a file; choose another folder")
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, setting: str = "output_dir") -> None:
     """Like ``check_output``; also raises ConfigError if the folder cannot be written to."""
-    check_output(folder)
+    check_output(folder, setting)
     if (fault := unwritable(folder)) is not None:
-        raise ConfigError(f"output_dir={str(folder)!r}: {fault}; choose another folder")
+        raise ConfigError(f"{setting}={str(folder)!r}: {fault}; choose another folder")

@@ -1,0 +1,170 @@
+"""Sweeps as they run: what is skipped, resumed, recorded and said. tests/faults has the kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stable_rlhf.errors import Exit
+from tests.faults.sweeps import Sweeps
+from tests.faults.training import Tiny
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
+    made = Sweeps(Tiny.make(tmp_path_factory.mktemp("sweeps")))
+    made.run("whole")
+    return made
+
+
+def outcomes(sweeps: Sweeps, sweep: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (sweeps.tiny.folder / sweep / "outcomes.jsonl").read_text().splitlines()]
+
+
+def test_a_sweep_leaves_its_cells_outcomes_logs_and_what_was_asked(sweeps: Sweeps) -> None:
+    folder = sweeps.tiny.folder / "whole"
+    names = ["preset=ppo,seed=0", "preset=safe,seed=0", "preset=ppo,seed=1", "preset=safe,seed=1"]
+    ends = outcomes(sweeps, "whole")
+    assert [end["cell"] for end in ends] == names
+    assert all(end["exit_code"] == 0 and end["reason"] is None and end["seconds"] > 0 for end in ends)
+    asked = yaml.safe_load((folder / "sweep.yaml").read_text())
+    assert (asked["version"], asked["seeds"], asked["grid"]) == (1, [0, 1], {"preset": ["ppo", "safe"]})
+    assert asked["base"]["max_steps"] == 3
+    assert {path.name for path in (folder / "logs").iterdir()} == {f"{name}.txt" for name in names}
+    config = yaml.safe_load((folder / "cells" / names[3] / "config.yaml").read_text())
+    assert (config["preset"], config["seed"], config["max_steps"]) == ("safe", 1, 3)
+
+
+def test_a_line_for_each_cell_says_its_reward_its_end_and_the_time_left(sweeps: Sweeps) -> None:
+    lines = (sweeps.tiny.folder / "whole.said.txt").read_text().splitlines()
+    assert lines[0] == "4 cells: 2 arms x 2 seeds, 1 at a time on the CPU; 4 to be started"
+    rows = (sweeps.tiny.folder / "whole" / "cells" / "preset=ppo,seed=0" / "metrics.jsonl").read_text().splitlines()
+    reward = sum(json.loads(row)["objective/scores"] for row in rows) / len(rows)
+    assert lines[1].startswith(f"[1/4] preset=ppo  seed 0  reward {reward:.3f}  finished after 0:00:0")
+    assert "  left 0:0" in lines[1]
+    assert "left" not in lines[4]
+    assert lines[5] == f"4 of 4 cells complete: {sweeps.tiny.folder / 'whole'}"
+
+
+def test_complete_cells_are_skipped_and_more_seeds_are_added(sweeps: Sweeps) -> None:
+    sweeps.run("more", "--preset", "ppo")
+    before = outcomes(sweeps, "more")
+    assert "; 1 complete\n1 of 1 cell complete" in sweeps.run("more", "--preset", "ppo")
+    said = sweeps.run("more", "--preset", "ppo,safe", "--seeds", "2")
+    assert "; 1 complete, 3 to be started" in said
+    assert outcomes(sweeps, "more")[:1] == before
+    sweeps.assert_same("more", sweeps.results("whole"))
+
+
+def test_a_cell_that_fails_is_a_result_and_is_tried_again_only_when_asked(sweeps: Sweeps) -> None:
+    grid = ("--set", "reward.functions=[tests.faults.injections:reward],[tests.cli.test_main:broken]")
+    said = sweeps.run("failed", *grid)
+    failed = next(end for end in outcomes(sweeps, "failed") if end["exit_code"] != 0)
+    assert failed["exit_code"] == Exit.REWARD
+    assert "no such lexicon" in failed["reason"]
+    assert "reward -  failed (4): " in said
+    assert "1 of 2 cells complete; 1 failed, which is their result (--retry tries them again)" in said
+    assert "1 complete, 1 failed\n" in sweeps.run("failed", *grid)
+    assert len(outcomes(sweeps, "failed")) == 2
+    assert "the failed ones are tried again" in sweeps.run("failed", *grid, "--retry")
+    assert len(outcomes(sweeps, "failed")) == 3
+
+
+def test_one_that_the_guard_gives_up_is_a_result_with_its_reason(sweeps: Sweeps) -> None:
+    guard = ("--guard.max_rollbacks", "0", "--guard.max_kl", "1e-9", "--guard.patience", "1")
+    assert "given up by the guard: " in sweeps.run("guard", *guard)
+    assert outcomes(sweeps, "guard")[-1]["exit_code"] == Exit.GUARD
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_cells_save_and_the_same_command_goes_on(sweeps: Sweeps, number: int) -> None:
+    name = f"stopped-{number}"
+    child = sweeps.start(name, "--jobs", "2", "--preset", "ppo,safe", "--seeds", "2")
+    until = time.monotonic() + 60
+    while not any((sweeps.tiny.folder / name / "cells").glob("*/checkpoints/step-*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(child.pid, number)
+    assert child.end() == 128 + number
+    assert "cells. The same command continues" in child.said.splitlines()[-1]
+    ends = outcomes(sweeps, name)
+    assert {end["exit_code"] for end in ends} <= {0, 128 + number, -number}
+    started = list((sweeps.tiny.folder / name / "cells").iterdir())
+    assert len(started) < 4  # no other cell was begun
+    sweeps.run(name, "--preset", "ppo,safe", "--seeds", "2")
+    sweeps.assert_same(name, sweeps.results("whole"))
+
+
+def test_two_sweeps_do_not_run_the_same_cells(sweeps: Sweeps) -> None:
+    first = sweeps.start("twice")
+    until = time.monotonic() + 60
+    while not (sweeps.tiny.folder / "twice" / "outcomes.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    second = sweeps.start("twice")  # its output goes to the same file
+    assert second.end() == Exit.BAD_INPUT
+    assert f"is in use by process {first.pid} on " in second.said
+    assert first.end() == Exit.DONE
+
+
+def test_a_dry_run_writes_nothing_and_says_what_is_left(sweeps: Sweeps) -> None:
+    before = sorted((sweeps.tiny.folder / "whole").rglob("*"))
+    said = sweeps.run("whole", "--preset", "ppo,safe", "--seeds", "3", "--dry-run").splitlines()
+    assert said[0] == "preset=ppo  seed 0  complete"
+    assert said[5] == "preset=safe  seed 2  to be started"
+    assert said[6].endswith("; 4 complete, 2 to be started")
+    assert said[7].startswith("forecast: 0:00:0")
+    assert said[7].endswith(" for 2 cells, as the cells that are complete took")
+    assert sorted((sweeps.tiny.folder / "whole").rglob("*")) == before
+
+
+def _path(sweeps: Sweeps, name: str) -> Path:
+    return sweeps.tiny.folder / name
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("sweep.yaml", "version: 9\nbase: {}\ngrid: {preset: [ppo]}\nseeds: [0]\n", "version 9 is not 1"),
+        ("sweep.yaml", "version: 1\nbase: {}\nseeds: [0]\n", "grid is missing or of the wrong kind"),
+        ("sweep.yaml", "version: 1\nbase: {}\ngrid: {preset: 3}\nseeds: [0]\n", "grid.preset is missing or of the"),
+        ("sweep.yaml", "version: [1\n", "repair the YAML"),
+        ("outcomes.jsonl", "{}\n", "outcomes.jsonl:1: not an outcome"),
+        ("outcomes.jsonl", "[" * 100_000 + "\n", "outcomes.jsonl:1: not an outcome"),
+    ],
+)
+def test_a_damaged_sweep_costs_a_sentence(sweeps: Sweeps, file: str, text: str, said: str) -> None:
+    folder = _path(sweeps, "damaged")
+    folder.mkdir(exist_ok=True)
+    if file != "sweep.yaml":
+        asked = yaml.safe_load((_path(sweeps, "whole") / "sweep.yaml").read_text())
+        (folder / "sweep.yaml").write_text(yaml.dump(asked))
+    (folder / file).write_text(text)
+    child = sweeps.start("damaged")
+    assert child.end() == Exit.BAD_INPUT
+    assert said in child.said
+    assert len(child.said.splitlines()) == 1
+
+
+def test_a_folder_of_another_kind_and_another_sweep_are_refused(sweeps: Sweeps) -> None:
+    (_path(sweeps, "other")).mkdir()
+    (_path(sweeps, "other") / "notes.txt").touch()
+    child = sweeps.start("other")
+    assert child.end() == Exit.BAD_INPUT
+    assert "is not empty and no sweep; choose a new folder" in child.said
+    child = sweeps.start("whole", "--preset", "ppo,safe", "--seeds", "2", "--set", "optim.lam=0.5,0.9")
+    assert child.end() == Exit.BAD_INPUT
+    assert "holds another sweep: optim.lam varies here, and not there" in child.said
+
+
+def test_a_torn_last_line_is_removed(sweeps: Sweeps) -> None:
+    sweeps.run("torn", "--preset", "ppo")
+    with (_path(sweeps, "torn") / "outcomes.jsonl").open("a") as file:
+        file.write('{"cell": "pre')
+    assert "; 1 complete, 1 to be started" in sweeps.run("torn", "--preset", "ppo", "--seeds", "2")
+    assert [end["cell"] for end in outcomes(sweeps, "torn")] == ["preset=ppo,seed=0", "preset=ppo,seed=1"]

@@ -15,7 +15,7 @@ import pytest
 from stable_rlhf.evidence.devices import Place
 from stable_rlhf.evidence.processes import COMMAND, Processes, send
 
-PYTHON = (sys.executable, "-I", "-c")
+PYTHON = (sys.executable, "-c")
 PATIENCE = 30.0
 
 
@@ -32,7 +32,7 @@ def ended(job) -> int:
 
 
 def test_a_cell_is_a_command_of_this_package_in_this_python() -> None:
-    assert COMMAND == (sys.executable, "-P", "-m", "stable_rlhf")
+    assert (sys.executable, "-P", "-m", "stable_rlhf") == COMMAND
     said = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True).stdout
     assert said.startswith("stable-rlhf ")
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import yaml
 
 from stable_rlhf.errors import Exit
-from tests.faults.sweeps import Sweeps
+from tests.faults import children
+from tests.faults.sweeps import Sweeps, use_forks
 from tests.faults.training import Tiny
 
 
@@ -22,6 +24,10 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
     made = Sweeps(Tiny.make(tmp_path_factory.mktemp("sweeps")))
     made.run("whole")
     return made
+
+
+def _path(sweeps: Sweeps, name: str) -> Path:
+    return sweeps.tiny.folder / name
 
 
 def outcomes(sweeps: Sweeps, sweep: str) -> list[dict[str, Any]]:
@@ -36,10 +42,10 @@ def test_a_sweep_leaves_its_cells_outcomes_logs_and_what_was_asked(sweeps: Sweep
     assert all(end["exit_code"] == 0 and end["reason"] is None and end["seconds"] > 0 for end in ends)
     asked = yaml.safe_load((folder / "sweep.yaml").read_text())
     assert (asked["version"], asked["seeds"], asked["grid"]) == (1, [0, 1], {"preset": ["ppo", "safe"]})
-    assert asked["base"]["max_steps"] == 3
+    assert asked["base"]["max_steps"] == 2
     assert {path.name for path in (folder / "logs").iterdir()} == {f"{name}.txt" for name in names}
     config = yaml.safe_load((folder / "cells" / names[3] / "config.yaml").read_text())
-    assert (config["preset"], config["seed"], config["max_steps"]) == ("safe", 1, 3)
+    assert (config["preset"], config["seed"], config["max_steps"]) == ("safe", 1, 2)
 
 
 def test_a_line_for_each_cell_says_its_reward_its_end_and_the_time_left(sweeps: Sweeps) -> None:
@@ -53,14 +59,19 @@ def test_a_line_for_each_cell_says_its_reward_its_end_and_the_time_left(sweeps: 
     assert lines[5] == f"4 of 4 cells complete: {sweeps.tiny.folder / 'whole'}"
 
 
-def test_complete_cells_are_skipped_and_more_seeds_are_added(sweeps: Sweeps) -> None:
+def test_complete_cells_are_skipped_values_are_added_and_a_torn_line_is_removed(sweeps: Sweeps) -> None:
     sweeps.run("more", "--preset", "ppo")
     before = outcomes(sweeps, "more")
     assert "; 1 complete\n1 of 1 cell complete" in sweeps.run("more", "--preset", "ppo")
-    said = sweeps.run("more", "--preset", "ppo,safe", "--seeds", "2")
-    assert "; 1 complete, 3 to be started" in said
-    assert outcomes(sweeps, "more")[:1] == before
-    sweeps.assert_same("more", sweeps.results("whole"))
+    with (_path(sweeps, "more") / "outcomes.jsonl").open("a") as file:
+        file.write('{"cell": "pre')
+    assert "; 1 complete, 1 to be started" in sweeps.run("more", "--preset", "safe,ppo")
+    after = outcomes(sweeps, "more")
+    assert after[:1] == before
+    assert [end["cell"] for end in after] == ["preset=ppo,seed=0", "preset=safe,seed=0"]
+    sweeps.assert_same(
+        "more", {name: sweeps.results("whole")[name] for name in ("preset=ppo,seed=0", "preset=safe,seed=0")}
+    )
 
 
 def test_a_cell_that_fails_is_a_result_and_is_tried_again_only_when_asked(sweeps: Sweeps) -> None:
@@ -83,30 +94,33 @@ def test_one_that_the_guard_gives_up_is_a_result_with_its_reason(sweeps: Sweeps)
     assert outcomes(sweeps, "guard")[-1]["exit_code"] == Exit.GUARD
 
 
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_cells_save_and_the_same_command_goes_on(sweeps: Sweeps, number: int) -> None:
-    name = f"stopped-{number}"
-    child = sweeps.start(name, "--jobs", "2", "--preset", "ppo,safe", "--seeds", "2")
-    until = time.monotonic() + 60
-    while not any((sweeps.tiny.folder / name / "cells").glob("*/checkpoints/step-*")) and time.monotonic() < until:
-        time.sleep(0.02)
+    name, grid = f"stopped-{number}", ("--preset", "ppo,safe", "--seeds", "2")
+    cells = _path(sweeps, name) / "cells"
+    child = sweeps.start(name, *grid)
+    until(lambda: any(cells.glob("*/checkpoints/step-*")))
     os.kill(child.pid, number)
     assert child.end() == 128 + number
-    assert "cells. The same command continues" in child.said.splitlines()[-1]
-    ends = outcomes(sweeps, name)
-    assert {end["exit_code"] for end in ends} <= {0, 128 + number, -number}
-    started = list((sweeps.tiny.folder / name / "cells").iterdir())
-    assert len(started) < 4  # no other cell was begun
-    sweeps.run(name, "--preset", "ppo,safe", "--seeds", "2")
-    sweeps.assert_same(name, sweeps.results("whole"))
+    assert child.said.splitlines()[-1].endswith(" of 4 cells. The same command continues")
+    assert {end["exit_code"] for end in outcomes(sweeps, name)} <= {0, 128 + number}
+    assert len(list(cells.iterdir())) < 3  # no other cell was begun
+    if number == signal.SIGINT:
+        sweeps.run(name, *grid)
+        sweeps.assert_same(name, sweeps.results("whole"))
 
 
 def test_two_sweeps_do_not_run_the_same_cells(sweeps: Sweeps) -> None:
-    first = sweeps.start("twice")
-    until = time.monotonic() + 60
-    while not (sweeps.tiny.folder / "twice" / "outcomes.jsonl").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    second = sweeps.start("twice")  # its output goes to the same file
+    first = sweeps.start("twice", "--preset", "ppo")
+    until(lambda: (_path(sweeps, "twice") / "cells").exists())
+    second = children.start(sweeps.arguments("twice", "--preset", "ppo"), _path(sweeps, "second.txt"), use_forks)
     assert second.end() == Exit.BAD_INPUT
     assert f"is in use by process {first.pid} on " in second.said
     assert first.end() == Exit.DONE
@@ -121,10 +135,6 @@ def test_a_dry_run_writes_nothing_and_says_what_is_left(sweeps: Sweeps) -> None:
     assert said[7].startswith("forecast: 0:00:0")
     assert said[7].endswith(" for 2 cells, as the cells that are complete took")
     assert sorted((sweeps.tiny.folder / "whole").rglob("*")) == before
-
-
-def _path(sweeps: Sweeps, name: str) -> Path:
-    return sweeps.tiny.folder / name
 
 
 @pytest.mark.parametrize(
@@ -160,11 +170,3 @@ def test_a_folder_of_another_kind_and_another_sweep_are_refused(sweeps: Sweeps) 
     child = sweeps.start("whole", "--preset", "ppo,safe", "--seeds", "2", "--set", "optim.lam=0.5,0.9")
     assert child.end() == Exit.BAD_INPUT
     assert "holds another sweep: optim.lam varies here, and not there" in child.said
-
-
-def test_a_torn_last_line_is_removed(sweeps: Sweeps) -> None:
-    sweeps.run("torn", "--preset", "ppo")
-    with (_path(sweeps, "torn") / "outcomes.jsonl").open("a") as file:
-        file.write('{"cell": "pre')
-    assert "; 1 complete, 1 to be started" in sweeps.run("torn", "--preset", "ppo", "--seeds", "2")
-    assert [end["cell"] for end in outcomes(sweeps, "torn")] == ["preset=ppo,seed=0", "preset=ppo,seed=1"]

@@ -30,7 +30,7 @@ from tests.faults.counts import Counts
 from tests.faults.training import LOSSES, Tiny, assert_same, result
 
 GRID = ("--preset", "ppo,safe", "--seeds", "2")
-STEPS = 3
+STEPS = 2
 
 
 class Forked:
@@ -88,9 +88,13 @@ class Sweeps:
         self.tiny = tiny
 
     def arguments(self, sweep: str, *more: str) -> list[str]:
-        """Of a sweep of two arms x two seeds of three steps, with a checkpoint after each."""
-        run = self.tiny.arguments("", "--max_steps", str(STEPS), "--save_steps", "1")
-        settings = run[3:]  # without `train --output_dir FOLDER`
+        """Of a sweep of two arms x two seeds of two steps, with a checkpoint after each."""
+        run = self.tiny.arguments("", "--max_steps", str(STEPS), "--save_steps", "1")[1:]
+        given = dict(zip(run[::2], run[1::2], strict=True))
+        varied = [f"--{value.partition('=')[0]}" for value in more]
+        for name in ("--output_dir", "--guard.snapshot_steps", *varied):  # ppo has no guard
+            given.pop(name, None)
+        settings = [part for pair in given.items() for part in pair]
         return ["sweep", *settings, "--out", str(self.tiny.folder / sweep), *(more or GRID)]
 
     def start(self, sweep: str, *more: str) -> children.Child:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from stable_rlhf.cli import sweep as sweep_command
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.loading import load_config
 from stable_rlhf.config.presets import PRESETS
@@ -27,6 +28,7 @@ from stable_rlhf.control import (
     settings_class,
 )
 from stable_rlhf.errors import Exit
+from stable_rlhf.evidence import Sweep, make_sweep
 from stable_rlhf.runs.incidents import FIELDS
 from stable_rlhf.runs.names import METRICS
 
@@ -119,6 +121,31 @@ def test_every_command_to_train_that_is_shown_is_accepted(monkeypatch: pytest.Mo
         if arguments in (["--help"], ["--help-all"]):
             continue
         assert isinstance(load_config(arguments), Config), command
+
+
+def test_every_sweep_that_is_shown_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = text(ROOT / "docs" / "sweep.md")
+    (tmp_path / "run.yaml").write_text("optim: {lam: 0.9}\n")  # a file of the reader's
+    (tmp_path / "sweep.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    (count,) = re.findall(r"These are (\d+) runs", page)
+    assert len(sweep_of(["sweep.yaml", "--out", "SWEEP"]).cells) == int(count)
+    commands = [span for path in OF_TODAY for span in code(path) if "stable-rlhf sweep " in span and "--out" in span]
+    assert len(commands) >= 2
+    sizes = [len(sweep_of(shlex.split(c.split("stable-rlhf sweep")[1], comments=True)).cells) for c in commands]
+    assert int(count) in sizes
+
+
+def test_every_option_of_a_sweep_is_in_its_table() -> None:
+    shown = rows(text(ROOT / "docs" / "sweep.md").split("## Where cells run")[0])
+    named = {re.findall(r"--[a-z-]+", cells[0])[0] for cells in shown}
+    made = sweep_command.parser()
+    assert named == {option for action in made._actions for option in action.option_strings} - {"-h", "--help"}
+
+
+def sweep_of(arguments: list[str]) -> Sweep:
+    given, settings = sweep_command.parser().parse_known_args(arguments)
+    return make_sweep(settings, given.out, given.seeds, given.preset, given.set)
 
 
 def test_every_preset_that_is_named_exists_and_all_are_listed() -> None:

@@ -11,7 +11,7 @@ from tests.faults import checkpoints, disks, kills, survivals, sweeps
 FAULTS = {**kills.FAULTS, **sweeps.FAULTS, **survivals.FAULTS, **disks.FAULTS, **checkpoints.FAULTS}
 COUNTS = {
     "runs killed at random": 50,
-    "sweeps killed at random": 30,
+    "sweeps killed at random": 20,
     "figures that are NaN": len(survivals.WHERE) * len(survivals.WHEN),
     "reward servers that fail": 2 * len(survivals.FAILURES) + 1,
     "clocks that jump": 3,

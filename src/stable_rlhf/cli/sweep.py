@@ -55,7 +55,7 @@ def sweep(arguments: list[str]) -> int:
 
     Returns 0 once every cell has ended, however it ended; 130 and 143 after SIGINT and SIGTERM.
     """
-    given, settings = _parser().parse_known_args(arguments)
+    given, settings = parser().parse_known_args(arguments)
     require(given.jobs > 0, "--jobs", given.jobs, "must be 1 or more")
     asked = make_sweep(settings, given.out, given.seeds, given.preset, given.set)
     where = _places(asked, given.jobs)
@@ -76,7 +76,7 @@ def sweep(arguments: list[str]) -> int:
     return Exit.DONE
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     made = Parser(
         prog="stable-rlhf sweep",
         usage=USUAL,

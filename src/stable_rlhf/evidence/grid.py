@@ -92,7 +92,7 @@ def make_sweep(
     grid = _grid(in_file, presets, sets, next((c["preset"] for c in reversed(contents) if "preset" in c), "safe"))
     chosen = _seeds(in_file.get("seeds") if seeds is None else seeds)
     for name in grid:
-        if any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in flags):
+        if any(flag.startswith("--") and flag[2:].partition("=")[0].rstrip("+") == name for flag in flags):
             raise ConfigError(f"--{name} is given, and the sweep varies {name}: leave one of them out")
     count = len(chosen) * math.prod(map(len, grid.values()))
     if count > MOST:

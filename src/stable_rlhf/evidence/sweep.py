@@ -178,6 +178,8 @@ class _Running:
         self.running.remove(started)
         self.free.append(started.place)
         reason = None if code == Exit.DONE else _reason(started, code)
+        if self.stopped and code == Exit.FAILED:  # a library may turn Ctrl-C while it loads into an error of its own
+            code = 128 + self.stopped[0]
         outcome = sweeps.record_outcome(self.out, cell.name, code, reason, seconds)
         self.clock.learn(outcome)
         self.now.last[cell.name] = outcome

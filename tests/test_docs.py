@@ -138,7 +138,7 @@ def test_every_sweep_that_is_shown_is_accepted(monkeypatch: pytest.MonkeyPatch, 
 
 def test_every_option_of_a_sweep_is_in_its_table() -> None:
     shown = rows(text(ROOT / "docs" / "sweep.md").split("## Where cells run")[0])
-    named = {re.findall(r"--[a-z-]+", cells[0])[0] for cells in shown}
+    named = {name for cells in shown for name in re.findall(r"--[a-z-]+", cells[0])}
     made = sweep_command.parser()
     assert named == {option for action in made._actions for option in action.option_strings} - {"-h", "--help"}
 

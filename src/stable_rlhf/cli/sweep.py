@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from stable_rlhf.evidence import (
     COMMAND,
     Cell,
     Clock,
+    Cluster,
     Place,
     Processes,
     Standing,
@@ -24,6 +26,7 @@ from stable_rlhf.evidence import (
     Sweep,
     clock,
     make_sweep,
+    parse_resources,
     places,
     run_sweep,
     share_left,
@@ -56,17 +59,30 @@ def sweep(arguments: list[str]) -> int:
     Returns 0 once every cell has ended, however it ended; 130 and 143 after SIGINT and SIGTERM.
     """
     given, settings = parser().parse_known_args(arguments)
-    require(given.jobs > 0, "--jobs", given.jobs, "must be 1 or more")
+    require(given.jobs is None or given.jobs > 0, "--jobs", given.jobs, "must be 1 or more")
+    for name in ("address", "resources"):
+        value = getattr(given, name)
+        require(value is None or given.launcher == "ray", f"--{name}", value, "has no effect without --launcher ray")
+    resources = None if given.resources is None else parse_resources(given.resources)
     asked = make_sweep(settings, given.out, given.seeds, given.preset, given.set)
-    where = _places(asked, given.jobs)
     now = standing(asked, given.out)
-    if given.dry_run:
-        _show_cells(asked, given.out, now, where)
-        return Exit.DONE
-    _say(_first_line(asked, now, where, given.retry))
-    if given.jobs > 1 and where[0].gpu is not None:
-        _say("kernels of cells on one GPU take turns: several at a time gain nothing unless the model is small")
-    now = run_sweep(asked, given.out, Processes(where), retry=given.retry, say=_say)
+    with contextlib.ExitStack() as held:
+        if given.launcher == "ray":
+            launcher = Cluster(given.out, given.address, resources, given.jobs)
+            held.callback(launcher.close)
+            on = counted(launcher.hosts, "host")
+        else:
+            launcher = Processes(_places(asked, given.jobs or 1))
+            gpus = {place.gpu for place in launcher.places if place.gpu is not None}
+            on = counted(len(gpus), "GPU") if gpus else "the CPU"
+            if gpus and len(launcher.places) > len(gpus):
+                _say("kernels of cells on one GPU take turns: several at a time gain nothing unless the model is small")
+        size = f"{_size(asked)}, {len(launcher.places)} at a time on {on}; {_states(now, given.retry)}"
+        if given.dry_run:
+            _show_cells(asked, given.out, now, launcher.places, size)
+            return Exit.DONE
+        _say(size)
+        now = run_sweep(asked, given.out, launcher, retry=given.retry, say=_say)
     complete, failed = now.count(State.COMPLETE), now.count(State.FAILED)
     stopped = len(asked.cells) - complete - failed
     parts = [f"{complete} of {counted(len(asked.cells), 'cell')} complete"]
@@ -98,10 +114,14 @@ def parser() -> Parser:
         metavar="SETTING=A,B",
         help="values of a setting; may be given again. Values with brackets or quotes are read as a YAML list",
     )
-    jobs = "cells at a time on each GPU, or on the CPU, whose cores they share; by default 1"
-    made.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
+    jobs = "cells at a time on each GPU, or on the CPU, whose cores they share (1 without it); on a cluster in all"
+    made.add_argument("--jobs", type=int, metavar="N", help=jobs)
     made.add_argument("--retry", action="store_true", help="try failed cells again, from their newest checkpoint")
     made.add_argument("--dry-run", action="store_true", help="show the cells and how long they take; write nothing")
+    made.add_argument("--launcher", choices=("processes", "ray"), default="processes", help="what starts cells")
+    made.add_argument("--address", metavar="A", help="of a Ray cluster, such as auto; without it one on this machine")
+    resources = "of a cell on a Ray cluster; without it GPU=1,CPU=1 where the cluster has GPUs, else CPU=1"
+    made.add_argument("--resources", metavar="GPU=1,CPU=4", help=resources)
     return made
 
 
@@ -114,15 +134,16 @@ def _places(asked: Sweep, jobs: int) -> list[Place]:
     return places(jobs, [] if devices == {"cpu"} else visible_gpus())
 
 
-def _first_line(asked: Sweep, now: Standing, where: Sequence[Place], retry: bool) -> str:
+def _size(asked: Sweep) -> str:
     arms = len({cell.arm for cell in asked.cells})
-    gpus = len({place.gpu for place in where if place.gpu is not None})
-    on = counted(gpus, "GPU") if gpus else "the CPU"
+    return f"{counted(len(asked.cells), 'cell')}: {counted(arms, 'arm')} x {counted(len(asked.seeds), 'seed')}"
+
+
+def _states(now: Standing, retry: bool) -> str:
     states = [f"{now.count(state)} {state}" for state in State if now.count(state)]
     if retry and now.count(State.FAILED):
         states.append("the failed ones are tried again")
-    size = f"{counted(len(asked.cells), 'cell')}: {counted(arms, 'arm')} x {counted(len(asked.seeds), 'seed')}"
-    return f"{size}, {len(where)} at a time on {on}; {', '.join(states)}"
+    return ", ".join(states)
 
 
 def _say(line: str) -> None:
@@ -132,12 +153,12 @@ def _say(line: str) -> None:
 # -- the dry run ----------------------------------------------------------------------------------------------------
 
 
-def _show_cells(asked: Sweep, out: Path, now: Standing, where: Sequence[Place]) -> None:
+def _show_cells(asked: Sweep, out: Path, now: Standing, where: Sequence[Place], size: str) -> None:
     """Prints each cell with its state, and a forecast of the time."""
     for cell in asked.cells:
         reason = now.last[cell.name]["reason"] if now.states[cell.name] is State.FAILED else None
         _say(f"{cell.arm}  seed {cell.seed}  {now.states[cell.name]}{'' if reason is None else f': {reason}'}")
-    _say(_first_line(asked, now, where, retry=False))
+    _say(size)
     to_do = [cell for cell in asked.cells if now.states[cell.name] in (State.NEW, State.BROKEN)]
     known = Clock(asked.cells, now.outcomes)
     by_doctor = False

@@ -1,5 +1,6 @@
 """Many runs: sweeps over settings and seeds, and what they show together. Needs no torch."""
 
+from stable_rlhf.evidence.cluster import Cluster, parse_resources
 from stable_rlhf.evidence.devices import Place, places, visible_gpus
 from stable_rlhf.evidence.grid import Cell, Sweep, make_sweep
 from stable_rlhf.evidence.processes import COMMAND, Launcher, Processes
@@ -10,6 +11,7 @@ __all__ = [
     "COMMAND",
     "Cell",
     "Clock",
+    "Cluster",
     "Launcher",
     "Place",
     "Processes",
@@ -18,6 +20,7 @@ __all__ = [
     "Sweep",
     "clock",
     "make_sweep",
+    "parse_resources",
     "places",
     "run_sweep",
     "share_left",

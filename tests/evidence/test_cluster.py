@@ -44,15 +44,15 @@ def test_the_room_of_a_host_is_what_its_scarcest_resource_allows() -> None:
 def test_a_sweep_on_a_cluster_goes_on_after_a_kill_and_a_signal_to_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     sweeps = Sweeps(Tiny.make(tmp_path))
-    grid = ("--preset", "ppo", "--seeds", "3", "--max_steps", "4")
+    grid = ("--preset", "ppo", "--seeds", "3", "--max_steps", "30")
     sweeps.run("whole", *grid)
     command = [*COMMAND, *sweeps.arguments("ray", *grid), "--launcher", "ray"]
     cells = tmp_path / "ray" / "cells"
-    for number, step in ((signal.SIGKILL, "step-000001"), (signal.SIGINT, "step-000002")):
+    for number, seed in ((signal.SIGKILL, 0), (signal.SIGINT, 2)):
         with (tmp_path / "said.txt").open("w") as file:
             sweep = subprocess.Popen(command, stdout=file, stderr=file)
         until = time.monotonic() + 120
-        while not any(cells.glob(f"*/checkpoints/{step}")) and sweep.poll() is None:
+        while not any(cells.glob(f"*seed={seed}/checkpoints/step-*")) and sweep.poll() is None:
             assert time.monotonic() < until
             time.sleep(0.05)
         sweep.send_signal(number)

@@ -270,9 +270,13 @@ def _wait_for_others(out: Path, cells: Sequence[Cell]) -> None:
     until = time.monotonic() + PATIENCE
     for cell in cells:
         lock = RunLock(sweeps.cell_folder(out, cell.name))
-        while lock.held_elsewhere():
-            if time.monotonic() > until:
-                lock.check()  # its message names the process
+        while True:
+            try:
+                lock.check()
+                break
+            except ConfigError:  # it names the process
+                if time.monotonic() > until:
+                    raise
             time.sleep(POLL)
 
 

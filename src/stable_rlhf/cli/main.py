@@ -12,7 +12,6 @@ from stable_rlhf.cli.doctor import doctor
 from stable_rlhf.cli.export import export
 from stable_rlhf.cli.messages import say
 from stable_rlhf.cli.report import report
-from stable_rlhf.cli.sweep import sweep
 from stable_rlhf.cli.train import resume, train
 from stable_rlhf.console import protect_terminal
 from stable_rlhf.errors import ConfigError, Exit, Interrupted, StableRLHFError
@@ -20,7 +19,7 @@ from stable_rlhf.errors import ConfigError, Exit, Interrupted, StableRLHFError
 USAGE = """\
 stable-rlhf train [FILE] [--section.field VALUE ...]            train a policy; without arguments, the built-in one
 stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    resume a run from its newest checkpoint
-stable-rlhf sweep [FILE] --preset A,B --seeds N --out SWEEP    train a grid of settings and seeds, many runs at a time
+stable-rlhf sweep [FILE] --preset A,B --seeds N --out SWEEP     train a grid of settings and seeds, many runs at a time
 stable-rlhf report RUN [--watch]                                write RUN/report.html, or show it while the run goes on
 stable-rlhf export CHECKPOINT OUT [--merge]                     make a checkpoint a folder for from_pretrained
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {
         "train": train,
         "resume": resume,
-        "sweep": sweep,
+        "sweep": _sweep,
         "report": report,
         "doctor": doctor,
         "serve-reward": _serve_reward,
@@ -64,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return say(error, error.exit_code)
     except KeyboardInterrupt:
         return say("interrupted before training began", Exit.INTERRUPTED)
+
+
+def _sweep(arguments: list[str]) -> int:
+    from stable_rlhf.cli.sweep import sweep  # no other command needs the room of many runs
+
+    return sweep(arguments)
 
 
 def _serve_reward(arguments: list[str]) -> int:

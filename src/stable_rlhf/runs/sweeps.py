@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.errors import RunError
-from stable_rlhf.files import parsed, replace_text
+from stable_rlhf.files import parsed
 from stable_rlhf.text import clipped
 
 ASKED = "sweep.yaml"
@@ -60,8 +60,12 @@ def record_outcome(sweep: Path, cell: str, exit_code: int, reason: str | None, s
         "seconds": round(seconds, 3),
         "ended": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    before = path.read_text(encoding="ascii") if path.exists() else ""
-    replace_text(path, before[: before.rfind("\n") + 1] + json.dumps(outcome) + "\n")
+    before = path.read_bytes() if path.exists() else b""
+    with path.open("ab") as file:
+        file.truncate(before.rfind(b"\n") + 1)
+        file.write(json.dumps(outcome).encode("ascii") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
     return outcome
 
 

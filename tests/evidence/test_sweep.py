@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from stable_rlhf.errors import Exit
+from stable_rlhf.evidence.sweep import _last_words
 from tests.faults import children
 from tests.faults.sweeps import Sweeps, use_forks
 from tests.faults.training import Tiny
@@ -94,6 +95,19 @@ def test_one_that_the_guard_gives_up_is_a_result_with_its_reason(sweeps: Sweeps)
     assert outcomes(sweeps, "guard")[-1]["exit_code"] == Exit.GUARD
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["1/2 steps", "stable-rlhf: first", "stable-rlhf: the cause", "leaked semaphore"], "the cause"),
+        (["stable-rlhf: a report", "Traceback (most recent call last):", 'File "x"', "KeyError: 3"], "KeyError: 3"),
+        (["Killed"], "Killed"),
+        ([], ""),
+    ],
+)
+def test_the_reason_is_the_commands_own_last_line_or_that_of_a_traceback(lines: list[str], words: str) -> None:
+    assert _last_words(lines) == words
+
+
 def until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not true():
@@ -105,13 +119,13 @@ def until(true: Callable[[], bool]) -> None:
 def test_a_signal_lets_the_cells_save_and_the_same_command_goes_on(sweeps: Sweeps, number: int) -> None:
     name, grid = f"stopped-{number}", ("--preset", "ppo,safe", "--seeds", "2")
     cells = _path(sweeps, name) / "cells"
-    child = sweeps.start(name, *grid)
+    child = sweeps.start(name, *grid, "--jobs", "1" if number == signal.SIGINT else "2")
     until(lambda: any(cells.glob("*/checkpoints/step-*")))
     os.kill(child.pid, number)
     assert child.end() == 128 + number
     assert child.said.splitlines()[-1].endswith(" of 4 cells. The same command continues")
     assert {end["exit_code"] for end in outcomes(sweeps, name)} <= {0, 128 + number}
-    assert len(list(cells.iterdir())) < 3  # no other cell was begun
+    assert len(list(cells.iterdir())) < 4  # no other cell was begun
     if number == signal.SIGINT:
         sweeps.run(name, *grid)
         sweeps.assert_same(name, sweeps.results("whole"))

@@ -229,8 +229,17 @@ def _reason(started: _Started, code: int) -> str:
     with started.log.open("rb") as file:
         file.seek(max(started.began, os.fstat(file.fileno()).st_size - TAIL))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    own = [line.removeprefix("stable-rlhf: ") for line in lines if line.startswith("stable-rlhf: ")]
-    return (own or lines or [f"it ended with {code} and said nothing"])[-1]
+    return _last_words(lines) or f"it ended with {code} and said nothing"
+
+
+def _last_words(lines: Sequence[str]) -> str:
+    """The error of a command in its output: its own last line, which a library may follow, or that of a traceback."""
+    for line in reversed(lines):
+        if line.startswith("stable-rlhf: "):
+            return line.removeprefix("stable-rlhf: ")
+        if line.startswith("Traceback "):
+            break
+    return lines[-1] if lines else ""
 
 
 TAIL = 100_000

@@ -151,10 +151,9 @@ class _Running:
                 self._end_all()
         if self.stopped:
             done = self.now.count(State.COMPLETE) + self.now.count(State.FAILED)
-            raise Interrupted(
-                self.stopped[0],
-                f"interrupted after {done} of {counted(len(self.sweep.cells), 'cell')}. The same command continues",
-            )
+            cells = counted(len(self.sweep.cells), "cell")
+            sentence = f"interrupted after {done} of {cells}. The same command continues the sweep"
+            raise Interrupted(self.stopped[0], sentence)
         return self.now
 
     def _start(self, cell: Cell) -> None:

@@ -22,6 +22,7 @@ from stable_rlhf.evidence.statistics import (
     holm,
     iqm,
     probability_of_improvement,
+    share,
     spread,
 )
 
@@ -107,6 +108,13 @@ def test_no_run_is_refused() -> None:
 
 def test_percentiles_of_the_runs_are_interpolated() -> None:
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((1.2, 3.0, 4.8))
+
+
+@pytest.mark.parametrize("ones", range(6))
+def test_the_interval_of_a_share_is_clopper_and_pearsons(ones: int) -> None:
+    found = share(arm([1.0] * ones + [0.0] * (5 - ones)))
+    expected = stats.binomtest(ones, 5).proportion_ci(0.95, method="exact")
+    assert (found.value, *bounds(found)) == pytest.approx((ones / 5, expected.low, expected.high), abs=1e-12)
 
 
 # -- two arms -------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from stable_rlhf.errors import Exit
+from stable_rlhf.evidence.sweep import _last_words
 from tests.faults import children
-from tests.faults.sweeps import Sweeps, use_forks
+from tests.faults.sweeps import GRID, Sweeps, use_forks
 from tests.faults.training import Tiny
 
 
@@ -94,6 +95,19 @@ def test_one_that_the_guard_gives_up_is_a_result_with_its_reason(sweeps: Sweeps)
     assert outcomes(sweeps, "guard")[-1]["exit_code"] == Exit.GUARD
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["1/2 steps", "stable-rlhf: first", "stable-rlhf: the cause", "leaked semaphore"], "the cause"),
+        (["stable-rlhf: a report", "Traceback (most recent call last):", 'File "x"', "KeyError: 3"], "KeyError: 3"),
+        (["Killed"], "Killed"),
+        ([], ""),
+    ],
+)
+def test_the_reason_is_the_commands_own_last_line_or_that_of_a_traceback(lines: list[str], words: str) -> None:
+    assert _last_words(lines) == words
+
+
 def until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not true():
@@ -101,20 +115,27 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_cells_save_and_the_same_command_goes_on(sweeps: Sweeps, number: int) -> None:
-    name, grid = f"stopped-{number}", ("--preset", "ppo,safe", "--seeds", "2")
-    cells = _path(sweeps, name) / "cells"
+def stopped(sweeps: Sweeps, name: str, number: int, *grid: str) -> list[int]:
+    """The exit codes of the cells of a sweep that got a signal once a cell had saved a checkpoint."""
     child = sweeps.start(name, *grid)
-    until(lambda: any(cells.glob("*/checkpoints/step-*")))
+    until(lambda: any(_path(sweeps, name).glob("cells/*/checkpoints/step-*")))
     os.kill(child.pid, number)
     assert child.end() == 128 + number
-    assert child.said.splitlines()[-1].endswith(" of 4 cells. The same command continues")
-    assert {end["exit_code"] for end in outcomes(sweeps, name)} <= {0, 128 + number}
-    assert len(list(cells.iterdir())) < 3  # no other cell was begun
-    if number == signal.SIGINT:
-        sweeps.run(name, *grid)
-        sweeps.assert_same(name, sweeps.results("whole"))
+    assert child.said.splitlines()[-1].endswith(" of 4 cells. The same command continues the sweep")
+    return [end["exit_code"] for end in outcomes(sweeps, name)]
+
+
+def test_ctrl_c_lets_the_cell_save_and_the_same_command_goes_on_to_the_same_bytes(sweeps: Sweeps) -> None:
+    assert set(stopped(sweeps, "interrupted", signal.SIGINT, *GRID)) <= {0, 130}  # it may just have ended
+    sweeps.run("interrupted", *GRID)
+    sweeps.assert_same("interrupted", sweeps.results("whole"))
+
+
+def test_sigterm_reaches_every_cell_and_no_other_is_started(sweeps: Sweeps) -> None:
+    codes = stopped(sweeps, "terminated", signal.SIGTERM, *GRID, "--jobs", "2", "--max_steps", "50")
+    assert 143 in codes
+    assert set(codes) <= {143, -signal.SIGTERM}  # of one that had not begun to train
+    assert len(codes) == len(list(_path(sweeps, "terminated").glob("cells/*"))) == 2
 
 
 def test_two_sweeps_do_not_run_the_same_cells(sweeps: Sweeps) -> None:

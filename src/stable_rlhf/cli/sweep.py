@@ -37,7 +37,7 @@ from stable_rlhf.text import counted, printable, visible
 
 ABOUT = """\
 Trains every cell of a grid: presets x values of settings x seeds. FILE and other flags are settings of every cell, as
-`stable-rlhf train --help` lists them. A FILE may name the sweep itself, which flags override:
+`stable-rlhf train --help-all` lists them. A FILE may name the sweep itself, which flags override:
 
     sweep:
       seeds: 5

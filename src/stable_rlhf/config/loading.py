@@ -233,6 +233,7 @@ def _check_names(file: str | Path, content: Mapping[Any, Any], controller: str) 
             _check_section(file, name, value, controller)
         elif name not in _TOP:
             close = suggestion(str(name), [*_TOP, *SECTIONS, *types_of], controller, _SEE_HELP)
+            close = "; only `stable-rlhf sweep` takes a file with it" if name == "sweep" else close
             raise ConfigError(f"--config {file}: unknown setting {name!r}{close}")
 
 

@@ -22,6 +22,7 @@ from stable_rlhf.evidence.statistics import (
     estimate,
     holm,
     probability_of_improvement,
+    share,
     spread,
 )
 
@@ -176,8 +177,8 @@ def _cells(arms: Sequence[Arm], baseline: int, key: str) -> dict[tuple[int, str]
     values = {index: found for index, arm in enumerate(arms) if (found := arm.values(key))}
     cells = {
         index: Cell(
-            mean=_cut(estimate(found), key),
-            iqm=_cut(estimate(found, "IQM"), key),
+            mean=share(found) if measure(key).is_binary else _cut(estimate(found), key),
+            iqm=share(found) if measure(key).is_binary else _cut(estimate(found, "IQM"), key),
             percentiles=spread(list(found.values())),
         )
         for index, found in values.items()

@@ -28,6 +28,11 @@ class Measure:
     better: Better = Better.NEITHER
 
     @property
+    def is_binary(self) -> bool:
+        """Whether a run has 0 or 1: five runs of five must not get an interval without width."""
+        return self.key == "healthy"
+
+    @property
     def bounds(self) -> tuple[float, float]:
         """No value lies outside: an interval is cut there."""
         low = 0.0 if self.unit in NEVER_NEGATIVE and self.key != "explained_variance" else -math.inf

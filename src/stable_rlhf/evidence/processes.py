@@ -72,6 +72,7 @@ def ends_with(parent: int) -> Callable[[], None]:
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def bind() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # Ray's workers block SIGINT
         if library is not None:
             library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:  # it ended before this was asked for

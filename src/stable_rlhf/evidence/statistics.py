@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import betaincinv, stdtr, stdtrit
 
 LEVEL = 0.95
 """Share of intervals that hold the true value."""
@@ -85,6 +85,16 @@ def estimate(values: Values, statistic: Name = "mean") -> Estimate:
         return Estimate(value, None, None, len(ordered))
     half = stdtrit(freedom, (1 + LEVEL) / 2) * _error(STATISTICS[statistic](ordered[_drawn(strata)]), strata, statistic)
     return Estimate(value, float(value - half), float(value + half), len(ordered))
+
+
+def share(values: Values) -> Estimate:
+    """The share of the runs that have 1 and not 0, with the exact interval of Clopper and Pearson (1934), strata
+    pooled."""
+    runs, ones = len(values), round(math.fsum(values.values()))
+    tail = (1 - LEVEL) / 2
+    low = float(betaincinv(ones, runs - ones + 1, tail)) if ones else 0.0
+    high = float(betaincinv(ones + 1, runs - ones, 1 - tail)) if ones < runs else 1.0
+    return Estimate(ones / runs, low, high, runs)
 
 
 def difference(ours: Values, others: Values, statistic: Name = "mean") -> Difference:

@@ -154,10 +154,9 @@ class _Running:
                 self._end_all()
         if self.stopped:
             done = self.now.count(State.COMPLETE) + self.now.count(State.FAILED)
-            raise Interrupted(
-                self.stopped[0],
-                f"interrupted after {done} of {counted(len(self.sweep.cells), 'cell')}. The same command continues",
-            )
+            cells = counted(len(self.sweep.cells), "cell")
+            sentence = f"interrupted after {done} of {cells}. The same command continues the sweep"
+            raise Interrupted(self.stopped[0], sentence)
         return self.now
 
     def _start(self, cell: Cell) -> None:
@@ -231,8 +230,17 @@ def _reason(started: _Started, code: int) -> str:
     with started.log.open("rb") as file:
         file.seek(max(started.began, os.fstat(file.fileno()).st_size - TAIL))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    own = [line.removeprefix("stable-rlhf: ") for line in lines if line.startswith("stable-rlhf: ")]
-    return (own or lines or [f"it ended with {code} and said nothing"])[-1]
+    return _last_words(lines) or f"it ended with {code} and said nothing"
+
+
+def _last_words(lines: Sequence[str]) -> str:
+    """The error of a command in its output: its own last line, which a library may follow, or that of a traceback."""
+    for line in reversed(lines):
+        if line.startswith("stable-rlhf: "):
+            return line.removeprefix("stable-rlhf: ")
+        if line.startswith("Traceback "):
+            break
+    return lines[-1] if lines else ""
 
 
 TAIL = 100_000
@@ -273,9 +281,13 @@ def _wait_for_others(out: Path, cells: Sequence[Cell]) -> None:
     until = time.monotonic() + PATIENCE
     for cell in cells:
         lock = RunLock(sweeps.cell_folder(out, cell.name))
-        while lock.held_elsewhere():
-            if time.monotonic() > until:
-                lock.check()  # its message names the process
+        while True:
+            try:
+                lock.check()
+                break
+            except ConfigError:  # it names the process
+                if time.monotonic() > until:
+                    raise
             time.sleep(POLL)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from stable_rlhf.errors import RunError
-from stable_rlhf.files import parsed, replace_text
+from stable_rlhf.files import parsed
 from stable_rlhf.text import clipped
 
 ASKED = "sweep.yaml"
@@ -62,17 +62,22 @@ def record_outcome(sweep: Path, cell: str, exit_code: int, reason: str | None, s
         "seconds": round(seconds, 3),
         "ended": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    before = path.read_text(encoding="ascii") if path.exists() else ""
-    replace_text(path, before[: before.rfind("\n") + 1] + json.dumps(outcome) + "\n")
+    before = path.read_bytes() if path.exists() else b""
+    with path.open("ab") as file:
+        file.truncate(before.rfind(b"\n") + 1)
+        file.write(json.dumps(outcome).encode("ascii") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
     return outcome
 
 
 def settings_file(sweep: Path, cell: str) -> Path:
+    """The file of a cell's settings."""
     return sweep / SETTINGS / f"{cell}.yaml"
 
 
 def write_settings(sweep: Path, cell: str, text: str) -> None:
-    """The settings of a cell. A file that has them already is left as it is."""
+    """Writes the settings of a cell. A file that has them already is left as it is."""
     file = settings_file(sweep, cell)
     if not file.exists() or file.read_text(encoding="utf-8") != text:
         replace_text(file, text)

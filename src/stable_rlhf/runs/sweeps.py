@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from stable_rlhf.errors import RunError
-from stable_rlhf.files import parsed
+from stable_rlhf.files import parsed, replace_text
 from stable_rlhf.text import clipped
 
 ASKED = "sweep.yaml"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from stable_rlhf.errors import ConfigError
-from stable_rlhf.evidence.arms import arms_of, differing, not_comparable
+from stable_rlhf.evidence.arms import arms_of, differing, in_order_of_values, not_comparable
 from tests.evidence.outcomes import outcome
 
 
@@ -83,3 +83,13 @@ def test_inputs_that_differ_within_the_arms_alike_are_said() -> None:
     ]
     (sentence,) = not_comparable(arms_of(runs, ["preset"]))
     assert sentence == "the version of torch differs between the runs of each arm (2.0, 2.1)"
+
+
+def test_arms_come_in_the_order_of_their_numbers_and_of_their_first_names() -> None:
+    runs = [
+        outcome(f"{preset}{rate}", preset=preset, optim__learning_rate=rate)
+        for preset in ("safe", "ppo")
+        for rate in (1e-3, 1e-4, 3e-3)
+    ]
+    arms = in_order_of_values(arms_of(runs, ["preset", "optim.learning_rate"]))
+    assert [arm.name for arm in arms] == [f"{p}, {r}" for p in ("safe", "ppo") for r in ("0.0001", "0.001", "0.003")]

@@ -139,3 +139,17 @@ def test_the_json_is_strict_and_has_every_figure() -> None:
         "figures": {"reward/final": 0.5, "kl/final": 0.05},
     }
     assert made["measures"]["reward/final"]["better"] == "more"
+
+
+def test_a_reward_that_only_collapsed_policies_get_is_not_the_one_to_reach() -> None:
+    healthy, hacked = with_rewards("a", "a", [0.0] * 10 + [1.0] * 90), with_rewards("b", "b", [0.0] * 10 + [2.0] * 90)
+    known = [replace(run, figures={**run.figures, "healthy": value}) for run, value in ((healthy, 1.0), (hacked, 0.0))]
+    assert compare(known).target == pytest.approx(0.9)
+    assert compare([healthy, hacked]).target == pytest.approx(1.8)
+
+
+def test_the_first_run_given_is_of_the_baseline() -> None:
+    given = [outcome(str(rate), optim__learning_rate=rate, seed=0) for rate in (0.3, 0.1)]
+    made = compare(given)
+    assert [arm.name for arm in made.arms] == ["0.1", "0.3"]
+    assert made.baseline == 1

@@ -91,6 +91,18 @@ def arms_of(runs: Sequence[Outcome], by: Sequence[str]) -> list[Arm]:
     return [Arm(dict(zip(by, values, strict=True)), members) for values, members in found.items()]
 
 
+def in_order_of_values(arms: Sequence[Arm]) -> list[Arm]:
+    """Setting by setting: numbers in their order, other values in the order in which they come first."""
+    order: dict[str, dict[str, float]] = {}
+    for name in arms[0].by if arms else ():
+        values = list(dict.fromkeys(arm.by[name] for arm in arms))
+        numbers = [_number(value) for value in values]
+        known = [number for number in numbers if number is not None]
+        ranks = known if len(known) == len(values) else range(len(values))
+        order[name] = dict(zip(values, ranks, strict=True))
+    return sorted(arms, key=lambda arm: [order[name][value] for name, value in arm.by.items()])
+
+
 def not_comparable(arms: Sequence[Arm]) -> list[str]:
     """A sentence for each input in which arms differ, naming arms and values."""
     sentences = []
@@ -129,6 +141,13 @@ def value_text(settings: Mapping[str, Any], name: str) -> str:
     if isinstance(value, str):
         return value
     return format(value, ".12g") if isinstance(value, float) else json.dumps(value, default=str)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _short(values: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stable_rlhf.errors import ConfigError
-from stable_rlhf.evidence.arms import Arm, arms_of, differing, not_comparable
+from stable_rlhf.evidence.arms import Arm, arms_of, differing, in_order_of_values, not_comparable
 from stable_rlhf.evidence.measures import REACH, Better, in_order, measure
 from stable_rlhf.evidence.outcome import Outcome, Status, reached, with_figures
 from stable_rlhf.evidence.statistics import (
@@ -81,7 +81,8 @@ class Comparison:
 
 def compare(runs: Sequence[Outcome], by: Sequence[str] | None = None, baseline: str | None = None) -> Comparison:
     """Compares the arms. ``by``: the settings that make an arm; by default all in which the runs differ.
-    ``baseline``: the name of an arm; by default the first.
+    ``baseline``: the name of an arm; by default that of the
+    first run.
 
     Raises ConfigError for a setting or an arm that does not exist, and where no run can be read.
     """
@@ -92,8 +93,8 @@ def compare(runs: Sequence[Outcome], by: Sequence[str] | None = None, baseline: 
     chosen = tuple(differing(readable) if by is None else by)
     target = _target(arms_of(readable, chosen))
     timed = [_timed(run, target) for run in readable]
-    arms = tuple(arms_of(timed, chosen))
-    base = _baseline(arms, baseline)
+    arms = tuple(in_order_of_values(arms_of(timed, chosen)))
+    base = _baseline(arms, baseline, timed[0])
     keys = tuple(in_order({key for run in timed for key in run.figures}))
     by_name = {run.name: run for run in timed}
     return Comparison(
@@ -217,14 +218,20 @@ def _improvement(
 
 
 def _target(arms: Sequence[Arm]) -> float | None:
-    """REACH of the way from the mean start of all runs to the best arm's final reward; None where none rises."""
+    """REACH of the way from the mean start of all runs to the final reward of the best arm; None where none rises.
+
+    Where there is an arm of which at least half of the runs are healthy, it is the best of those: a reward that only a
+    collapsed policy gets is no aim.
+    """
     starts = [
         float(run.curves["objective/scores"][1][:START].mean())
         for arm in arms
         for run in arm.runs.values()
         if "objective/scores" in run.curves
     ]
-    ends = [math.fsum(found.values()) / len(found) for arm in arms if (found := arm.values("reward/final"))]
+    ended = [(arm, found) for arm in arms if (found := arm.values("reward/final"))]
+    healthy = [each for each in ended if (known := each[0].values("healthy")) and 2 * sum(known.values()) >= len(known)]
+    ends = [math.fsum(found.values()) / len(found) for _, found in healthy or ended]
     if not starts or not ends:
         return None
     start = math.fsum(starts) / len(starts)
@@ -240,9 +247,9 @@ def _timed(run: Outcome, target: float | None) -> Outcome:
     )
 
 
-def _baseline(arms: Sequence[Arm], name: str | None) -> int:
+def _baseline(arms: Sequence[Arm], name: str | None, first: Outcome) -> int:
     if name is None:
-        return 0
+        return next(index for index, arm in enumerate(arms) if any(run is first for run in arm.runs.values()))
     names = [arm.name for arm in arms]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)

@@ -29,7 +29,7 @@ def find_outcomes(paths: Sequence[Path], mapping: Path | None = None) -> list[Ou
         if sweeps.is_sweep(path):
             found += [(sweeps.cell_folder(path, each.name), each) for each in _cells(path)]
         elif is_foreign(path):
-            found.append((path, read_foreign(path, mapping)))
+            found.append((path, replace(read_foreign(path, mapping), name=Path(real).name)))
         else:
             found.append((path, read_outcome(path, Path(real).name)))
     return _named(found)

@@ -75,7 +75,7 @@ MEASURES: dict[str, Measure] = dict(
         _measure(
             _REWARD, "reward/steps_to", "steps to the reward", "steps",
             "steps until the 20-step mean has gone 90 % of the way from where it started, over all runs, to the final "
-            "reward of the best arm; no value for a run that does not get there",
+            "reward of the best arm that is mostly healthy; no value for a run that does not get there",
             Better.LESS,
         ),
         _measure(

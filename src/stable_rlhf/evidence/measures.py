@@ -105,7 +105,7 @@ MEASURES: dict[str, Measure] = dict(
         _measure(
             _STABILITY, "healthy", "healthy", "share",
             "1 for a run that finished without a reward crash or a roll-back and kept half of its distinct-2 and a "
-            "quarter of its entropy; 0 for another",
+            f"quarter of its entropy, the last {END} steps against the first {END}; 0 for another",
             Better.MORE,
         ),
         _measure(_STABILITY, "crashes", "reward crashes", "count", "as the report counts them", Better.LESS),

@@ -150,7 +150,10 @@ def _figures(run: Run, status: Status, head: Headline, facts: Facts) -> dict[str
     if scaled := series(run.rows, "safe/scaled_steps")[1]:
         found["scaled"] = math.fsum(scaled)
     if status in (Status.FINISHED, Status.GIVEN_UP, Status.CRASHED):
-        kept = not _lost(facts.variety, VARIETY_GONE) and not _lost(facts.entropy, ENTROPY_GONE)
+        # By the steps and not by held-out prompts, of which other trainers record no variety.
+        kept = not (
+            _lost(rows, "completions/distinct_2", VARIETY_GONE) or _lost(rows, "objective/entropy", ENTROPY_GONE)
+        )
         calm = not head.crashes and not facts.rollbacks
         found["healthy"] = float(status is Status.FINISHED and kept and calm)
     found |= {f"gold/{name}": after.get(f"gold/{name}/mean") for name in gold_names(run.evaluation or {})}
@@ -244,8 +247,11 @@ def _array(pairs: tuple[Sequence[int], Sequence[float]]) -> tuple[np.ndarray, np
         return np.asarray(pairs[0], np.int64), np.asarray(pairs[1], np.float32)
 
 
-def _lost(pair: tuple[float, float] | None, limit: float) -> bool:
-    return pair is not None and pair[0] > 0 and 1 - pair[1] / pair[0] >= limit
+def _lost(rows: Sequence[dict[str, Any]], metric: str, limit: float) -> bool:
+    """Whether the mean of the last END steps is lower than that of the first by this share or more."""
+    values = series(rows, metric)[1]
+    start, end = _mean(values[:END]), _mean(values[-END:])
+    return len(values) >= 2 * END and bool(start and start > 0 and end is not None and 1 - end / start >= limit)
 
 
 def _mean(values: Sequence[float]) -> float | None:

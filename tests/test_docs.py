@@ -333,11 +333,15 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
     assert [target for target in relative if not (path.parent / target).exists()] == []
 
 
+GONE = {"benchmarks/stability.py"}
+"""Named by older figures, with the commits that have them."""
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_of_the_repository_that_is_named_exists(path: Path) -> None:
     folders = "docs|tests|benchmarks|scripts|configs|src"
     named = {m for span in code(path) for m in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", span)}
-    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+    assert sorted(name for name in named - GONE if not (ROOT / name).exists()) == []
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.utils import logging
 
 from stable_rlhf import SAFETrainer
@@ -244,6 +250,19 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+class KeepsState(TrainerCallback):
+    """Writes trainer_state.json every now and then, so that `compare` can read a run that was stopped."""
+
+    EVERY = 40  # optimiser steps: writing the log of all steps so far takes milliseconds
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.global_step % self.EVERY == 0:
+            state.save_to_json(str(self.folder / "trainer_state.json"))
+
+
 def main(given: Sequence[str]) -> None:
     arguments = parse(given)
     logging.disable_progress_bar()
@@ -280,9 +299,10 @@ def main(given: Sequence[str]) -> None:
         trainer = ppo(config, prompts, arguments.beta, common, reward)
     else:
         trainer = groups(config, prompts, arguments.algorithm, arguments.beta, common, reward)
+    (arguments.out / "settings.json").write_text(json.dumps(settings(config, arguments, inputs), indent=1) + "\n")
+    trainer.add_callback(KeepsState(arguments.out))
     trainer.train()
     trainer.save_state()
-    (arguments.out / "settings.json").write_text(json.dumps(settings(config, arguments, inputs), indent=1) + "\n")
     ours = (
         config.max_steps * config.rollout.batch_size,
         config.max_steps * config.optim.num_iterations * config.optim.num_mini_batches,

@@ -73,6 +73,24 @@ def test_an_argument_that_there_is_not_is_told_what_it_is_here(given: dict[str, 
     assert sentence in str(caught.value)
 
 
+class AnyArguments(SAFETrainer):
+    def __init__(self, *values: Any, **given: Any) -> None:
+        self.given = values, given
+
+
+class OwnArguments(SAFETrainer):
+    def __init__(self, *, name: str) -> None:
+        self.given = (), {"name": name}
+
+
+def test_a_subclass_has_the_arguments_of_its_own_init() -> None:
+    assert AnyArguments(model="builtin", tokenizer=None).given == ((), {"model": "builtin", "tokenizer": None})
+    assert AnyArguments("builtin", 1, 2, 3).given == (("builtin", 1, 2, 3), {})
+    assert OwnArguments(name="x").given == ((), {"name": "x"})
+    with pytest.raises(ConfigError, match="unknown argument. Did you mean name"):
+        OwnArguments(nam="x")  # pyright: ignore[reportCallIssue]
+
+
 def test_a_model_that_is_missing_or_given_twice_is_told(tiny_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^SAFETrainer\(\): model is missing; "):
         SAFETrainer()  # pyright: ignore[reportCallIssue]

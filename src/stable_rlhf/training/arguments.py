@@ -41,16 +41,22 @@ _ELSEWHERE = {
 
 
 class KnownArguments:
-    """Base class of the trainer: an argument that it does not have is a ConfigError with the one that was meant."""
+    """Base class of the trainer: an argument that it does not have is a ConfigError with the one that was meant.
+
+    Subclasses may have others: those of their own ``__init__``, and any where that takes any.
+    """
 
     def __new__(cls, *values: Any, **given: Any) -> Self:
-        has = list(inspect.signature(cls).parameters)
+        parameters = inspect.signature(cls).parameters
+        if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters.values()):
+            return super().__new__(cls)
+        has = list(parameters)
         for name in given:
             if name not in has:
                 raise ConfigError(f"SAFETrainer({name}={quoted(given[name])}): {_meant(name, has)}")
         if len(values) > len(has) or set(given) & set(has[: len(values)]):
             raise ConfigError(f"SAFETrainer: an argument is given twice, or too many are; it has {', '.join(has)}")
-        if not values and "model" not in given:
+        if not values and "model" in has and "model" not in given:
             raise ConfigError("SAFETrainer(): model is missing; give a causal language model, or its name")
         return super().__new__(cls)
 

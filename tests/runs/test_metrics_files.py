@@ -104,6 +104,12 @@ def test_a_damaged_line_before_a_torn_one_is_named(tmp_path: Path) -> None:
         runs_metrics.read_rows(tmp_path / "metrics.jsonl")
 
 
+def test_a_number_where_a_text_belongs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "safe/phase": "WARMUP"}\n{"step": 1, "safe/phase": 1.5}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: safe/phase"):
+        runs_metrics.read_rows(tmp_path / "metrics.jsonl")
+
+
 # -- plain lines ----------------------------------------------------------------------------------------------------
 
 

@@ -54,10 +54,11 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
         if rows and step <= rows[-1]["step"]:
             raise RunError(f"{path}:{number}: step {step} follows step {rows[-1]['step']}; steps must increase")
         for name, value in row.items():
-            if type(value) is float and math.isfinite(value):  # as nearly every value; comparisons read millions
+            text = name in TEXT_METRICS
+            if type(value) is float and math.isfinite(value) and not text:  # as nearly all; comparisons read millions
                 continue
             try:
-                check_value(f"{path}:{number}: {name}", value, text=name in TEXT_METRICS)
+                check_value(f"{path}:{number}: {name}", value, text=text)
             except ValueError as error:
                 raise RunError(str(error)) from error
         rows.append(row)

@@ -146,11 +146,13 @@ def test_the_command_says_where_it_serves_and_ends_with_its_signal(
         assert process.stderr.read().strip() == ""
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize("there", [None, [], [".lock", ".owner.json"]])
+def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, there: list[str] | None) -> None:
     run = tmp_path / "runs" / "to-come"
-    if there:
+    if there is not None:
         run.mkdir(parents=True)
+    for name in there or []:  # what a start that was killed leaves
+        (run / name).touch()
     command = [sys.executable, "-m", "stable_rlhf", "report", str(run), "--watch"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -151,8 +151,11 @@ def watch(run_dir: Path, port: int, say: Callable[[str, bool], None], stopped: t
 
 
 def _may_become_a_run(folder: Path) -> bool:
-    """Whether a folder without a run is empty, or a process that is going to train has it already."""
-    return os.path.isdir(folder) and (not os.listdir(folder) or RunLock(folder).held_elsewhere())
+    """Whether a folder without a run is empty but for what a start that failed leaves, or a process that is going to
+    train has it already."""
+    if not os.path.isdir(folder):
+        return False
+    return set(os.listdir(folder)) <= set(RunLock.FILES) or RunLock(folder).held_elsewhere()
 
 
 def _host(given: list[str]) -> str | None:

@@ -27,10 +27,13 @@ class RunLock:
     ``setting``: what names the folder, for the messages.
     """
 
+    FILES = (".owner.json", ".lock")
+    """The note of who holds it, and the lock itself, which stays in the folder when it is released."""
+
     def __init__(self, run_dir: Path, setting: str = "output_dir") -> None:
         self._setting = setting
-        self._owner = run_dir / ".owner.json"
-        self._lock = FileLock(run_dir / ".lock")
+        self._owner, lock = (run_dir / name for name in self.FILES)
+        self._lock = FileLock(lock)
 
     def take(self) -> None:
         """Takes the lock; a second call does nothing. Raises ConfigError if another process has it (naming that

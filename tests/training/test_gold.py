@@ -258,6 +258,12 @@ def test_gold_without_held_out_prompts_would_do_nothing(tokenizer, tmp_path: Pat
 def test_a_gold_reward_that_is_trained_on_is_refused_and_one_of_the_same_name_is_not(tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"reward\.gold: 'tests\.tiny_runs:letters' is one of the rewards"):
         trainer(settings(tmp_path), tokenizer, letters, gold_funcs=[letters], eval_dataset=HELD_OUT)
+    config = settings(tmp_path, reward={"gold": ["tests.tiny_runs:letters"]})
+    with pytest.raises(ConfigError, match=r"reward\.gold: 'tests\.tiny_runs:letters' is one of the rewards"):
+        trainer(config, tokenizer, letters, eval_dataset=HELD_OUT)
+    (tmp_path / "judge").mkdir()
+    with pytest.raises(ConfigError, match=r"reward\.gold: '.*/judge' is one of the rewards"):
+        trainer(settings(tmp_path), tokenizer, f"{tmp_path}/judge/", gold_funcs=tmp_path / "judge")
     config = settings(tmp_path, reward={"gold": ["builtin"]})
     with pytest.raises(ConfigError, match=r"reward\.gold: 'builtin' is one of the rewards"):
         trainer(config, tokenizer, None, eval_dataset=HELD_OUT)

@@ -122,8 +122,9 @@ def _refuse_trained_gold(gold: Sequence[Any], rewards: Sequence[Any]) -> None:
     """Raises ConfigError for a gold reward that is also a reward: it would be trained on."""
 
     def same(one: Any, other: Any) -> bool:
-        if isinstance(one, str | Path) and isinstance(other, str | Path):
-            return str(one) == str(other)
+        named = any(isinstance(each, str | Path) for each in (one, other))
+        if named and not any(isinstance(each, torch.nn.Module) for each in (one, other)):
+            return _place(one) == _place(other)
         return one is other or (inspect.ismethod(one) and one == other)
 
     for function in gold:
@@ -132,6 +133,12 @@ def _refuse_trained_gold(gold: Sequence[Any], rewards: Sequence[Any]) -> None:
                 f"reward.gold: {_reward_name(function)!r} is one of the rewards (reward.functions), so it is trained "
                 "on; a gold reward is only measured: leave it out of one of them"
             )
+
+
+def _place(reward: Any) -> str:
+    """The name of a reward, of a folder the one path that it has whichever way it is written."""
+    name = _reward_name(reward)
+    return os.path.realpath(name) if os.path.exists(name) else name
 
 
 def _reward_name(function: Any) -> str:

@@ -152,8 +152,54 @@ def test_a_snapshot_of_a_step_that_left_its_epoch_goes_on_with_the_next(tokenize
 
 
 class LeavesOnce(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        control.should_epoch_stop = state.global_step == 2
+    def __init__(self, at: str = "step_end") -> None:
+        setattr(self, f"on_{at}", self.leave)
+
+    def leave(self, args, state, control, **kwargs) -> None:
+        control.should_epoch_stop |= state.global_step == 2
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("at", ["log", "evaluate"])
+@pytest.mark.parametrize("batch", [2, 4])  # the second step is within its epoch, and ends it
+def test_an_evaluation_that_is_made_up_for_leaves_its_epoch(
+    batch: int, at: str, streamed: bool, tokenizer, tmp_path: Path
+) -> None:
+    def trained(folder: str, fails: bool = False, resumed: bool = False) -> tuple[Any, dict[str, Any]]:
+        def reward(prompts: list[Any], completions: list[Any], trainer_state: Any, **columns: Any) -> list[float]:
+            if fails and trainer_state.global_step == 2 and prompts[0] == HELD_OUT[0]["prompt"]:
+                raise RewardUnavailable("the server is gone.")
+            return letters(prompts, completions)
+
+        config = settings(
+            tmp_path / folder,
+            max_steps=5,
+            eval_steps=2,
+            save_steps=0,
+            rollout={"batch_size": batch},
+            reward={"accept_changed": True},
+        )
+        data = Rows() if streamed else [{"prompt": prompt} for prompt in PROMPTS]
+        record = Record()
+        run = trainer(
+            config,
+            tokenizer,
+            reward,
+            train_dataset=data,
+            eval_dataset=HELD_OUT,
+            callbacks=[record, LeavesOnce(at)],
+        )
+        run.train(resume_from_checkpoint=resumed)
+        ends = [entry for entry in record.seen if entry[0] == "epoch_end" and entry[1] >= 2]
+        return ends, run.stream.state_dict()
+
+    whole = trained("whole")
+    with pytest.raises(RewardUnavailable, match="continues from step 2"):
+        trained("parts", fails=True)
+    parts = trained("parts", resumed=True)
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert parts[1] == whole[1]
+    assert parts[0] == (whole[0] if (at, batch) == ("evaluate", 2) else whole[0][1:])  # saved within it, or at its end
 
 
 class Asks(TrainerCallback):

@@ -44,6 +44,11 @@ class PromptStream:
         """Passes over the rows so far, fractions included."""
         return (self._epoch * self._n_rows + self._position) / self._n_rows
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the next row is the first of a pass."""
+        return self._position in (0, self._n_rows)
+
     def leave_pass(self) -> None:
         """Leaves the rest of the present pass: the next row is the first of the next one."""
         self._start_epoch(self._epoch + 1)

@@ -97,6 +97,11 @@ class StreamedPrompts:
         """Passes over the stream that are complete; how much there is of the present one nobody knows."""
         return float(self._state["epoch"])
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the next row is the first of a pass."""
+        return self._state["position"] == 0
+
     def leave_pass(self) -> None:
         """Leaves the rest of the present pass: the next row is the first of the next one."""
         self._open(self._start(self._state["epoch"] + 1, self._state["taken"]))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import copy
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,18 @@ class Events:
         if self._in_epoch:
             self._in_epoch = self.epoch_is_over = False
             self._call("on_epoch_end")
+
+    @contextlib.contextmanager
+    def in_epoch_of_last_step(self, is_over: bool) -> Iterator[None]:
+        """For the rest of a step that failed in its evaluation: until its end nothing has begun but the step's epoch.
+
+        ``is_over``: whether the epoch ended with the step.
+        """
+        self._in_epoch = not is_over
+        yield
+        if self.epoch_is_over:
+            self.epoch_end()
+        self._in_epoch = False
 
     def log(self, figures: Mapping[str, Any]) -> None:
         """Appends figures to ``state.log_history``, then hands them to the callbacks. Figures that are None are left

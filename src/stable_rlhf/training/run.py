@@ -201,6 +201,9 @@ class Run(KnownArguments):
         """What callbacks ask of the run: to log, evaluate, save or stop."""
         return self.events.control
 
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        self.events.handler.add_callback(callback)
+
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting of the run, the controller's included, as config.yaml and the checkpoints hold it."""

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 from stable_rlhf.checkpoints import capture, restore
 from stable_rlhf.console import Progress, said_if_lost, tell
 from stable_rlhf.control import Action, Verdict
@@ -150,6 +148,8 @@ class SAFETrainer(PolicySaving):
             elif self.counters.evaluates:
                 self.control.should_evaluate = self.control.should_save = True  # saved again, where it is not owed
                 self._saved_at = -1
+                with self.events.in_epoch_of_last_step(is_over=self.stream.is_between):
+                    self._follow_control()
                 self._follow_control()
         except BaseException:
             self.end()
@@ -254,6 +254,7 @@ class SAFETrainer(PolicySaving):
             try:
                 self._evaluate_on_the_way()
             except RewardError as error:  # the step itself is done, and would be lost
+                self._leave_epoch()
                 with said_if_lost(error):
                     self.save_checkpoint()
                 raise
@@ -343,6 +344,3 @@ class SAFETrainer(PolicySaving):
         if step != self.steps_done:  # otherwise the policy of this moment has just been evaluated
             figures, samples = self._evaluate()
         return evaluation.record(self.run_dir, side, figures, samples)
-
-    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        self.events.handler.add_callback(callback)

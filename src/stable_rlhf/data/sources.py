@@ -109,9 +109,15 @@ class FileRows:
                     batch.validate(full=True)  # texts are UTF-8
                     yield from batch.to_pylist()
         elif self.path.name.endswith((".csv", ".csv.gz")):
-            with _open(self.path) as file, pyarrow.csv.open_csv(file, **_CSV) as batches:
-                for batch in batches:
-                    yield from batch.to_pylist()
+            try:
+                with _open(self.path) as file, pyarrow.csv.open_csv(file, **_CSV) as batches:
+                    for batch in batches:
+                        yield from batch.to_pylist()
+            except pyarrow.ArrowInvalid as error:
+                raise PromptError(
+                    f"{self.path} could not be read: {said(error)}. The types of its columns are those of its first "
+                    "megabyte: repair the row, or save the file as JSON lines, whose rows may differ."
+                ) from error
         else:
             yield from _read_json(self.path)
 

@@ -88,7 +88,7 @@ def check_reachable(address: str) -> None:
     host, _, port = _without_secrets(address).rpartition(":")
     shown = f"--address {_without_secrets(address)}"
     if not host or not port.isdecimal():
-        raise ConfigError(f"{shown}: give HOST:PORT, ray://HOST:PORT or auto")
+        raise ConfigError(f"{shown}: give HOST:PORT, ray://HOST:10001 or auto")
     try:
         socket.create_connection((host.removeprefix("ray://").strip("[]"), int(port)), timeout=PATIENCE).close()
     except (OSError, OverflowError) as error:

@@ -173,6 +173,7 @@ def test_kill_at_any_byte_of_the_last_row_is_survived(tmp_path: Path):
         (b"", "not a JSON object"),
         (b"[" * 100_000, "not a JSON object"),
         (b'{"step": 1, "objective/kl": 1e999}', "objective/kl is inf"),
+        (b'{"step": 1, "objective/kl": 1' + b"0" * 400 + b"}", "objective/kl is 1000"),
         (b"[1]", "integer `step`"),
         (b'{"step": true}', "integer `step`"),
         (b'{"step": 0}', "step 0 follows step 0"),

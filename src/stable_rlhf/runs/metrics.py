@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from stable_rlhf.errors import RunError
 from stable_rlhf.files import finite, replace_file, replace_text
 from stable_rlhf.runs.names import METRICS, TEXT_METRICS, TIMINGS
-from stable_rlhf.text import valid_unicode
+from stable_rlhf.text import quoted, valid_unicode
 
 _REWARD_NAME = re.compile(r"rewards/[^/]+/mean|user/.+")
 
@@ -160,5 +160,10 @@ def check_value(name: str, value: Any, *, text: bool = False) -> None:
     if text or isinstance(value, bool) or not isinstance(value, (int, float)):
         kinds = "text" if text else "a Python int, float"
         raise ValueError(f"{name} is {value!r} ({type(value).__name__}): it must be {kinds} or None")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}: write None if it has no value here, otherwise fix its computation")
+    try:
+        known = math.isfinite(value)
+    except OverflowError:  # of a whole number beyond float64
+        known = False
+    if not known:
+        remedy = "write None if it has no value here, otherwise fix its computation"
+        raise ValueError(f"{name} is {quoted(value)}: {remedy}")

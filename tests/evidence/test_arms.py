@@ -52,6 +52,16 @@ def test_two_runs_of_one_seed_are_two_runs() -> None:
     assert len(arm.runs) == 2
 
 
+def test_runs_of_unknown_or_repeated_seeds_make_no_pairs() -> None:
+    """Their order on the command line is no reason to pair them."""
+    unknown = [outcome(f"{preset}{number}", preset=preset) for preset in "ab" for number in range(3)]
+    repeated = [outcome(f"{preset}{number}", preset=preset, seed=7) for preset in "ab" for number in range(3)]
+    for runs, pairs in ((unknown, 0), (repeated, 1)):
+        one, other = arms_of(runs, ["preset"])
+        assert (len(one.runs), len(other.runs)) == (3, 3)
+        assert len(one.runs.keys() & other.runs.keys()) == pairs
+
+
 def test_a_run_without_the_setting_is_an_arm_of_its_own() -> None:
     arms = arms_of([outcome("a", preset="safe", seed=0), outcome("grpo", framework="TRL GRPO", seed=0)], ["preset"])
     assert [arm.name for arm in arms] == ["safe", "-"]

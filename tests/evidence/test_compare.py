@@ -12,7 +12,9 @@ from scipy import stats
 
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.evidence.compare import Comparison, compare, to_json
+from stable_rlhf.evidence.measures import measure
 from stable_rlhf.evidence.outcome import Outcome, Status
+from stable_rlhf.evidence.table import groups, method
 from tests.evidence.outcomes import SCORES, outcome
 
 SAFE, PPO, OTHER = [0.9, 0.92, 0.88, 0.91, 0.93], [0.5, 0.7, 0.4, 0.6, 0.45], [0.52, 0.71, 0.38, 0.63, 0.44]
@@ -95,6 +97,89 @@ def test_the_reward_to_reach_is_nine_tenths_of_the_best_arms_way() -> None:
     assert figures["a"]["reward/steps_to"] == 28  # eighteen of the last twenty steps are 1
     assert figures["a"]["reward/seconds_to"] == pytest.approx(56.0)
     assert "reward/steps_to" not in figures["b"]
+
+
+def test_a_figure_that_only_some_runs_have_is_not_tested() -> None:
+    """Two runs of five got there, and sooner than all of the baseline: the others never did."""
+    slow, fast, never = [0.0] * 60 + [1.0] * 40, [0.0] * 5 + [1.0] * 95, [0.0] * 100
+    given = [
+        replace(
+            with_rewards(f"{preset}{seed}", preset, [*rewards, 0.001 * seed]), settings={"preset": preset, "seed": seed}
+        )
+        for preset, courses in (("a", [slow] * 5), ("b", [fast, fast, never, never, never]))
+        for seed, rewards in enumerate(courses)
+    ]
+    given = [replace(run, figures={**run.figures, "healthy": 1.0}) for run in given]
+    made = compare(given)
+    cell = made.cells[1, "reward/steps_to"]
+    assert cell.mean.runs == 2
+    assert cell.difference is not None
+    assert cell.difference.value < 0
+    assert (cell.difference.low, cell.difference.p, cell.improvement) == (None, None, None)
+    assert not cell.differs
+    assert [made.cells[index, "reward/reached"].mean.value for index in (0, 1)] == [1.0, 0.4]
+    entry = next(g.rows[1][g.measures.index(measure("reward/steps_to"))] for g in groups(made) if g.title == "Reward")
+    assert entry is not None
+    assert (entry.runs, entry.mark, entry.p) == ("n=2 of 5", "", "")
+    assert "n=2 of 5" in method(made)
+    assert "n=2 of 5" not in method(compare(runs(a=PPO, b=SAFE)))
+
+
+def test_a_figure_that_a_stratum_does_not_have_is_tested_over_the_others() -> None:
+    given = [
+        outcome(
+            f"{preset}{rate}{seed}",
+            {"scaled": seed + 10.0 * rate} if preset == "safe" else {"reward/final": 1.0},
+            preset=preset,
+            rate=rate,
+            seed=seed,
+        )
+        for preset in ("ppo", "safe")
+        for rate in (1, 2)
+        for seed in range(5)
+    ]
+    gap = compare(given, ["rate"]).cells[1, "scaled"].difference
+    assert gap is not None
+    assert gap.p is not None
+
+
+def test_a_run_that_may_still_get_there_is_not_counted_as_one_that_does_not() -> None:
+    reward, flat = [0.0] * 10 + [1.0] * 90, [0.0] * 100
+    made = compare(
+        [
+            with_rewards("a", "a", reward),
+            replace(with_rewards("b", "b", flat), status=Status.RUNNING),
+            replace(outcome("c", {"healthy": 0.0}, preset="c", seed=0), status=Status.CRASHED),
+        ]
+    )
+    figures = {run.name: run.figures for run in made.runs}
+    assert figures["a"]["reward/reached"] == 1.0
+    assert "reward/reached" not in figures["b"]
+    assert figures["c"]["reward/reached"] == 0.0  # it crashed before its first step
+
+
+def test_a_share_is_compared_by_fishers_exact_test_and_has_no_iqm() -> None:
+    given = [
+        outcome(f"{preset}{seed}", {"healthy": float(seed < ones)}, preset=preset, seed=seed)
+        for preset, ones in (("a", 5), ("b", 1), ("c", 0))
+        for seed in range(5)
+    ]
+    made = compare(given)
+    ps = [gap.p for index in (1, 2) if (gap := made.cells[index, "healthy"].difference) is not None]
+    assert ps == pytest.approx([0.047619, 0.0079365], rel=1e-4)  # the larger difference has the smaller p
+    assert made.cells[1, "healthy"].iqm is None
+    assert "iqm" not in json.loads(to_json(made))["arms"][1]["figures"]["healthy"]
+
+
+def test_several_runs_of_one_seed_are_said() -> None:
+    given = runs(a=PPO, b=SAFE)
+    twice = compare([*given, replace(given[0], name="a copy")])
+    assert "a has several runs of seed 0 with the same settings" in sentences(twice)
+
+
+def test_values_up_to_the_largest_have_strict_json() -> None:
+    made = compare(runs(a=[-1e100, 1e100, 1e99, 5e99, 0.0], b=[1e100, 0.0, 1e90, -1e100]))
+    json.loads(to_json(made), parse_constant=pytest.fail)
 
 
 def test_no_reward_is_to_be_reached_where_none_rises() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from stable_rlhf.evidence import curves, frontier, plots, region
 from stable_rlhf.evidence.compare import compare
-from stable_rlhf.evidence.outcome import Outcome, Status
+from stable_rlhf.evidence.outcome import LARGEST, Outcome, Status
 from stable_rlhf.report import Axis
 
 
@@ -87,8 +87,8 @@ def test_runs_that_all_log_seldom_make_one_unbroken_line() -> None:
     assert panel["lines"][0]["values"] == {"steps": [0, 10, 20], "values": [1.0, 2.0, 3.0], "bin": 10}
 
 
-def test_values_that_are_not_finite_are_on_the_edge_and_stay_json() -> None:
-    made = curves.curve([pair([0, 1], [math.inf, 1]), pair([0, 1], [-math.inf, 1]), pair([0, 1], [math.inf, 1])], 0, 1)
+def test_the_largest_values_are_on_the_edge_and_stay_json() -> None:
+    made = curves.curve([pair([0, 1], [sign * LARGEST, 1]) for sign in (1, -1, 1)], 0, 1)
     assert made is not None
     panel = curves.panel("reward", [("a", "c1", made)], Axis(0, 1))
     json.dumps(panel, allow_nan=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stable_rlhf.evidence.outcome import Outcome, Status, flat, reached, read_outcome
+from stable_rlhf.evidence.outcome import LARGEST, Outcome, Status, flat, reached, read_outcome
 from tests.evidence.outcomes import SCORES, incident, write_run
 
 
@@ -153,6 +153,12 @@ def test_a_truncated_last_line_is_left_out_and_noted(tmp_path: Path) -> None:
     found = read(run)
     assert found.steps == 3
     assert any("incomplete line" in note for note in found.notes)
+
+
+def test_values_that_float32_does_not_have_are_the_largest_that_it_has(tmp_path: Path) -> None:
+    found = read(write_run(tmp_path / "run", [{SCORES: sign * 1e99} for sign in (1, -1) * 20]))
+    assert found.curves[SCORES][1].tolist() == [LARGEST, -LARGEST] * 20
+    assert reached(found, 1.0) is None  # the mean of twenty is 0
 
 
 def test_settings_are_flat() -> None:

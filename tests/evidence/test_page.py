@@ -21,7 +21,7 @@ from rich.console import Console
 from stable_rlhf.errors import SaveError
 from stable_rlhf.evidence import table
 from stable_rlhf.evidence.compare import Comparison, compare
-from stable_rlhf.evidence.outcome import Outcome, Status
+from stable_rlhf.evidence.outcome import LARGEST, Outcome, Status
 from stable_rlhf.evidence.page import rendered, write_page
 from stable_rlhf.files import ASSETS
 from tests.evidence.simulated import sweep
@@ -159,7 +159,7 @@ def test_how_many_figures_were_tested_is_said_in_plain_words() -> None:
     assert "Runs by way: 3 arms of 15 runs." in said
     assert "compared with a: 4 differences of 2 figures tested" in said
     assert "one in twenty figures without any difference" in said
-    assert table.method(compare(three_arms()[:5], [])) == "The runs differ in no setting: 1 arm of 5 runs."
+    assert table.method(compare(three_arms()[:5], [])) == "All runs are one arm: 5 runs."
 
 
 def test_numbers_of_arms_are_written_with_spans() -> None:
@@ -352,7 +352,7 @@ def test_the_six_colours_stay_apart_for_the_colour_blind_and_clear_of_the_paper(
 
 def test_every_value_that_is_read_is_strict_json() -> None:
     runs = sweep(steps=60, seeds=2)
-    wild = {key: (at, np.full_like(values, np.inf)) for key, (at, values) in runs[0].curves.items()}
+    wild = {key: (at, np.full_like(values, LARGEST)) for key, (at, values) in runs[0].curves.items()}
     text = rendered(compare([replace(runs[0], curves=wild), *runs[1:]]))
     lines = re.findall(r'data-line="([^"]*)"', text)
     assert len(lines) > 50

@@ -18,6 +18,7 @@ from stable_rlhf.evidence.statistics import (
     Name,
     Values,
     difference,
+    difference_of_shares,
     estimate,
     holm,
     iqm,
@@ -160,6 +161,32 @@ def test_of_runs_without_any_spread_p_is_that_of_the_most_extreme_order() -> Non
     assert difference(arm([3.0] * 5), arm([3.0] * 5)).p == 1.0
     shifted = [value + 1.0 for value in FIVE]  # by the same, but for rounding
     assert difference(arm(shifted), arm(FIVE)).p == pytest.approx(2 / 2**5, abs=1e-12)
+
+
+@pytest.mark.parametrize("runs", [(5, 5), (3, 8), (1, 4)])
+def test_the_p_of_shares_is_scipys_fisher(runs: tuple[int, int]) -> None:
+    for ours, others in itertools.product(range(runs[0] + 1), range(runs[1] + 1)):
+        sides = [[1.0] * ones + [0.0] * (count - ones) for ones, count in zip((ours, others), runs, strict=True)]
+        found = difference_of_shares(arm(sides[0]), arm(sides[1]))
+        _, expected = stats.fisher_exact([[ours, runs[0] - ours], [others, runs[1] - others]])
+        assert found.p == pytest.approx(expected)
+        assert found.value == pytest.approx(ours / runs[0] - others / runs[1])
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (1.0, 0.6), (0.9, 0.2), (1.0, 0.0)])
+def test_intervals_of_a_difference_of_shares_hold_it_and_no_difference_is_rarely_called_one(
+    shares: tuple[float, float],
+) -> None:
+    generator = np.random.default_rng(2)
+    held = called = 0
+    for _ in range(SIMULATIONS):
+        found = difference_of_shares(*(arm((generator.random(5) < share).astype(float)) for share in shares))
+        low, high = bounds(found)
+        held += low <= shares[0] - shares[1] <= high
+        called += (found.p or 0.0) < 0.05
+        assert high > low
+    assert held / SIMULATIONS >= 0.93
+    assert shares[0] != shares[1] or called / SIMULATIONS <= 0.05
 
 
 def test_single_runs_have_a_difference_without_a_test() -> None:

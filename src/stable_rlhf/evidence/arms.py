@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Arm:
     by: Mapping[str, str]
     """Setting -> value, as texts."""
     runs: Mapping[tuple[str, int], Outcome]
-    """(stratum, seed) -> run."""
+    """(stratum, seed) -> run. A run whose seed is not known, or there already, has a negative number of its own."""
 
     @property
     def name(self) -> str:
@@ -81,12 +82,13 @@ def arms_of(runs: Sequence[Outcome], by: Sequence[str]) -> list[Arm]:
             raise ConfigError(f"--by {name}: no run has this setting: {meant}")
     within = [name for name in differing(runs) if name not in by]
     found: dict[tuple[str, ...], dict[tuple[str, int], Outcome]] = {}
+    without_pair = itertools.count(-1, -1)  # the same number in two arms would make a pair of them
     for run in runs:
         members = found.setdefault(tuple(value_text(run.settings, name) for name in by), {})
         stratum = ", ".join(f"{name}={value_text(run.settings, name)}" for name in within)
-        seed = 0 if run.seed is None else run.seed
-        while (stratum, seed) in members:  # the same seed again: a run of its own, of which no pair is made
-            seed += 1_000_003
+        seed = run.seed
+        if seed is None or seed < 0 or (stratum, seed) in members:
+            seed = next(without_pair)
         members[stratum, seed] = run
     return [Arm(dict(zip(by, values, strict=True)), members) for values, members in found.items()]
 

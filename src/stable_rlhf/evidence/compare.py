@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,9 @@ from stable_rlhf.evidence.statistics import (
     SPREAD,
     Difference,
     Estimate,
+    Values,
     difference,
+    difference_of_shares,
     estimate,
     holm,
     probability_of_improvement,
@@ -38,7 +41,8 @@ class Cell:
     """A figure of an arm, and its difference from the baseline (None for the baseline itself)."""
 
     mean: Estimate
-    iqm: Estimate
+    iqm: Estimate | None
+    """None for a share: without its outer runs it is another one."""
     percentiles: tuple[float, ...]
     """SPREAD of the runs."""
     difference: Difference | None = None
@@ -119,7 +123,7 @@ def as_json(made: Comparison) -> dict[str, Any]:
     def cell(found: Cell) -> dict[str, Any]:
         row: dict[str, Any] = {
             "mean": plain(found.mean),
-            "iqm": plain(found.iqm),
+            **({} if found.iqm is None else {"iqm": plain(found.iqm)}),
             "percentiles": dict(zip(map(str, SPREAD), found.percentiles, strict=True)),
         }
         if (gap := found.difference) is not None:
@@ -179,14 +183,14 @@ def _cells(arms: Sequence[Arm], baseline: int, key: str) -> dict[tuple[int, str]
     cells = {
         index: Cell(
             mean=share(found) if measure(key).is_binary else _cut(estimate(found), key),
-            iqm=share(found) if measure(key).is_binary else _cut(estimate(found, "IQM"), key),
+            iqm=None if measure(key).is_binary else _cut(estimate(found, "IQM"), key),
             percentiles=spread(list(found.values())),
         )
         for index, found in values.items()
     }
     if baseline in values:
         base = values[baseline]
-        gaps = {index: difference(found, base) for index, found in values.items() if index != baseline}
+        gaps = {index: _gap(arms[index], arms[baseline], key) for index in values if index != baseline}
         tested = [index for index, gap in gaps.items() if gap.p is not None]
         adjusted = dict(zip(tested, holm([gaps[index].p or 0.0 for index in tested]), strict=True))
         for index, gap in gaps.items():
@@ -194,9 +198,19 @@ def _cells(arms: Sequence[Arm], baseline: int, key: str) -> dict[tuple[int, str]
                 cells[index],
                 difference=gap,
                 adjusted_p=adjusted.get(index),
-                improvement=_improvement(values[index], base, measure(key).better),
+                improvement=None if gap.p is None else _improvement(values[index], base, measure(key).better),
             )
     return {(index, key): cell for index, cell in cells.items()}
+
+
+def _gap(ours: Arm, base: Arm, key: str) -> Difference:
+    """The difference from the baseline. Where only some runs of an arm have the figure (those that reached the reward,
+    or that lived until the end), they are a choice that the figure itself may have made: it is not tested."""
+    values, others = ours.values(key), base.values(key)
+    found = difference_of_shares(values, others) if measure(key).is_binary else difference(values, others)
+    strata = {stratum for stratum, _ in (*values, *others)}  # a stratum without it, such as a preset, has no such thing
+    whole = all(at in side for arm, side in ((ours, values), (base, others)) for at in arm.runs if at[0] in strata)
+    return found if whole else replace(found, low=None, high=None, p=None)
 
 
 def _cut(found: Estimate, key: str) -> Estimate:
@@ -207,9 +221,7 @@ def _cut(found: Estimate, key: str) -> Estimate:
     return replace(found, low=max(found.low, least), high=min(found.high, most))
 
 
-def _improvement(
-    ours: Mapping[tuple[str, int], float], base: Mapping[tuple[str, int], float], better: Better
-) -> Estimate | None:
+def _improvement(ours: Values, base: Values, better: Better) -> Estimate | None:
     if better is Better.NEITHER:
         return None
     if not {stratum for stratum, _ in ours} & {stratum for stratum, _ in base}:
@@ -224,7 +236,7 @@ def _target(arms: Sequence[Arm]) -> float | None:
     collapsed policy gets is no aim.
     """
     starts = [
-        float(run.curves["objective/scores"][1][:START].mean())
+        float(run.curves["objective/scores"][1][:START].mean(dtype=float))
         for arm in arms
         for run in arm.runs.values()
         if "objective/scores" in run.curves
@@ -239,12 +251,14 @@ def _target(arms: Sequence[Arm]) -> float | None:
 
 
 def _timed(run: Outcome, target: float | None) -> Outcome:
-    if target is None or (found := reached(run, target)) is None:
+    """The run with `reward/reached`, and with the time of one that reached it."""
+    if target is None:
         return run
-    steps, seconds = found
-    return with_figures(
-        run, {"reward/steps_to": float(steps), **({} if seconds is None else {"reward/seconds_to": seconds})}
-    )
+    if (found := reached(run, target)) is None:
+        is_known = run.status is Status.CRASHED or ("healthy" in run.figures and "objective/scores" in run.curves)
+        return with_figures(run, {"reward/reached": 0.0}) if is_known else run
+    figures = {"reward/reached": 1.0, "reward/steps_to": float(found[0])}
+    return with_figures(run, figures if found[1] is None else {**figures, "reward/seconds_to": found[1]})
 
 
 def _baseline(arms: Sequence[Arm], name: str | None, first: Outcome) -> int:
@@ -270,6 +284,13 @@ def _warnings(runs: Sequence[Outcome], arms: Sequence[Arm]) -> list[str]:
             f"an arm has {fewest} runs: with fewer than {FEW}, an interval rests on how the runs are distributed as "
             "much as on the runs, and only large differences show"
         )
+    for arm in arms:
+        seeds = Counter((at[0], run.seed) for at, run in arm.runs.items() if run.seed is not None)
+        if repeated := [seed for (_, seed), count in seeds.items() if count > 1]:
+            sentences.append(
+                f"{arm.name} has several runs of seed {repeated[0]} with the same settings: they count as runs of "
+                "their own, and where one is a copy of another, intervals are too narrow"
+            )
     unread = [run for run in runs if not run.figures]
     if unread:
         sentences.append(f"{len(unread)} of {len(runs)} runs have no figures: {unread[0].name}: {unread[0].why}")

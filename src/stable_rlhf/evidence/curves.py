@@ -27,9 +27,6 @@ FEWEST = 0.5
 FEW_POINTS = 20
 """Points of a line that are drawn as dots as well: few must not look like a measured curve."""
 
-LARGEST = float(np.finfo(np.float32).max)
-"""Values beyond it are drawn on the edge."""
-
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -114,7 +111,7 @@ def _binned(steps: np.ndarray, values: np.ndarray, first: int, size: int, count:
     """(count,) the mean of each bin, NaN where it has no value."""
     index = (steps - first) // size
     inside = (index >= 0) & (index < count)
-    clear = np.clip(values[inside].astype(np.float64), -LARGEST, LARGEST)
+    clear = values[inside].astype(np.float64)
     number = np.bincount(index[inside], minlength=count)
     total = np.bincount(index[inside], clear, minlength=count)
     return np.where(number > 0, total / np.maximum(number, 1), np.nan)

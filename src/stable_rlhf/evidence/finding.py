@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stable_rlhf.errors import ConfigError
+from stable_rlhf.errors import ConfigError, Exit
 from stable_rlhf.evidence.outcome import Outcome, Status, flat, read_outcome
 from stable_rlhf.evidence.peers import is_foreign, read_foreign
 from stable_rlhf.runs import sweeps
@@ -32,17 +33,22 @@ def find_outcomes(paths: Sequence[Path], mapping: Path | None = None) -> list[Ou
             found.append((path, replace(read_foreign(path, mapping), name=Path(real).name)))
         else:
             found.append((path, read_outcome(path, Path(real).name)))
+    folders = Counter(os.path.realpath(path) for path, _ in found)
+    if (folder := folders.most_common(1)[0:1]) and folder[0][1] > 1:
+        raise ConfigError(f"{folder[0][0]} is given twice, by itself and as a cell of its sweep: give it once")
     return _named(found)
 
 
 def _cells(sweep: Path) -> list[Outcome]:
-    """The cells of a sweep in its order; one that has not begun is missing, one that ended with an error crashed."""
+    """The cells of a sweep in its order; one that has not begun is missing, one that ended with an error crashed.
+    One that somebody stopped goes on with the next sweep: it is unfinished."""
     ends = {end["cell"]: end for end in sweeps.read_outcomes(sweep)}
     made = []
     for name, settings in sweeps.read_cells(sweep).items():
         each = read_outcome(sweeps.cell_folder(sweep, name), name)
         end = ends.get(name)
-        if end is not None and end["exit_code"] and each.status is not Status.GIVEN_UP:
+        failed = end is not None and end["exit_code"] not in (Exit.DONE, *sweeps.STOPPED)
+        if end is not None and failed and each.status not in (Status.GIVEN_UP, Status.RUNNING):
             why = f"it ended with exit code {end['exit_code']}: {end['reason'] or 'no reason was recorded'}"
             each = replace(each, status=Status.CRASHED, why=why, figures={**each.figures, "healthy": 0.0})
         elif end is None and each.status is Status.MISSING:
@@ -56,7 +62,7 @@ def _named(found: Sequence[tuple[Path, Outcome]]) -> list[Outcome]:
     paths = [Path(os.path.realpath(path)) for path, _ in found]
     names = [each.name for _, each in found]
     for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
-        repeated = {name for name in names if names.count(name) > 1}
+        repeated = {name for name, count in Counter(names).items() if count > 1}
         if not repeated:
             break
         names = [

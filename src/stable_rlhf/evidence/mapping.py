@@ -22,8 +22,8 @@ from typing import Any
 
 from stable_rlhf.config.files import read_settings
 from stable_rlhf.errors import ConfigError, RunError
+from stable_rlhf.evidence.foreign_rows import Table, number, step_number
 from stable_rlhf.evidence.outcome import CURVES, flat
-from stable_rlhf.evidence.tables import Table, number, step_number
 from stable_rlhf.runs import METRICS, TEXT_METRICS, TIMINGS
 from stable_rlhf.text import quoted
 

@@ -30,7 +30,7 @@ class Measure:
     @property
     def is_binary(self) -> bool:
         """Whether a run has 0 or 1: five runs of five must not get an interval without width."""
-        return self.key == "healthy"
+        return self.key in ("healthy", "reward/reached")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -73,10 +73,14 @@ MEASURES: dict[str, Measure] = dict(
             Better.MORE,
         ),
         _measure(
+            _REWARD, "reward/reached", "reached the reward", "share",
+            "1 for a run whose 20-step mean has gone 90 % of the way from where it started, over all runs, to the "
+            "final reward of the best arm that is mostly healthy; 0 for one that ended before it got there",
+            Better.MORE,
+        ),
+        _measure(
             _REWARD, "reward/steps_to", "steps to the reward", "steps",
-            "steps until the 20-step mean has gone 90 % of the way from where it started, over all runs, to the final "
-            "reward of the best arm that is mostly healthy; no value for a run that does not get there",
-            Better.LESS,
+            "steps until then, of the runs that got there: the mean leaves out the others", Better.LESS,
         ),
         _measure(
             _REWARD, "reward/seconds_to", "seconds to the reward", "s", "the same in seconds of training steps",
@@ -143,5 +147,5 @@ def in_order(keys: set[str]) -> list[str]:
     """Keys in the order of the table: gold rewards come after the rewards that were trained on."""
     gold = sorted(key for key in keys if GOLD.fullmatch(key))
     known = [key for key in MEASURES if key in keys]
-    after = next((n for n, key in enumerate(known) if not key.startswith("reward/") or key.endswith("_to")), len(known))
+    after = sum(key in ("reward/average", "reward/final", "reward/held_out") for key in known)
     return [*known[:after], *gold, *known[after:]]

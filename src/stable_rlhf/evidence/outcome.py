@@ -37,6 +37,10 @@ CURVES = (
 """Metrics whose course is kept."""
 
 
+LARGEST = float(np.finfo(np.float32).max)
+"""Values of curves beyond it are drawn on the edge."""
+
+
 class Status(enum.Enum):
     """How a run ended."""
 
@@ -243,8 +247,7 @@ def _seconds_at(found: Outcome, step: int) -> float | None:
 
 
 def _array(pairs: tuple[Sequence[int], Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    with np.errstate(over="ignore"):  # beyond float32 a value is infinite, and drawn on the edge
-        return np.asarray(pairs[0], np.int64), np.asarray(pairs[1], np.float32)
+    return np.asarray(pairs[0], np.int64), np.clip(pairs[1], -LARGEST, LARGEST).astype(np.float32)
 
 
 def _lost(rows: Sequence[dict[str, Any]], metric: str, limit: float) -> bool:

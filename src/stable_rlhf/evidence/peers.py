@@ -16,9 +16,9 @@ from typing import Any
 
 from stable_rlhf.errors import RunError
 from stable_rlhf.evidence import trl
+from stable_rlhf.evidence.foreign_rows import CSV, JSON_LINES, read_table
 from stable_rlhf.evidence.mapping import MetricMapping, apply, not_understood, own_columns, read_mapping
 from stable_rlhf.evidence.outcome import Outcome, Status, flat, outcome
-from stable_rlhf.evidence.tables import CSV, JSON_LINES, read_table
 from stable_rlhf.report import Run
 from stable_rlhf.text import quoted
 

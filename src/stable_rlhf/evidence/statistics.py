@@ -97,6 +97,19 @@ def share(values: Values) -> Estimate:
     return Estimate(ones / runs, low, high, runs)
 
 
+def difference_of_shares(ours: Values, others: Values) -> Difference:
+    """`share` of ours less that of others, of independent runs: Fisher's exact test, as Student's t knows no runs that
+    are all equal; and the interval of Newcombe (1998, method 10), from those of both shares, here the exact ones."""
+    one, other = share(ours), share(others)
+    value = one.value - other.value
+    bounds = (one.low or 0.0, one.high or 0.0), (other.low or 0.0, other.high or 0.0)
+    low = value - math.hypot(one.value - bounds[0][0], bounds[1][1] - other.value)
+    high = value + math.hypot(bounds[0][1] - one.value, other.value - bounds[1][0])
+    ones = [round(math.fsum(side.values())) for side in (ours, others)]
+    p = _fisher(ones[0], one.runs, ones[1], other.runs)
+    return Difference(value, low, high, p, (one.runs, other.runs), paired=False)
+
+
 def difference(ours: Values, others: Values, statistic: Name = "mean") -> Difference:
     """`ours` less `others`: over the pairs of one seed and stratum where at least two, and all of the smaller arm's
     runs, have one; otherwise of independent runs (Welch's degrees of freedom)."""
@@ -112,8 +125,8 @@ def difference(ours: Values, others: Values, statistic: Name = "mean") -> Differ
         return Difference(value, None, None, None, runs, False)
     variances = [_error(compute(ordered[_drawn(strata)]), strata, statistic) ** 2 for ordered, strata in sides]
     error = math.sqrt(sum(variances))
-    welch = sum(v**2 / f for v, f in zip(variances, freedoms, strict=True) if f)
-    freedom = error**4 / welch if welch else float(sum(f for f in freedoms if f))
+    parts = [v / sum(variances) for v in variances] if error else [1.0, 1.0]
+    freedom = sum(parts) ** 2 / sum(part**2 / f for part, f in zip(parts, freedoms, strict=True) if f)
     return _tested(value, error, freedom, 2 / math.comb(sum(runs), runs[0]), runs, paired=False)
 
 
@@ -181,6 +194,13 @@ def _tested(
     else:
         p = min(1.0, least) if value else 1.0
     return Difference(value, value - half, value + half, p, runs, paired)
+
+
+def _fisher(ones: int, runs: int, other_ones: int, other_runs: int) -> float:
+    """Two-sided: of all tables with the same sums, those that are at most as likely as this one (Fisher, 1922)."""
+    total = ones + other_ones
+    ways = {k: math.comb(runs, k) * math.comb(other_runs, total - k) for k in range(min(runs, total) + 1)}
+    return sum(way for way in ways.values() if way <= ways[ones]) / math.comb(runs + other_runs, total)
 
 
 def _ordered(values: Mapping[tuple[str, int], complex]) -> tuple[np.ndarray, list[int]]:

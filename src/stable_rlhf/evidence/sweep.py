@@ -32,13 +32,6 @@ POLL = 0.1
 PATIENCE = 60.0
 """Seconds to wait for a cell's process of an earlier sweep: one that was killed may still be giving back its GPU."""
 
-STOPPED = {
-    Exit.INTERRUPTED,
-    Exit.TERMINATED,
-    *(-n for n in (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)),
-}
-"""Exit codes of a cell that somebody stopped: it goes on with the next sweep. Any other except 0 is a result."""
-
 
 class State(enum.StrEnum):
     """How far a cell is."""
@@ -84,7 +77,7 @@ def _state(out: Path, cell: Cell, last: Mapping[str, Any] | None) -> State:
     run = sweeps.cell_folder(out, cell.name)
     if last is not None and last["exit_code"] == Exit.DONE and run.is_dir():
         return State.COMPLETE
-    if last is not None and last["exit_code"] != Exit.DONE and last["exit_code"] not in STOPPED:
+    if last is not None and last["exit_code"] != Exit.DONE and last["exit_code"] not in sweeps.STOPPED:
         return State.FAILED
     return State.BROKEN if _has_checkpoint(run) else State.NEW
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from stable_rlhf.evidence.arms import odd_runs
 from stable_rlhf.evidence.compare import Cell, Comparison
 from stable_rlhf.evidence.measures import Better, Measure, measure
+from stable_rlhf.evidence.outcome import Outcome
 from stable_rlhf.evidence.statistics import SPREAD, Estimate
 from stable_rlhf.report import figure
 from stable_rlhf.text import counted, printable
@@ -30,9 +32,10 @@ class Entry:
 
     mean: str
     interval: str
-    runs: int
+    runs: str
+    """n=5, or n=2 of 5 where only some of the arm's runs have the figure."""
     iqm: str
-    """With its interval."""
+    """With its interval; empty for a share, which has none."""
     percentiles: str
     mark: str
     """`better`, `worse`, `higher` or `lower` where it differs from the baseline; otherwise empty."""
@@ -73,17 +76,16 @@ def groups(made: Comparison) -> list[Group]:
     for key in made.keys:
         known = measure(key)
         found.setdefault(known.group, []).append(known)
+
+    def entry(index: int, known: Measure) -> Entry | None:
+        cell = made.cells.get((index, known.key))
+        return None if cell is None else _entry(cell, known, len(made.arms[index].runs))
+
     return [
         Group(
             title=title,
             measures=tuple(measures),
-            rows=tuple(
-                tuple(
-                    _entry(made.cells[index, each.key], each) if (index, each.key) in made.cells else None
-                    for each in measures
-                )
-                for index in range(len(made.arms))
-            ),
+            rows=tuple(tuple(entry(index, each) for each in measures) for index in range(len(made.arms))),
         )
         for title, measures in found.items()
     ]
@@ -129,7 +131,7 @@ def method(made: Comparison) -> str:
     names = [printable(name, NAME_LIMIT) for name in made.by]
     by = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
     arms = f"{counted(len(made.arms), 'arm')} of {counted(sum(len(arm.runs) for arm in made.arms), 'run')}"
-    parts = [f"Runs by {by}: {arms}." if by else f"The runs differ in no setting: {arms}."]
+    parts = [f"Runs by {by}: {arms}." if by else f"All runs are one arm: {counted(len(made.arms[0].runs), 'run')}."]
     if made.comparisons:
         figures = tested_figures(made)
         base = printable(made.arms[made.baseline].name, NAME_LIMIT)
@@ -140,12 +142,19 @@ def method(made: Comparison) -> str:
             f"{counted(figures, 'figure')} tested means that about one in twenty figures without any difference is "
             "still marked by chance."
         )
+    if any(cell.mean.runs < len(made.arms[index].runs) for (index, _), cell in made.cells.items()):
+        parts.append(
+            "Where only some of an arm's runs have a figure, its n says so (n=2 of 5): the mean leaves out the others, "
+            "and it is not tested against the baseline."
+        )
     return " ".join(parts)
 
 
 def console_tables(made: Comparison) -> list[Table]:
-    """A table for each group of figures. All texts are shown as text, never as markup."""
-    return [_console_table(made, group) for group in groups(made)]
+    """A table for each group of figures, and one of the runs that are not finished. All texts are shown as text, never
+    as markup."""
+    odd = odd_runs(made.runs)
+    return [*(_console_table(made, group) for group in groups(made)), *([_odd_table(odd)] if odd else [])]
 
 
 def notes(made: Comparison) -> list[str]:
@@ -186,14 +195,14 @@ def p_in_words(p: float | None) -> str:
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
-def _entry(cell: Cell, known: Measure) -> Entry:
+def _entry(cell: Cell, known: Measure, members: int) -> Entry:
     mean, interval = in_words(cell.mean.value, cell.mean.low, cell.mean.high)
     tested = cell.difference is not None and cell.difference.p is not None
     return Entry(
         mean=mean,
         interval=interval,
-        runs=cell.mean.runs,
-        iqm=_joined(*in_words(cell.iqm.value, cell.iqm.low, cell.iqm.high)),
+        runs=f"n={cell.mean.runs}" + (f" of {members}" if cell.mean.runs < members else ""),
+        iqm="" if cell.iqm is None else _joined(*in_words(cell.iqm.value, cell.iqm.low, cell.iqm.high)),
         percentiles=", ".join(f"{p} %: {figure(v)}" for p, v in zip(SPREAD, cell.percentiles, strict=True)),
         mark=_mark(cell, known),
         p=f"p {p_in_words(cell.difference.p)}, Holm {p_in_words(cell.adjusted_p)}"
@@ -242,8 +251,18 @@ def _console_table(made: Comparison, group: Group) -> Table:
     return table
 
 
+def _odd_table(runs: Sequence[Outcome]) -> Table:
+    table = Table(title=Text("Runs that are not finished"), title_justify="left")
+    for heading in ("run", "status", "why"):
+        table.add_column(heading, overflow="fold")
+    for run in runs:
+        texts = (printable(run.name, NAME_LIMIT), run.status.value, printable(run.why or "", SENTENCE_LIMIT))
+        table.add_row(*map(Text, texts))
+    return table
+
+
 def _lines(entry: Entry) -> str:
-    return f"{_joined(entry.mean, entry.interval)} n={entry.runs}\nIQM {entry.iqm}"
+    return f"{_joined(entry.mean, entry.interval)} {entry.runs}" + (f"\nIQM {entry.iqm}" if entry.iqm else "")
 
 
 def _against(entry: Entry | None, *, baseline: bool) -> str:

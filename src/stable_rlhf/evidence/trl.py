@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.errors import RunError
+from stable_rlhf.evidence.foreign_rows import Table, number
 from stable_rlhf.evidence.mapping import Column, understood
-from stable_rlhf.evidence.tables import FULL, Table, number
+from stable_rlhf.report import STEP_LIMIT
 from stable_rlhf.text import quoted
 
 STATE = "trainer_state.json"
@@ -224,14 +225,14 @@ def _steps(path: Path) -> int:
     try:
         return read_state(path).done
     except RunError:
-        return FULL
+        return STEP_LIMIT
 
 
 def _count(path: Path, state: Mapping[str, Any], name: str) -> int | None:
     value = state.get(name)
     if value is None or (name == "max_steps" and value == -1):
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < FULL:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < STEP_LIMIT:
         raise RunError(f"{path}:1: {name} is {quoted(value)}, which is not a number of steps; correct it")
     return value
 

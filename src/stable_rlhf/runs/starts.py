@@ -66,6 +66,8 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
             start = parsed(line)
             if not isinstance(start, dict) or not all(isinstance(start.get(name), str) for name in ("time", "device")):
                 raise ValueError(f"expected an object with {', '.join(FIELDS)}")
+            if not isinstance(start.get("inputs") or {}, dict):
+                raise ValueError("`inputs` must be an object")
             datetime.datetime.fromisoformat(start["time"])
         except ValueError as error:
             raise RunError(f"{path}:{number}: not a start ({error}); repair or remove this line") from error

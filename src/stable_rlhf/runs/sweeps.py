@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stable_rlhf.errors import RunError
+from stable_rlhf.errors import Exit, RunError
 from stable_rlhf.files import parsed, replace_text
 from stable_rlhf.text import clipped
 
@@ -26,6 +27,13 @@ LOGS = "logs"
 
 SETTINGS = "settings"
 """Folder of NAME.yaml: every setting of a cell, as `train` is given it."""
+
+STOPPED = {
+    Exit.INTERRUPTED,
+    Exit.TERMINATED,
+    *(-n for n in (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)),
+}
+"""Exit codes of a cell that somebody stopped: it goes on with the next sweep. Any other except 0 is a result."""
 
 REASON = 1000
 """Characters of a reason that are kept, as many as a command shows of an error."""

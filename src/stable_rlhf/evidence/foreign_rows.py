@@ -13,17 +13,12 @@ from typing import Any
 
 from stable_rlhf.errors import RunError
 from stable_rlhf.evidence.outcome import flat
+from stable_rlhf.report import LARGEST_FIGURE, STEP_LIMIT
 from stable_rlhf.text import counted, quoted
 
 CSV = (".csv", ".tsv")
 JSON_LINES = (".jsonl", ".ndjson")
 DELIMITERS = ",;\t|"
-
-LARGEST = 1e100
-"""Of a figure. Sums and squares of larger ones leave the numbers of a float, and none is a reward or a KL."""
-
-FULL = 2**53
-"""Steps from here on are not exact as a float, and no run has so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +51,14 @@ def read_table(path: Path) -> Table:
 
 def number(value: Any) -> float | None:
     """A cell as a number; None for an empty one. Raises ValueError, which says what it is, for text, NaN, infinity, and
-    for more than LARGEST."""
+    for more than LARGEST_FIGURE."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
         found = math.nan if isinstance(value, bool) else float(value)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"{quoted(value)}, which is not a number; correct the value") from None
-    if not abs(found) <= LARGEST:
+    if not abs(found) <= LARGEST_FIGURE:
         what = "a figure of a run" if math.isfinite(found) else "a finite number"
         raise ValueError(f"{quoted(value)}, which is not {what}; correct it, or leave it empty if the step has none")
     return found
@@ -74,7 +69,7 @@ def step_number(value: Any) -> int:
     found = number(value)
     if found is None:
         raise ValueError("empty; a row with figures needs its step")
-    if found != int(found) or not 0 <= found < FULL:
+    if found != int(found) or not 0 <= found < STEP_LIMIT:
         raise ValueError(f"{quoted(value)}; a step is an integer from 0: correct it")
     return int(found)
 

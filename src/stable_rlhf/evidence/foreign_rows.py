@@ -13,7 +13,7 @@ from typing import Any
 
 from stable_rlhf.errors import RunError
 from stable_rlhf.evidence.outcome import flat
-from stable_rlhf.report import LARGEST_FIGURE, STEP_LIMIT
+from stable_rlhf.runs import LARGEST_FIGURE, STEP_LIMIT
 from stable_rlhf.text import counted, quoted
 
 CSV = (".csv", ".tsv")

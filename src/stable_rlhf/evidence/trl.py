@@ -31,7 +31,7 @@ from typing import Any
 from stable_rlhf.errors import RunError
 from stable_rlhf.evidence.foreign_rows import Table, number
 from stable_rlhf.evidence.mapping import Column, understood
-from stable_rlhf.report import STEP_LIMIT
+from stable_rlhf.runs import STEP_LIMIT
 from stable_rlhf.text import quoted
 
 STATE = "trainer_state.json"

@@ -10,16 +10,14 @@ from stable_rlhf.report.figures import COLOURS
 from stable_rlhf.report.html import write_report
 from stable_rlhf.report.page import page_of, shown, write_page
 from stable_rlhf.report.plots import figure, series, ticks_across, ticks_up
-from stable_rlhf.report.run import LARGEST_FIGURE, STEP_LIMIT, Headline, Run, headline, read_run
+from stable_rlhf.report.run import Headline, Run, headline, read_run
 from stable_rlhf.report.summary import closing_line, print_summary
 from stable_rlhf.report.verdict import Tone, verdict
 from stable_rlhf.report.watch import watch
 
 __all__ = [
     "COLOURS",
-    "LARGEST_FIGURE",
     "SIZE",
-    "STEP_LIMIT",
     "Axis",
     "Facts",
     "Headline",

@@ -28,7 +28,7 @@ TICKS_UP, TICKS_ACROSS = 5, 6
 
 def series(rows: Rows, metric: str) -> tuple[list[int], list[float]]:
     """The steps that have a value, and the values."""
-    pairs = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    pairs = [(row["step"], value) for row in rows if (value := row.get(metric)) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 

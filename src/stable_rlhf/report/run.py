@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import os
-import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,6 @@ from stable_rlhf.report.crashes import RewardCrash, moving_average, reward_crash
 from stable_rlhf.report.plots import series
 from stable_rlhf.runs import RunLock, incidents, read_rows, starts
 from stable_rlhf.runs import evaluation as runs_evaluation
-
-LARGEST_FIGURE = 1e100
-"""Of a figure. Squares and sums of larger ones leave the numbers of a float, and none is a reward or a KL."""
-
-STEP_LIMIT = 2**53
-"""Steps from here on are not exact as a float, and no run has so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +95,6 @@ def _read(path: Path, with_completions: bool) -> Run:
     evaluation = _read_evaluation(path / "evaluation.json", rows[-1]["step"] + 1, notes)
     step, completions = _read_completions(path / "completions", notes) if with_completions else (None, ())
     timings = read_rows(path / "timings.jsonl")[0] if (path / "timings.jsonl").is_file() else []
-    for name, read in (("metrics.jsonl", rows), ("timings.jsonl", timings)):
-        for number, row in enumerate(read, start=1):
-            _refuse_huge(row, f"{path / name}:{number}")
     return Run(
         path=path,
         rows=tuple(rows),
@@ -140,16 +129,6 @@ def headline(run: Run) -> Headline:
     )
 
 
-def _refuse_huge(row: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for a figure or a step that no run has: no sum or square of it could be taken."""
-    if row["step"] >= STEP_LIMIT:
-        raise ValueError(f"{where}: step is {reprlib.repr(row['step'])}; no run has so many: repair it")
-    for name, value in row.items():
-        if type(value) in (float, int) and not -LARGEST_FIGURE <= value <= LARGEST_FIGURE:
-            limit = f"a figure is at most {LARGEST_FIGURE:g} in size"
-            raise ValueError(f"{where}: {name} is {reprlib.repr(value)}; {limit}: repair it")
-
-
 def _read_config(path: Path, notes: list[str]) -> tuple[str | None, dict[str, Any]]:
     if not path.is_file():
         notes.append("config.yaml is missing: the preset and the number of steps are unknown.")
@@ -174,8 +153,7 @@ def _read_evaluation(path: Path, steps: int, notes: list[str]) -> dict[str, Any]
         if not isinstance(evaluation, dict):
             raise TypeError(f"expected an object, found {type(evaluation).__name__}")
         runs_evaluation.evaluation_rows(evaluation)
-        for row in runs_evaluation.measured_rows(evaluation, steps):
-            _refuse_huge(row, f"step {reprlib.repr(row['step'])}")
+        runs_evaluation.measured_rows(evaluation, steps)
         if not all(isinstance(sample, dict) for sample in evaluation.get("samples", [])):
             raise TypeError("`samples` must be a list of objects")
     except (ValueError, TypeError, RecursionError) as error:

@@ -13,8 +13,8 @@ from typing import Any
 
 from stable_rlhf.errors import RunError
 from stable_rlhf.files import replace_text
-from stable_rlhf.runs.metrics import check_value
-from stable_rlhf.text import clipped, formatted, printable
+from stable_rlhf.runs.metrics import STEP_LIMIT, check_size, check_value
+from stable_rlhf.text import clipped, formatted, printable, quoted
 
 TEXT_LIMIT = 20_000
 """Characters kept of a sample's prompt and completion. They are for reading: 16 prompts of 10 MB would be 160 MB."""
@@ -115,8 +115,10 @@ def measured_rows(evaluation: Mapping[str, Any], steps: int) -> list[dict[str, A
         rows.append({**evaluation["after"], "step": steps})
     for row in rows:
         for name, value in row.items():
-            check_value(f"{name} of step {row['step']} in evaluation.json", value)
-    if any(one["step"] >= other["step"] for one, other in itertools.pairwise(rows)):
+            where = f"{name} of step {quoted(row['step'])} in evaluation.json"
+            check_value(where, value)
+            check_size(where, value)
+    if any(one["step"] >= other["step"] for one, other in itertools.pairwise(rows)) or rows[-1]["step"] >= STEP_LIMIT:
         raise ValueError("evaluation.json: the steps of `during` must be above 0 and increase; remove the file")
     return rows
 

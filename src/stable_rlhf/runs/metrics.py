@@ -28,6 +28,12 @@ _COMPLETIONS = pa.schema(
     [("prompt", "string"), ("completion", "string"), ("score", "float64"), ("length", "int32"), ("kl", "float64")]
 )
 
+LARGEST_FIGURE = 1e100
+"""Squares and sums of larger ones leave the numbers of a float, and none is a reward or a KL."""
+
+STEP_LIMIT = 2**53
+"""Steps from here on are not exact as a float, and no run has so many."""
+
 _DECODER = json.JSONDecoder(parse_constant=finite)
 """One for all lines. A number beyond float64 becomes infinite, which is looked for afterwards."""
 
@@ -49,16 +55,21 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
                 break
             raise RunError(f"{path}:{number}: not a JSON object ({error}); repair or remove this line") from error
         step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise RunError(f"{path}:{number}: a row needs an integer `step` from 0, found {step!r}; repair this line")
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < STEP_LIMIT:
+            found = quoted(step)
+            raise RunError(f"{path}:{number}: a row needs an integer `step` from 0, found {found}; repair this line")
         if rows and step <= rows[-1]["step"]:
             raise RunError(f"{path}:{number}: step {step} follows step {rows[-1]['step']}; steps must increase")
         for name, value in row.items():
-            text = name in TEXT_METRICS
-            if type(value) is float and math.isfinite(value) and not text:  # as nearly all; comparisons read millions
+            text, kind = name in TEXT_METRICS, type(value)
+            if kind is float and -LARGEST_FIGURE <= value <= LARGEST_FIGURE and not text:  # comparisons read millions
+                continue
+            if kind is int and -STEP_LIMIT < value < STEP_LIMIT and not text:
                 continue
             try:
                 check_value(f"{path}:{number}: {name}", value, text=text)
+                if not name.startswith("user/"):
+                    check_size(f"{path}:{number}: {name}", value)
             except ValueError as error:
                 raise RunError(str(error)) from error
         rows.append(row)
@@ -167,3 +178,10 @@ def check_value(name: str, value: Any, *, text: bool = False) -> None:
     if not known:
         remedy = "write None if it has no value here, otherwise fix its computation"
         raise ValueError(f"{name} is {quoted(value)}: {remedy}")
+
+
+def check_size(name: str, value: float | str | None) -> None:
+    """Raises ValueError for a number of which no sum or square can be taken."""
+    if isinstance(value, (int, float)) and abs(value) > LARGEST_FIGURE:
+        limit = f"a figure of a run is at most {LARGEST_FIGURE:g} in size"
+        raise ValueError(f"{name} is {quoted(value)}: {limit}: repair it")

@@ -74,7 +74,7 @@ def test_a_setting_that_no_run_has_is_refused() -> None:
         arms_of([outcome("a", preset="x"), outcome("b", preset="y")], ["zzz"])
 
 
-@pytest.mark.parametrize("name", ["data", "reward", "model", "stable-rlhf", "code"])
+@pytest.mark.parametrize("name", ["data", "reward", "model", "stable-rlhf", "code", "device"])
 def test_arms_with_other_inputs_are_not_comparable(name: str) -> None:
     ours, theirs = (
         [replace(outcome(f"{preset}{seed}", preset=preset, seed=seed), inputs={name: value}) for seed in (0, 1)]

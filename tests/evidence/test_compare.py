@@ -171,6 +171,18 @@ def test_a_share_is_compared_by_fishers_exact_test_and_has_no_iqm() -> None:
     assert "iqm" not in json.loads(to_json(made))["arms"][1]["figures"]["healthy"]
 
 
+def test_arms_that_pool_different_settings_are_said() -> None:
+    given = [
+        outcome(f"{preset}{rate}{seed}", preset=preset, rate=rate, seed=seed)
+        for preset, rates in (("a", (1, 2)), ("b", (2,)))
+        for rate in rates
+        for seed in range(5)
+    ]
+    assert "different settings (a has rate=1, b does not)" in sentences(compare(given, ["preset"]))
+    assert "different settings" not in sentences(compare(given[5:], ["preset"]))
+    assert "different settings" not in sentences(compare(given))
+
+
 def test_several_runs_of_one_seed_are_said() -> None:
     given = runs(a=PPO, b=SAFE)
     twice = compare([*given, replace(given[0], name="a copy")])

@@ -161,5 +161,12 @@ def test_values_that_float32_does_not_have_are_the_largest_that_it_has(tmp_path:
     assert reached(found, 1.0) is None  # the mean of twenty is 0
 
 
+def test_the_device_is_an_input_without_its_number(tmp_path: Path) -> None:
+    for device, name in (("cuda:1, NVIDIA H100", "NVIDIA H100"), ("cpu", "cpu")):
+        start = {"time": "2026-01-01", "device": device}
+        found = read(write_run(tmp_path / name, rows(2), starts=[start]))
+        assert found.inputs["device"] == name
+
+
 def test_settings_are_flat() -> None:
     assert flat({"kl": {"settings": {"budget": 0.3}}, "seed": 1}) == {"kl.settings.budget": 0.3, "seed": 1}

@@ -23,6 +23,7 @@ INPUTS = {
     "stable-rlhf": "the version of this package",
     "torch": "the version of torch",
     "transformers": "the version of transformers",
+    "device": "the device, on which seconds and memory depend,",
 }
 """What arms must share -> in words."""
 

@@ -284,6 +284,14 @@ def _warnings(runs: Sequence[Outcome], arms: Sequence[Arm]) -> list[str]:
             f"an arm has {fewest} runs: with fewer than {FEW}, an interval rests on how the runs are distributed as "
             "much as on the runs, and only large differences show"
         )
+    strata = [{stratum for stratum, _ in arm.runs} for arm in arms]
+    if max(map(len, strata)) > 1 and (other := next((n for n, each in enumerate(strata) if each != strata[0]), 0)):
+        stratum = min(strata[0] ^ strata[other])
+        has, lacks = (arms[0], arms[other]) if stratum in strata[0] else (arms[other], arms[0])
+        sentences.append(
+            f"arms hold runs of different settings ({has.name} has {stratum}, {lacks.name} does not): a difference "
+            "between them may be that of these settings"
+        )
     for arm in arms:
         seeds = Counter((at[0], run.seed) for at, run in arm.runs.items() if run.seed is not None)
         if repeated := [seed for (_, seed), count in seeds.items() if count > 1]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stable_rlhf.errors import ConfigError, Exit
 from stable_rlhf.evidence.outcome import Outcome, Status, flat, read_outcome
-from stable_rlhf.evidence.peers import is_foreign, read_foreign
+from stable_rlhf.evidence.peers import is_foreign, is_table, read_foreign
 from stable_rlhf.runs import sweeps
 
 
@@ -18,8 +18,11 @@ def find_outcomes(paths: Sequence[Path], mapping: Path | None = None) -> list[Ou
     """The outcomes of runs, of the cells of sweeps and of foreign logs, each under a name of its own.
 
     ``mapping``: what the columns of a CSV or JSONL mean (evidence/peers.py). What cannot be read is an outcome that
-    says so. Raises ConfigError for a path that is given twice, RunError for a sweep whose own files cannot be read.
+    says so. Raises ConfigError for a path that is given twice and for a mapping that no path needs, RunError for a
+    sweep whose own files cannot be read.
     """
+    if mapping is not None and not any(is_table(path) for path in paths):
+        raise ConfigError(f"--mapping {mapping}: has no effect, as no CSV or JSON-lines file is given; leave it out")
     seen: set[str] = set()
     found: list[tuple[Path, Outcome]] = []
     for path in paths:

@@ -69,7 +69,6 @@ class Outcome:
     """Flat: `optim.learning_rate` -> 1e-4."""
     inputs: Mapping[str, str] = field(default_factory=dict)
     """What arms must share to be comparable -> its name or digest."""
-    device: str | None = None
     steps: int = 0
     figures: Mapping[str, float] = field(default_factory=dict)
     """Key of a measure -> value."""
@@ -109,7 +108,6 @@ def outcome(run: Run, name: str) -> Outcome:
         why=why,
         settings=settings,
         inputs=_inputs(run, settings),
-        device=run.starts[-1]["device"] if run.starts else None,
         steps=run.rows[-1]["step"] + 1,
         figures=_figures(run, status, head, facts),
         curves={metric: _array(pairs) for metric in CURVES if (pairs := series(run.rows, metric))[0]},
@@ -210,6 +208,7 @@ def _inputs(run: Run, settings: Mapping[str, Any]) -> dict[str, str]:
     }
     if run.starts:
         start = run.starts[-1]
+        given["device"] = start["device"].rpartition(", ")[2]  # not the number of one of several alike
         given |= {name: value for name, value in (start.get("inputs") or {}).items() if value is not None}
         versions = start.get("versions")
         if isinstance(versions, Mapping):

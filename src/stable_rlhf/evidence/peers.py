@@ -41,13 +41,17 @@ class _Log:
     notes: list[str] = field(default_factory=list)
 
 
+def is_table(path: Path) -> bool:
+    """Whether its name is that of a CSV or JSON-lines file."""
+    return path.suffix.lower() in (*CSV, *JSON_LINES)
+
+
 def is_foreign(path: Path) -> bool:
     """Whether it is another trainer's log: a CSV or JSON-lines file, a trainer_state.json, or a folder that holds one,
     itself or in checkpoint-N. A run folder of ours is not."""
     if os.path.isdir(path):
         return not os.path.lexists(path / "metrics.jsonl") and trl.state_file(path) is not None
-    named = path.name == trl.STATE or path.suffix.lower() in (*CSV, *JSON_LINES)
-    return named and os.path.isfile(path)
+    return (path.name == trl.STATE or is_table(path)) and os.path.isfile(path)
 
 
 def read_foreign(path: Path, mapping: Path | None = None) -> Outcome:

@@ -99,7 +99,8 @@ def read_cells(sweep: Path) -> dict[str, dict[str, Any]]:
     asked = _mapping(sweep / ASKED)
     names = asked.get("cells")
     if not isinstance(names, list) or not all(isinstance(name, str) and "/" not in name for name in names):
-        raise RunError(f"{sweep / ASKED}: its `cells` is no list of names; run the sweep's command again")
+        remedy = "run the sweep's command again, which repeats no complete cell, or give the runs in its folder `cells`"
+        raise RunError(f"{sweep / ASKED}: it has no list `cells` of names, as older versions wrote it; {remedy}")
     files = {name: settings_file(sweep, name) for name in names}
     return {name: _mapping(file) if file.exists() else {} for name, file in files.items()}
 

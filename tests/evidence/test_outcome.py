@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from stable_rlhf.evidence.compare import compare, to_json
 from stable_rlhf.evidence.outcome import LARGEST, Outcome, Status, flat, reached, read_outcome
+from stable_rlhf.evidence.page import rendered
 from tests.evidence.outcomes import SCORES, incident, write_run
 
 
@@ -169,4 +171,19 @@ def test_the_device_is_an_input_without_its_number(tmp_path: Path) -> None:
 
 
 def test_settings_are_flat() -> None:
-    assert flat({"kl": {"settings": {"budget": 0.3}}, "seed": 1}) == {"kl.settings.budget": 0.3, "seed": 1}
+    assert flat({"kl": {"settings": {"budget": 0.3}}, "seed": 1, 2: 3}) == {
+        "kl.settings.budget": 0.3,
+        "seed": 1,
+        "2": 3,
+    }
+
+
+def test_a_comparison_shows_no_secret_of_a_url(tmp_path: Path) -> None:
+    found = []
+    for host in ("host1", "host2"):
+        url = f"https://me:hunter2@{host}/score?key=hunter2"
+        found.append(read_outcome(write_run(tmp_path / host, rows(30), config={"reward": {"functions": [url]}}), host))
+    made = compare(found)
+    assert "host1" in rendered(made)
+    assert "hunter2" not in rendered(made)
+    assert "hunter2" not in to_json(made)

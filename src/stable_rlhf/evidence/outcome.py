@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from stable_rlhf.config import flat_settings
 from stable_rlhf.control import WINDOW
 from stable_rlhf.errors import RunError
 from stable_rlhf.evidence.measures import END, NEAR
@@ -109,7 +110,7 @@ def outcome(run: Run, name: str) -> Outcome:
         settings=settings,
         inputs=_inputs(run, settings),
         steps=run.rows[-1]["step"] + 1,
-        figures=_figures(run, status, head, facts),
+        figures=_figures(run, settings, status, head, facts),
         curves={metric: _array(pairs) for metric in CURVES if (pairs := series(run.rows, metric))[0]},
         seconds=_seconds(run),
         gold=_gold(run),
@@ -117,7 +118,7 @@ def outcome(run: Run, name: str) -> Outcome:
     )
 
 
-def _figures(run: Run, status: Status, head: Headline, facts: Facts) -> dict[str, float]:
+def _figures(run: Run, settings: Mapping[str, Any], status: Status, head: Headline, facts: Facts) -> dict[str, float]:
     """Key of a measure -> value. Steps that the guard undid are left out of means at the end and over the run."""
     undone = {incident["step"] for incident in run.incidents if incident["action"] != "skip"}
     rows = [row for row in run.rows if row["step"] not in undone] or list(run.rows)
@@ -146,7 +147,7 @@ def _figures(run: Run, status: Status, head: Headline, facts: Facts) -> dict[str
         "length/final": "completions/mean_length",
     }.items():
         found[key] = _mean(series(rows, metric)[1][-END:])
-    if run.incidents or flat(run.config).get("guard.enabled"):  # elsewhere nobody counts
+    if run.incidents or settings.get("guard.enabled"):  # elsewhere nobody counts
         found |= {"incidents": float(acted.total()), "rollbacks": float(acted["roll back"] + acted["stop"])}
         found["skipped"] = acted["skip"] + math.fsum(series(run.rows, "policy/skipped_steps")[1])
     if scaled := series(run.rows, "safe/scaled_steps")[1]:
@@ -178,15 +179,9 @@ def with_figures(found: Outcome, more: Mapping[str, float]) -> Outcome:
     return replace(found, figures={**found.figures, **more})
 
 
-def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings by their names on the command line."""
-    made: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            made |= flat(value, f"{before}{name}.")
-        else:
-            made[f"{before}{name}"] = value
-    return made
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by their names on the command line, without the secrets of URLs: a page is shown to others."""
+    return {str(name): value for name, value in flat_settings(settings).items()}
 
 
 def _status(run: Run, facts: Facts) -> tuple[Status, str | None]:

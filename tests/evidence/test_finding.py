@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 import yaml
 
 from stable_rlhf.cli.main import main
-from stable_rlhf.errors import ConfigError, RunError
+from stable_rlhf.errors import ConfigError, Exit, RunError
 from stable_rlhf.evidence import find_outcomes
-from stable_rlhf.evidence.outcome import Status
-from stable_rlhf.runs import sweeps
+from stable_rlhf.evidence.outcome import Outcome, Status
+from stable_rlhf.runs import RunLock, sweeps
 from tests.evidence.outcomes import SCORES, incident, write_run
 
 ROWS: list[dict[str, Any]] = [{SCORES: 0.25}, {SCORES: 0.75}]
@@ -60,7 +61,7 @@ def test_every_cell_of_a_sweep_is_a_row_that_says_how_it_ended(sweep: Path) -> N
 
 def test_a_sweep_whose_own_files_are_broken_is_refused_with_the_file(sweep: Path) -> None:
     (sweep / sweeps.ASKED).write_text("cells: 3\n")
-    with pytest.raises(RunError, match=r"sweep\.yaml: its `cells` is no list of names"):
+    with pytest.raises(RunError, match=r"sweep\.yaml: it has no list `cells` of names, as older versions wrote it"):
         find_outcomes([sweep])
     (sweep / sweeps.ASKED).write_text("cells: [\n")
     with pytest.raises(RunError, match=r"sweep\.yaml: cannot be read as YAML"):
@@ -86,6 +87,90 @@ def test_a_peers_log_is_an_outcome_of_its_own_name(tmp_path: Path) -> None:
     (tmp_path / "grpo-seed3.csv").write_text(f"step,{SCORES}\n1,0.25\n2,0.75\n")
     (found,) = find_outcomes([tmp_path / "grpo-seed3.csv"])
     assert (found.name, found.seed, found.figures["reward/average"]) == ("grpo-seed3.csv", 3, 0.5)
+
+
+def ended(folder: Path, ends: Mapping[str, int]) -> Path:
+    """Cells by name -> exit code; each did 2 of 4 steps."""
+    (folder / "settings").mkdir(parents=True)
+    asked = {"version": 1, "base": {}, "grid": {}, "seeds": [0], "cells": [*ends, "seed=99"]}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(asked))
+    (folder / "settings" / "seed=99.yaml").write_text("preset: safe\nseed: 99\n")
+    for name, code in ends.items():
+        write_run(folder / "cells" / name, [{SCORES: 1.0}] * 2, config={"max_steps": 4})
+        sweeps.record_outcome(folder, name, code, "out of memory" if code else None, 1.0)
+    return folder
+
+
+def one(found: list[Outcome], name: str) -> Outcome:
+    return next(each for each in found if each.name == name)
+
+
+def test_a_cell_that_failed_has_crashed_and_one_that_somebody_stopped_is_unfinished(tmp_path: Path) -> None:
+    codes = {"failed": Exit.FAILED, "stopped": Exit.INTERRUPTED, "killed": -9, "terminated": Exit.TERMINATED}
+    found = find_outcomes([ended(tmp_path / "a sweep", codes)])
+    assert one(found, "failed").status is Status.CRASHED
+    assert "exit code 1: out of memory" in (one(found, "failed").why or "")
+    assert one(found, "failed").figures["healthy"] == 0.0
+    for name in ("stopped", "killed", "terminated"):  # the same command continues them: they are no result
+        assert one(found, name).status is Status.UNFINISHED
+        assert "healthy" not in one(found, name).figures
+    assert (one(found, "seed=99").why, one(found, "seed=99").seed) == ("it has not begun", 99)
+
+
+def test_a_cell_that_failed_before_and_runs_again_is_running(tmp_path: Path) -> None:
+    folder = ended(tmp_path / "sweep", {"again": Exit.FAILED})
+    lock = RunLock(folder / "cells" / "again")
+    lock.take()
+    try:
+        found = one(find_outcomes([folder]), "again")
+    finally:
+        lock.release()
+    assert found.status is Status.RUNNING
+    assert "healthy" not in found.figures
+
+
+def test_a_run_counts_once(tmp_path: Path) -> None:
+    folder = ended(tmp_path / "sweep", {"cell": Exit.DONE})
+    with pytest.raises(ConfigError, match="cell is given twice, by itself and as a cell of its sweep"):
+        find_outcomes([folder / "cells" / "cell", folder])
+
+
+def test_a_mapping_that_no_path_needs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--mapping m\.yaml: has no effect, as no CSV or JSON-lines file is given"):
+        find_outcomes([write_run(tmp_path / "run", [{SCORES: 1.0}])], Path("m.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        (
+            "metrics.jsonl",
+            {"step": 2, SCORES: 1e300},
+            "metrics.jsonl:3: objective/scores is 1e+300: a figure",
+        ),
+        ("metrics.jsonl", {"step": 2, SCORES: 10**400}, "metrics.jsonl:3: objective/scores is 1000"),
+        (
+            "metrics.jsonl",
+            {"step": 10**30, SCORES: 1.0},
+            "metrics.jsonl:3: a row needs an integer `step`",
+        ),
+        ("starts.jsonl", {"time": "2026-01-01", "device": "cpu", "inputs": [1]}, "starts.jsonl:1: not a start"),
+        (
+            "evaluation.json",
+            {"before": {"reward": 1}, "after": {"reward": 1e300}},
+            "reward of step 2 in evaluation.json",
+        ),
+    ],
+)
+def test_a_figure_of_which_no_mean_can_be_taken_is_a_broken_run(
+    tmp_path: Path, file: str, line: Mapping[str, object], said: str
+) -> None:
+    run = write_run(tmp_path / "run", [{SCORES: 1.0}] * 2)
+    with (run / file).open("a") as opened:
+        opened.write(json.dumps(line) + "\n")
+    [found] = find_outcomes([run])
+    assert found.status is Status.BROKEN
+    assert said in (found.why or "")
 
 
 # -- the command ----------------------------------------------------------------------------------------------------

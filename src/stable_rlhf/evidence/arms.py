@@ -99,7 +99,7 @@ def in_order_of_values(arms: Sequence[Arm]) -> list[Arm]:
     order: dict[str, dict[str, float]] = {}
     for name in arms[0].by if arms else ():
         values = list(dict.fromkeys(arm.by[name] for arm in arms))
-        numbers = [_number(value) for value in values]
+        numbers = [number_in(value) for value in values]
         known = [number for number in numbers if number is not None]
         ranks = known if len(known) == len(values) else range(len(values))
         order[name] = dict(zip(values, ranks, strict=True))
@@ -146,7 +146,8 @@ def value_text(settings: Mapping[str, Any], name: str) -> str:
     return format(value, ".12g") if isinstance(value, float) else json.dumps(value, default=str)
 
 
-def _number(text: str) -> float | None:
+def number_in(text: str) -> float | None:
+    """The number that a value is; None for another text."""
     try:
         return float(text)
     except ValueError:

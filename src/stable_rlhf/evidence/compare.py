@@ -85,8 +85,7 @@ class Comparison:
 
 def compare(runs: Sequence[Outcome], by: Sequence[str] | None = None, baseline: str | None = None) -> Comparison:
     """Compares the arms. ``by``: the settings that make an arm; by default all in which the runs differ.
-    ``baseline``: the name of an arm; by default that of the
-    first run.
+    ``baseline``: the name of an arm; by default that of the first run.
 
     Raises ConfigError for a setting or an arm that does not exist, and where no run can be read.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stable_rlhf.evidence.arms import ABSENT
+from stable_rlhf.evidence.arms import ABSENT, number_in
 from stable_rlhf.evidence.compare import Comparison
 
 STEPS = 5
@@ -83,16 +83,9 @@ def _share(made: Comparison, at: dict[str, str]) -> Share | None:
 
 def _numbers(values: set[str]) -> bool:
     known = values - {ABSENT}
-    return len(known) > 1 and all(_number(value) is not None for value in known)
-
-
-def _number(value: str) -> float | None:
-    try:
-        return float(value)
-    except ValueError:
-        return None
+    return len(known) > 1 and all(number_in(value) is not None for value in known)
 
 
 def _ordered(values: set[str]) -> tuple[str, ...]:
     """Numbers by size, then texts."""
-    return tuple(sorted(values, key=lambda value: (_number(value) is None, _number(value) or 0.0, value)))
+    return tuple(sorted(values, key=lambda value: (number_in(value) is None, number_in(value) or 0.0, value)))

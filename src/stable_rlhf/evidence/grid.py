@@ -314,9 +314,6 @@ def _refuse_shared_uploads(cells: Sequence[Cell]) -> None:
         raise ConfigError(f"hub_model_id={quoted(uploads[0].config.hub_model_id)}: {remedy}")
 
 
-# -- names and values -----------------------------------------------------------------------------------------------
-
-
 def _file_name(settled: Mapping[str, str]) -> str:
     """``setting=value,setting=value`` as file systems and shells take it: other characters are escaped as in URLs. A
     long name ends in a hash."""

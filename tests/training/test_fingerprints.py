@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -129,3 +130,15 @@ def test_digests_tell_data_and_rewards_apart_and_are_unknown_where_a_reward_is(t
     assert [other_data.digests()[name] == base[name] for name in ("data", "reward")] == [False, True]
     assert [other_reward.digests()[name] == base[name] for name in ("data", "reward")] == [True, False]
     assert inputs(tokenizer, reward=len).digests()["reward"] is None
+
+
+def test_runs_of_other_seeds_hold_out_other_rows_of_the_same_data(tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    data = {"train": str(tmp_path / "prompts.jsonl"), "eval_size": 2}
+    runs = [
+        trainer(settings(tmp_path / str(seed), seed=seed, data=data), tokenizer, letters, train_dataset=None)
+        for seed in (0, 1)
+    ]
+    held_out = [[*run.inputs.data[1][1]["prompt"]] for run in runs]
+    assert held_out[0] != held_out[1]
+    assert runs[0].inputs.digests() == runs[1].inputs.digests()

@@ -11,7 +11,7 @@ import re
 import textwrap
 import tokenize
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from stable_rlhf.console import tell
@@ -44,6 +44,15 @@ def data_fingerprint(dataset: Any, encoded: EncodedPrompts) -> dict[str, Any]:
         "token ids": ids.hexdigest(),
         "columns": {name: digest.hexdigest() for name, digest in columns.items()},
     }
+
+
+def row_digests(dataset: Any, encoded: EncodedPrompts) -> Iterator[str]:
+    """A digest of each row: of its prompt's token ids and of its columns."""
+    columns = sorted(dataset.column_names)
+    tables = dataset.with_format("arrow").iter(batch_size=BATCH)
+    rows = (row for table in tables for row in zip(*(table.column(name).to_pylist() for name in columns), strict=True))
+    for ids, row in zip(encoded.input_ids, rows, strict=True):
+        yield _digest([repr(list(ids)), repr(columns), repr(row)])
 
 
 def reward_fingerprint(function: Any) -> str | None:
@@ -112,14 +121,25 @@ class SameInputs:
         return self._own
 
     def digests(self) -> dict[str, str | None]:
-        """One of the training data as the policy reads it, one of the rewards; None where a reward has none."""
-        data, rewards = next(iter(self._own["data"].values())), self._own["rewards"]
-        read = [self._own["tokenizer"], self._own["chat template"], json.dumps(data, sort_keys=True)]
+        """One of the data as the policy reads it, one of the rewards; None for a stream, or where a reward has none.
+
+        That of the data is of all rows, held-out ones too, in no order: which rows are held out, and the order of the
+        others, depend on the seed, and runs of several seeds are of the same data.
+        """
+        rewards = self._own["rewards"]
         known = None not in rewards.values()
         return {
-            "data": None if data is None else _digest(read),
+            "data": None
+            if any(ids is None and rows is not None for _, rows, ids in self.data)
+            else self._data_digest(),
             "reward": _digest([json.dumps(rewards, sort_keys=True)]) if known else None,
         }
+
+    def _data_digest(self) -> str:
+        rows = sorted(
+            digest for _, dataset, ids in self.data if ids is not None for digest in row_digests(dataset, ids)
+        )
+        return _digest([self._own["tokenizer"], self._own["chat template"], *rows])
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Raises CheckpointError for the first of them that differs; the message names it and the remedy."""

@@ -320,6 +320,22 @@ def test_names_of_trl_are_understood_in_a_table(tmp_path: Path) -> None:
     assert found.figures["kl/max"] == 0.3
 
 
+@pytest.mark.parametrize(
+    "columns", ["train/global_step,train/reward,train/kl", "step,reward,kl", "step,reward,loss,grad_norm,learning_rate"]
+)
+def test_the_name_of_trls_reward_is_enough(tmp_path: Path, columns: str) -> None:
+    rows = [",".join(map(str, row[: columns.count(",") + 1])) for row in ((1, 0.5, 0.1, 9, 9), (2, 1.5, 0.3, 9, 9))]
+    found = read_foreign(written(tmp_path / "log.csv", "\n".join([columns, *rows, ""])))
+    assert (found.status, found.figures["reward/average"]) == (Status.FINISHED, 1.0)
+    assert found.figures.get("kl/max") == (0.3 if "kl" in columns else None)
+    assert "Its columns have TRL's names, so they are read in TRL's units." in found.notes
+
+
+def test_our_reward_is_read_where_a_table_has_trls_name_too(tmp_path: Path) -> None:
+    found = read_foreign(written(tmp_path / "log.csv", "step,objective/scores,reward\n0,1,9\n1,2,9\n"))
+    assert found.figures["reward/average"] == 1.5
+
+
 def test_a_kl_of_trls_ppo_is_not_taken_for_ours(tmp_path: Path) -> None:
     text = "step,objective/kl,objective/scores,val/num_eos_tokens\n1,12,0.5,3\n2,14,0.5,3\n"
     found = read_foreign(written(tmp_path / "ppo.csv", text))
@@ -426,6 +442,14 @@ def test_a_column_that_is_not_there_is_named_with_the_nearest(tmp_path: Path, ma
         ("step: s\nobjective/scores: r\nmax_steps: many", "max_steps is 'many'"),
         ("step: s\nobjective/scores: r\nsettings: [1]", "settings is [1]"),
         ("step: s\nsafe/reason: r", "safe/reason is not a metric"),
+        (
+            "step: s\nreward: r",
+            "reward is not a metric (a mapping is `metric: column`); did you mean objective/scores?",
+        ),
+        ("step: s\ntrain/kl: r", "did you mean objective/kl?"),
+        ("step: s\ncompletion_length: r", "did you mean completions/mean_length?"),
+        ("step: s\nstep_time: r", "did you mean total_s?"),
+        ("step: s\nzzz: r", "(a mapping is `metric: column`); docs/metrics.md has the names"),
         ("- 1", "is a list"),
         ("step: s\nstep: t", "given twice"),
     ],

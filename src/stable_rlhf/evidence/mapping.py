@@ -38,6 +38,15 @@ anything."""
 
 _OWN_REWARD = re.compile(r"rewards/[^/]+/mean|user/.+")
 
+_OTHERS = {
+    **dict.fromkeys(("reward", "rewards", "mean_reward", "reward_mean", "score", "return"), "objective/scores"),
+    **dict.fromkeys(("reward_std", "rewards_std"), "objective/scores_std"),
+    **dict.fromkeys(("length", "completion_length", "response_length"), "completions/mean_length"),
+    **dict.fromkeys(("step_time", "seconds"), "total_s"),
+    **dict.fromkeys(("global_step", "iteration", "epoch"), "step"),
+}
+"""Names of TRL and other trainers that are no part of ours -> the metric that is meant."""
+
 SHOWN = 20
 """Columns that an error lists."""
 
@@ -148,9 +157,9 @@ def not_understood(table: Table) -> RunError:
 def _column(path: Path, metric: str, given: Any) -> Column:
     known = [name for name in (*METRICS, *TIMINGS) if name not in TEXT_METRICS and "<" not in name]
     if metric not in known and not _OWN_REWARD.fullmatch(metric):
-        close = difflib.get_close_matches(metric, (*known, *CONSTANTS), n=1)
-        meant = f"did you mean {close[0]}?" if close else "docs/metrics.md has the names"
-        raise ConfigError(f"{path}: {metric} is not a metric: {meant} A mapping is `metric: column`")
+        meant = _meant(metric, (*known, *CONSTANTS))
+        hint = "docs/metrics.md has the names" if meant is None else f"did you mean {meant}?"
+        raise ConfigError(f"{path}: {metric} is not a metric (a mapping is `metric: column`); {hint}")
     if isinstance(given, str):
         return Column(given)
     fields = given if isinstance(given, Mapping) else {}
@@ -166,6 +175,15 @@ def _column(path: Path, metric: str, given: Any) -> Column:
     if metric == "step" and len(fields) > 1:
         raise ConfigError(f"{path}: step is {quoted(given)}; steps are not scaled: give their column")
     return Column(fields["column"], float(scale), fields.get("per"))
+
+
+def _meant(name: str, known: Iterable[str]) -> str | None:
+    """The name of ours that was meant: that of another trainer's name, one that ends like it, or the nearest."""
+    names = list(known)
+    short = name.removeprefix("train/")
+    ends = [each for each in names if each.rpartition("/")[2] == short]
+    close = difflib.get_close_matches(name, names, n=1)
+    return _OTHERS.get(short) or next(iter(ends or close), None)
 
 
 def _step(table: Table, place: int, record: Mapping[str, Any], name: str, last: int) -> int:

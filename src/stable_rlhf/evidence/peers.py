@@ -192,7 +192,8 @@ def _read_table(path: Path, given: MetricMapping | None) -> _Log:
     elif known := trl.columns_of(table.columns):
         framework, columns, units = known
         settings["framework"] = framework
-        notes += [*units, *trl.notes_on(framework, columns)]
+        notes += ["Its columns have TRL's names, so they are read in TRL's units.", *units]
+        notes += trl.notes_on(framework, columns)
     else:
         columns = own_columns(table.columns)
         notes.append("Its columns have our names, so they are read in our units (KL and entropy in nats per token).")

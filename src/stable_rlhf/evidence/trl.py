@@ -66,7 +66,6 @@ _PPO: dict[str, tuple[str, ...]] = {
 _PPO_SUMS = ("objective/kl", "objective/entropy")
 """Sums over each answer, which the mean length makes means over tokens: the ratio of both means is exactly that."""
 
-_OF_GROUPS = ("frac_reward_zero_std", "reward_std", "completions/mean_length", "completion_length")
 _OF_PPO = ("eps", "val/num_eos_tokens", "ppo/mean_scores")
 """Columns that a log of ours never has: `objective/kl` alone may be either's, in another unit."""
 _OF_GRPO = ("policy_loss", "entropy_coef", "cispo_clip_ratio", "clip_ratio")
@@ -148,12 +147,13 @@ def read_beside(state: Path) -> dict[str, Any]:
 def columns_of(columns: Iterable[str], *, certain: bool = False) -> tuple[str, dict[str, Column], list[str]] | None:
     """(trainer, metric -> column, notes on units) where the columns are TRL's, otherwise None.
 
-    certain: whether they cannot be ours, since they come from a trainer_state.json.
+    certain: whether they cannot be ours, since they come from a trainer_state.json. In a table, `reward` is TRL's name
+    unless the table has ours, `objective/scores`.
     """
     names = {name.removeprefix("train/"): name for name in columns}
     if any(name in names for name in _OF_PPO) or (certain and any(name.startswith("objective/") for name in names)):
         return "TRL PPO", *_ppo(names)
-    if "reward" in names and (certain or any(name in names for name in _OF_GROUPS)):
+    if "reward" in names and (certain or "objective/scores" not in names):
         grpo = any(name in names for name in _OF_GRPO) or any(name.startswith("sampling/") for name in names)
         return "TRL GRPO" if grpo else "TRL GRPO or RLOO", understood(names.values(), _GROUPS), []
     return None

@@ -181,7 +181,7 @@ def test_the_command_prints_tables_or_json_and_writes_the_page(sweep: Path, tmp_
     assert main(["compare", str(sweep), "--out", str(page)]) == 0
     told = capsys.readouterr().out
     assert "training average" in told
-    assert "Note: 1 of 4 runs have no figures: waiting: it has not begun." in told.replace("\n", " ")
+    assert "Note: 1 of 4 runs has no figures: waiting: it has not begun." in told.replace("\n", " ")
     assert told.rstrip().endswith(f"Page: {page}")
     assert "out of memory" in page.read_text()
     assert main(["compare", str(sweep), "--json"]) == 0
@@ -212,3 +212,20 @@ def test_a_broken_run_among_others_is_a_row(sweep: Path, tmp_path: Path, capsys)
     run = json.loads(capsys.readouterr().out)["runs"][-1]
     assert run["status"] == "broken"
     assert "metrics.jsonl:1: not a JSON object (NaN is not a finite number)" in run["why"]
+
+
+def test_a_folder_of_logs_and_runs_says_what_to_give(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_run(other / "z-run", ROWS)
+    (other / "a.csv").write_text("step,reward\n1,0.5\n")
+    (other / "readme.txt").write_text("")
+    (found,) = find_outcomes([other])
+    assert found.status is Status.MISSING
+    said = f"{other} is no run or log, but holds 2: give what it holds, such as {other}/a.csv {other}/z-run"
+    assert found.why == said
+
+
+def test_a_run_before_its_first_step_is_no_folder_of_logs(tmp_path: Path) -> None:
+    (tmp_path / "starts.jsonl").write_text("")
+    (found,) = find_outcomes([tmp_path])
+    assert "such as" not in (found.why or "")

@@ -12,6 +12,7 @@ from stable_rlhf.errors import ConfigError, Exit
 from stable_rlhf.evidence.outcome import Outcome, Status, flat, read_outcome
 from stable_rlhf.evidence.peers import is_foreign, is_table, read_foreign
 from stable_rlhf.runs import sweeps
+from stable_rlhf.runs.output import RUN_FILES
 
 
 def find_outcomes(paths: Sequence[Path], mapping: Path | None = None) -> list[Outcome]:
@@ -35,11 +36,27 @@ def find_outcomes(paths: Sequence[Path], mapping: Path | None = None) -> list[Ou
         elif is_foreign(path):
             found.append((path, replace(read_foreign(path, mapping), name=Path(real).name)))
         else:
-            found.append((path, read_outcome(path, Path(real).name)))
+            found.append((path, _run(path, Path(real).name)))
     folders = Counter(os.path.realpath(path) for path, _ in found)
     if (folder := folders.most_common(1)[0:1]) and folder[0][1] > 1:
         raise ConfigError(f"{folder[0][0]} is given twice, by itself and as a cell of its sweep: give it once")
     return _named(found)
+
+
+def _run(path: Path, name: str) -> Outcome:
+    """A run of ours. A folder that is none, but holds some or other trainers' logs, says what to give instead."""
+    found = read_outcome(path, name)
+    if found.status is not Status.MISSING or any(os.path.lexists(path / own) for own in RUN_FILES):
+        return found
+    inside = [each for each in sorted(path.glob("*")) if _can_be_given(each)] if os.path.isdir(path) else []
+    if not inside:
+        return found
+    named = " ".join(str(each) for each in inside[:2])
+    return replace(found, why=f"{path} is no run or log, but holds {len(inside)}: give what it holds, such as {named}")
+
+
+def _can_be_given(path: Path) -> bool:
+    return is_foreign(path) or sweeps.is_sweep(path) or os.path.isfile(path / "metrics.jsonl")
 
 
 def _cells(sweep: Path) -> list[Outcome]:

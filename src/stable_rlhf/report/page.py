@@ -43,6 +43,8 @@ def write_page(path: Path, text: str) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):  # the disk that refused the page may refuse this too
             aside.unlink(missing_ok=True)
+        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            raise SaveError(f"{path} could not be written: the folder {path.parent} does not exist; make it") from error
         remedy = NO_ROOM.get(error.errno or 0, "fix that")
         raise SaveError(f"{path} could not be written: {error.strerror or error}; {remedy}") from error
 

@@ -83,6 +83,14 @@ def test_an_interval_ends_where_the_figure_does() -> None:
     assert (cells[0, "crashes"].mean.high or 0.0) > 1.0
 
 
+def test_an_entropy_is_never_negative_and_a_kl_may_be() -> None:
+    given = [outcome(str(seed), {"entropy/final": value, "kl/final": value}, seed=seed)
+             for seed, value in enumerate((0.0, 1.0))]  # fmt: skip
+    cells = compare(given).cells
+    assert cells[0, "entropy/final"].mean.low == 0.0
+    assert (cells[0, "kl/final"].mean.low or 0.0) < -1.0
+
+
 def with_rewards(name: str, preset: str, rewards: Sequence[float]) -> Outcome:
     values = np.asarray(rewards, np.float32)
     made = outcome(name, {"reward/final": float(values[-20:].mean())}, preset=preset, seed=0)
@@ -208,9 +216,14 @@ def test_few_seeds_and_runs_without_figures_are_said() -> None:
     assert sentences(compare(runs(a=PPO, b=SAFE))) == ""
     missing = outcome("gone", {}, status=Status.MISSING)
     made = compare([*runs(a=PPO, b=SAFE), replace(missing, why="it has not begun")])
-    assert "1 of 11 runs have no figures: gone: it has not begun" in sentences(made)
+    assert "1 of 11 runs has no figures: gone: it has not begun" in sentences(made)
     crashed = outcome("ill", status=Status.CRASHED, preset="a", seed=9)
     assert "1 of 11 runs ended early" in sentences(compare([*runs(a=PPO, b=SAFE), crashed]))
+
+
+def test_one_run_of_one_that_is_not_finished_is_said_in_the_singular() -> None:
+    made = compare([outcome("a", seed=0, status=Status.UNFINISHED)])
+    assert "1 of 1 run is not finished" in sentences(made)
 
 
 def test_nothing_to_compare_is_refused_with_the_first_reason() -> None:

@@ -103,6 +103,36 @@ def test_a_band_that_is_far_wider_than_the_lines_does_not_flatten_them() -> None
     assert max(ticks) <= 0.9
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "least", "most"),
+    [
+        ("val/explained_variance", (-80.0, 0.9), -math.inf, 1.0),
+        ("objective/entropy", (0.0, 2.0), 0.0, math.inf),
+        ("completions/mean_length", (1.0, 20.0), 0.0, math.inf),
+        ("completions/distinct_2", (0.0, 1.0), 0.0, 1.0),
+        ("objective/kl", (-0.1, 0.4), -math.inf, math.inf),
+    ],
+)
+def test_an_interval_is_cut_at_what_the_figure_can_be(
+    metric: str, values: tuple[float, float], least: float, most: float
+) -> None:
+    runs = [run({"x": 1, "seed": n}, curves={metric: pair([0, 1], [value, value])}) for n, value in enumerate(values)]
+    (drawn,) = [each for of in plots.draw_plots(compare(runs, ["x"])).sections.values() for each in of]
+    (line,) = drawn["panels"][0]["lines"]
+    half = 12.706204736 / math.sqrt(2) * (values[1] - values[0]) / math.sqrt(2)
+    middle = sum(values) / 2
+    assert line["values"]["low"][0] == pytest.approx(max(least, middle - half), rel=0.02)
+    assert line["values"]["high"][0] == pytest.approx(min(most, middle + half), rel=0.02)
+
+
+def test_the_axis_of_explained_variance_is_cut_at_minus_1_and_1() -> None:
+    runs = [run({"x": 1, "seed": n}, curves={"val/explained_variance": pair([0, 1], [value, 0.9])})
+            for n, value in enumerate((-80.0, 0.5))]  # fmt: skip
+    (drawn,) = plots.draw_plots(compare(runs, ["x"])).sections["Policy"]
+    ticks = [float(text) for _, text in drawn["panels"][0]["ticks"]]
+    assert (min(ticks), max(ticks)) == (-1.0, 1.0)
+
+
 # --- which arms are drawn
 
 

@@ -107,7 +107,7 @@ def test_a_figure_without_a_better_direction_is_higher_or_lower() -> None:
     made = compare(three_arms(), ["way"])
     policy = cells_of(rendered(made)).tables[1]
     assert policy[2][1].startswith("1.30 higher [")
-    assert all(gap.measure.key == FINAL for gap in table.gaps(made))
+    assert [(gap.measure.key, gap.mark, gap.improvement) for gap in table.gaps(made)][2] == ("kl/final", "higher", "-")
 
 
 def test_more_of_a_figure_of_which_less_is_better_is_worse() -> None:
@@ -178,7 +178,7 @@ def test_what_makes_arms_not_comparable_stands_at_the_top_and_what_runs_lack_in_
     gone = Outcome(name="lost", status=Status.MISSING, why="there is no folder", settings={"way": "b", "seed": 9})
     text = rendered(compare([gone, *runs], ["way"]))
     assert 0 < text.index('class="verdict bad"') < text.index("the data differs between the arms") < text.index("<h2>")
-    assert text.index('class="verdict look"') < text.index("1 of 16 runs have no figures") < text.index("<h2>")
+    assert text.index('class="verdict look"') < text.index("1 of 16 runs has no figures") < text.index("<h2>")
     rows = {row[0]: row for found in cells_of(text).tables for row in found if row[1:2] and row[0] in ("lost", "a1")}
     assert rows["lost"][1:5] == ["b", "9", "missing there is no folder", "0"]
     assert rows["a1"][3] == "crashed it ended with exit code 1"
@@ -190,6 +190,30 @@ def test_settings_in_which_arms_differ_are_listed_with_the_arms_that_have_each_v
     found = cells_of(rendered(compare(runs, ["way"])))
     (rows,) = [each for each in found.tables if each[0][0] == "setting"]
     assert rows[1:] == [["way", "a arm 1 b arm 2 c arm 3"], ["lr", "0.1 arm 1 0.2 arms 2-3"]]
+
+
+def test_a_setting_that_an_arm_lacks_is_none_in_which_it_differs() -> None:
+    runs = [replace(each, settings={**each.settings, "same": 1, "lr": 0.1 if each.settings["way"] == "a" else 0.2})
+            for each in three_arms()[:10]]  # fmt: skip
+    peer = replace(three_arms()[10], settings={"way": "c", "seed": 0})
+    found = cells_of(rendered(compare([*runs, peer], ["way"])))
+    (rows,) = [each for each in found.tables if each[0][0] == "setting"]
+    assert rows[1:] == [["way", "a arm 1 b arm 2 c arm 3"], ["lr", "0.1 arm 1 0.2 arm 2 - arm 3"]]
+
+
+def test_the_list_of_differences_has_as_many_as_its_head_and_the_top_say() -> None:
+    made = compare(three_arms(), ["way"])
+    text = rendered(made)
+    assert "4 differences, 4 of them tested" in text
+    assert "4 differences of 2 figures tested" in text
+    (rows,) = [each for each in cells_of(text).tables if each[0][2:3] == ["difference"]]
+    assert len(rows) - 1 == 4
+
+
+def test_the_reward_to_reach_is_said_before_the_tables() -> None:
+    made = compare(sweep(presets=("calm",), rates=(1e-4,), seeds=2, steps=40))
+    assert made.target is not None
+    assert f"time to it is {made.target:.4g}." in table.method(made)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -306,6 +330,11 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match=r"compare\.html could not be written"):
         write_page(compare(three_arms()), path)
     assert path.read_text() == "old"
+
+
+def test_a_page_in_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match=r"the folder .*/nodir does not exist; make it$"):
+        write_page(compare(three_arms()), tmp_path / "nodir" / "x.html")
 
 
 def test_the_same_runs_have_the_same_page() -> None:

@@ -28,6 +28,7 @@ from stable_rlhf.evidence.statistics import (
     share,
     spread,
 )
+from stable_rlhf.text import counted
 
 ALPHA = 0.05
 """Share of families of comparisons without any difference in which one is called a difference."""
@@ -300,14 +301,20 @@ def _warnings(runs: Sequence[Outcome], arms: Sequence[Arm]) -> list[str]:
             )
     unread = [run for run in runs if not run.figures]
     if unread:
-        sentences.append(f"{len(unread)} of {len(runs)} runs have no figures: {unread[0].name}: {unread[0].why}")
+        sentences.append(f"{_some(unread, runs, 'have')} no figures: {unread[0].name}: {unread[0].why}")
     ended = [run for run in runs if run.figures and run.status in (Status.RUNNING, Status.UNFINISHED)]
     if ended:
-        sentences.append(f"{len(ended)} of {len(runs)} runs are not finished, and their figures are of what they did")
+        sentences.append(f"{_some(ended, runs, 'are')} not finished: the figures are of the steps done so far")
     bad = [run for run in runs if run.status in (Status.CRASHED, Status.GIVEN_UP)]
     if bad:
         sentences.append(
-            f"{len(bad)} of {len(runs)} runs ended early, by an error or by the guard: their figures are of the steps "
-            "that they did, and `healthy` counts them as 0"
+            f"{_some(bad, runs, 'ended')} early, by an error or by the guard: the figures are of the steps done, and "
+            "`healthy` is 0"
         )
     return sentences
+
+
+def _some(part: Sequence[Outcome], runs: Sequence[Outcome], verb: str) -> str:
+    """1 of 1 run is, 2 of 3 runs are."""
+    of_one = {"have": "has", "are": "is"}.get(verb, verb)
+    return f"{len(part)} of {counted(len(runs), 'run')} {of_one if len(part) == 1 else verb}"

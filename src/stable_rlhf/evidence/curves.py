@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,13 @@ def curve(runs: Sequence[Pair], first: int, last: int, members: int | None = Non
     )
     steps = np.minimum(first + size * places + (size - 1) // 2, last)
     return Curve(steps=steps, mean=mean, low=mean - half, high=mean + half, bin=size)
+
+
+def within(made: Curve, bounds: tuple[float, float]) -> Curve:
+    """The curve with its interval cut at what the figure can be. A mean beyond that, which another trainer's log may
+    hold, stays inside its interval."""
+    low = np.maximum(made.low, np.minimum(bounds[0], made.mean))
+    return replace(made, low=low, high=np.minimum(made.high, np.maximum(bounds[1], made.mean)))
 
 
 def panel(

@@ -35,12 +35,15 @@ class Measure:
     @property
     def bounds(self) -> tuple[float, float]:
         """No value lies outside: an interval is cut there."""
-        low = 0.0 if self.unit in NEVER_NEGATIVE and self.key != "explained_variance" else -math.inf
-        return low, 1.0 if self.unit == "share" else math.inf
+        never = self.key in NEVER_NEGATIVE or (self.unit in NEVER_NEGATIVE and self.key != "explained_variance")
+        return 0.0 if never else -math.inf, 1.0 if self.unit == "share" else math.inf
 
 
-NEVER_NEGATIVE = ("share", "count", "steps", "s", "tokens", "tokens per s", "GB")
-"""Units."""
+NEVER_NEGATIVE = (
+    *("share", "count", "steps", "s", "tokens", "tokens per s", "GB"),
+    *("entropy/final", "ref_nll/final", "drawdown"),
+)
+"""Units, and figures of other units. A KL is not among them: its estimate k1 may be slightly below 0."""
 
 NEAR = 0.15
 """Share of the threshold within which a step's KL counts as on it (docs/metrics.md)."""

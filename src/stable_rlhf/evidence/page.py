@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from stable_rlhf.evidence.arms import OWN, value_text
+from stable_rlhf.evidence.arms import ABSENT, OWN, value_text
 from stable_rlhf.evidence.compare import ALPHA, Comparison
 from stable_rlhf.evidence.frontier import frontier
 from stable_rlhf.evidence.measures import Measure, measure
@@ -119,7 +119,8 @@ def _by(made: Comparison, run: Outcome) -> str:
 
 
 def _settings(made: Comparison) -> list[SettingRow]:
-    """The settings whose values are not the same in all arms; first those that make the arms."""
+    """The settings that make the arms, then those in which two arms that have them differ: an arm that lacks a setting,
+    such as another trainer's, does not differ in it."""
     of_arms = [list(arm.runs.values()) for arm in made.arms]
     names = dict.fromkeys([*made.by, *(name for runs in of_arms for run in runs for name in run.settings)])
     rows = []
@@ -127,7 +128,8 @@ def _settings(made: Comparison) -> list[SettingRow]:
         if name not in made.by and (name in OWN or name.startswith("log.")):
             continue
         values = [_values(runs, name) for runs in of_arms]
-        if len(set(values)) > 1:
+        apart = {value for value in values if value != ABSENT or name in made.by}
+        if len(apart) > 1:
             with_value: dict[str, list[int]] = {}
             for number, value in enumerate(values, 1):
                 with_value.setdefault(value, []).append(number)
@@ -136,4 +138,5 @@ def _settings(made: Comparison) -> list[SettingRow]:
 
 
 def _values(runs: list[Outcome], name: str) -> str:
-    return " or ".join(dict.fromkeys(value_text(run.settings, name) for run in runs))
+    """The values of the runs that have the setting; ABSENT where none has."""
+    return " or ".join(dict.fromkeys(value_text(run.settings, name) for run in runs if name in run.settings)) or ABSENT

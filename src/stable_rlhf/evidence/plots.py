@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +30,16 @@ class _Drawn:
     metric: str
     unit: str
     caption: str
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    """No value lies outside: the interval is cut there."""
     least: float | None = None
+    """Where the axis is cut."""
     limit: str | None = None
     """A metric that is drawn dotted next to it."""
 
 
 _NATS = "nats per token"
+_FROM_0 = (0.0, math.inf)
 
 COURSE = (
     _Drawn(title="Reward", metric="objective/scores", unit="reward", caption="Mean reward of a step."),
@@ -45,34 +50,65 @@ COURSE = (
         caption="Mean log-ratio (k1). Dotted: the threshold, where there is one.",
         limit="safe/threshold",
     ),
-    _Drawn(title="Entropy", metric="objective/entropy", unit=_NATS, caption="Mean entropy of the sampling policy."),
+    _Drawn(
+        title="Entropy",
+        metric="objective/entropy",
+        unit=_NATS,
+        caption="Mean entropy of the sampling policy.",
+        bounds=_FROM_0,
+    ),
     _Drawn(
         title="Variety",
         metric="completions/distinct_2",
         unit="share",
         caption="distinct-2: different token pairs / all token pairs of a step.",
+        bounds=(0.0, 1.0),
     ),
     _Drawn(
         title="NLL of the reference",
         metric="objective/ref_nll",
         unit=_NATS,
         caption="How unlikely the reference finds the text. A climb is gibberish or a reward hack.",
+        bounds=_FROM_0,
     ),
     _Drawn(
-        title="Completion length", metric="completions/mean_length", unit="tokens", caption="Mean tokens of a response."
+        title="Completion length",
+        metric="completions/mean_length",
+        unit="tokens",
+        caption="Mean tokens of a response.",
+        bounds=_FROM_0,
     ),
     _Drawn(
         title="Explained variance",
         metric="val/explained_variance",
         unit="share",
         caption="Share of the returns' variance that the critic explains; below -1 it is cut.",
+        bounds=(-math.inf, 1.0),
         least=-1,
     ),
 )
 CONTROLLER = (
-    _Drawn(title="Threshold", metric="safe/threshold", unit=_NATS, caption="The KL above which the controller acts."),
-    _Drawn(title="Gate", metric="safe/gate", unit="factor", caption="Factor on the coefficient at low entropy."),
-    _Drawn(title="KL coefficient", metric="safe/kl_coef", unit="coefficient", caption="Weight of the KL."),
+    _Drawn(
+        title="Threshold",
+        metric="safe/threshold",
+        unit=_NATS,
+        caption="The KL above which the controller acts.",
+        bounds=_FROM_0,
+    ),
+    _Drawn(
+        title="Gate",
+        metric="safe/gate",
+        unit="factor",
+        caption="Factor on the coefficient at low entropy.",
+        bounds=_FROM_0,
+    ),
+    _Drawn(
+        title="KL coefficient",
+        metric="safe/kl_coef",
+        unit="coefficient",
+        caption="Weight of the KL.",
+        bounds=_FROM_0,
+    ),
 )
 
 
@@ -134,8 +170,9 @@ def draw_plots(made: Comparison) -> Plots:
 def _course(made: Comparison, drawn: _Drawn, first: int, last: int, across: Axis) -> dict[str, Any] | None:
     chosen = best_arms(made)
     pairs = {index: _pairs(made, index, drawn.metric) for index in chosen}
-    return _plot(made, drawn.title, drawn.unit, drawn.caption, pairs, (first, last), across, drawn.least,
-                 {index: _pairs(made, index, drawn.limit) for index in chosen} if drawn.limit else {})  # fmt: skip
+    limits = {index: _pairs(made, index, drawn.limit) for index in chosen} if drawn.limit else {}
+    return _plot(made, drawn.title, drawn.unit, drawn.caption, pairs, (first, last), across, drawn.least, limits,
+                 drawn.bounds)  # fmt: skip
 
 
 def _pairs(made: Comparison, index: int, metric: str) -> list[Pair]:
@@ -152,13 +189,14 @@ def _plot(
     across: Axis,
     least: float | None = None,
     limits: dict[int, list[Pair]] | None = None,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> dict[str, Any] | None:
     styles = arm_styles(made)
     lines, dotted = [], []
     for index, runs in pairs.items():
         members = len(made.arms[index].runs)
         if found := curves.curve(runs, *span, members):
-            lines.append((arm_label(made, index), styles[index], found))
+            lines.append((arm_label(made, index), styles[index], curves.within(found, bounds)))
         if limits and (limit := curves.curve(limits[index], *span, members)):
             dotted.append((f"{styles[index]} dotted", limit))
     if not lines:

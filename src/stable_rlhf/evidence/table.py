@@ -92,12 +92,10 @@ def groups(made: Comparison) -> list[Group]:
 
 
 def gaps(made: Comparison) -> list[Gap]:
-    """The differences from the baseline of the figures that have a better direction, by figure."""
+    """The differences from the baseline, by figure."""
     found = []
     for key in made.keys:
         known = measure(key)
-        if known.better is Better.NEITHER:
-            continue
         for index in range(len(made.arms)):
             cell = made.cells.get((index, key))
             if cell is None or (gap := cell.difference) is None:
@@ -142,6 +140,8 @@ def method(made: Comparison) -> str:
             f"{counted(figures, 'figure')} tested means that about one in twenty figures without any difference is "
             "still marked by chance."
         )
+    if made.target is not None and "reward/reached" in made.keys:
+        parts.append(f"The reward of `reached the reward` and of the time to it is {figure(made.target)}.")
     if any(cell.mean.runs < len(made.arms[index].runs) for (index, _), cell in made.cells.items()):
         parts.append(
             "Where only some of an arm's runs have a figure, its n says so (n=2 of 5): the mean leaves out the others, "

@@ -213,7 +213,7 @@ def test_the_list_of_differences_has_as_many_as_its_head_and_the_top_say() -> No
 def test_the_reward_to_reach_is_said_before_the_tables() -> None:
     made = compare(sweep(presets=("calm",), rates=(1e-4,), seeds=2, steps=40))
     assert made.target is not None
-    assert f"time to it is {made.target:.4g}." in table.method(made)
+    assert f"The reward to reach is {made.target:.4g}, as a mean of 20 steps." in table.method(made)
 
 
 @pytest.mark.parametrize("count", [1, 2])

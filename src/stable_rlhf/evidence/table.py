@@ -141,7 +141,7 @@ def method(made: Comparison) -> str:
             "still marked by chance."
         )
     if made.target is not None and "reward/reached" in made.keys:
-        parts.append(f"The reward of `reached the reward` and of the time to it is {figure(made.target)}.")
+        parts.append(f"The reward to reach is {figure(made.target)}, as a mean of 20 steps.")
     if any(cell.mean.runs < len(made.arms[index].runs) for (index, _), cell in made.cells.items()):
         parts.append(
             "Where only some of an arm's runs have a figure, its n says so (n=2 of 5): the mean leaves out the others, "

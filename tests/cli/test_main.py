@@ -174,7 +174,9 @@ def test_the_numbers_of_other_commands_are_read_the_same_way(text: str, number: 
 
 def test_help_says_null_as_the_command_line_and_yaml_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
-    assert "None" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "None" not in shown
+    assert "--reward.gold" in shown
     assert main(["train", "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert "None" not in shown
@@ -186,6 +188,28 @@ def test_help_says_null_as_the_command_line_and_yaml_do(capsys: pytest.CaptureFi
 def test_a_list_can_be_replaced_or_added_to() -> None:
     assert loading.load_config(["--reward.functions", "[a:f, b:g]"]).reward.functions == ["a:f", "b:g"]
     assert loading.load_config(["--reward.functions+", "a:f"]).reward.functions == ["builtin", "a:f"]
+    assert loading.load_config(["--reward.functions+", "a:f,b:g"]).reward.functions == ["builtin", "a:f", "b:g"]
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("a:f,builtin", ["a:f", "builtin"]),
+        ("a:f, builtin", ["a:f", "builtin"]),
+        ('["http://h/a,b"]', ["http://h/a,b"]),
+        ('"http://h/a,b",builtin', ["http://h/a,b", "builtin"]),
+    ],
+)
+def test_commas_separate_the_texts_of_a_list_unless_brackets_or_quotes_hold_them(text: str, items: list[str]) -> None:
+    assert loading.load_config(["--reward.functions", text]).reward.functions == items
+    assert loading.load_config([f"--reward.functions={text}"]).reward.functions == items
+
+
+def test_one_text_of_a_list_is_taken_as_it_is_and_an_empty_one_is_refused() -> None:
+    assert loading.load_config(["--rollout.stop_strings", ' "x: ']).rollout.stop_strings == [' "x: ']
+    for text in ("a,", ",", "a, ,b"):
+        with pytest.raises(errors.ConfigError, match=r"^rollout\.stop_strings='.*': commas separate .* brackets and"):
+            loading.load_config(["--rollout.stop_strings", text])
 
 
 @pytest.mark.parametrize(
@@ -211,9 +235,12 @@ def test_a_list_can_be_replaced_or_added_to() -> None:
         ("--preset ppo --kl.settings.bet 0.1", "unknown setting --kl.settings.bet. Did you mean kl.settings.beta?"),
         (
             "--preset ppo --kl.settings.budget 0.1",
-            "unknown setting --kl.settings.budget; kl.controller=fixed has beta",
+            "unknown setting --kl.settings.budget; it belongs to kl.controller=safe (preset safe)",
         ),
-        ("--preset ppo-nokl --kl.settings.beta 1", "unknown setting --kl.settings.beta; kl.controller=none has no "),
+        (
+            "--preset ppo-nokl --kl.settings.beta 1",
+            "unknown setting --kl.settings.beta; it belongs to kl.controller=fixed (preset ppo)",
+        ),
         ("--kl.settings.budget abc", "kl.settings.budget='abc': give a finite number"),
         ("--kl.settings.budget", "kl.settings.budget has no value: give a finite number"),
         ("--kl.settings.window 20.5", "kl.settings.window='20.5': give a whole number"),
@@ -256,7 +283,7 @@ def test_a_wrong_argument_is_named_with_its_value_and_the_remedy(
         ("kl: {budget: 1}\n", ": unknown setting 'kl.budget'. Did you mean kl.settings.budget?"),
         (
             "preset: ppo\nkl: {settings: {budget: 1}}\n",
-            ": unknown setting 'kl.settings.budget'; kl.controller=fixed has beta",
+            ": unknown setting 'kl.settings.budget'; it belongs to kl.controller=safe (preset safe)",
         ),
         ("kl: {settings: null}\n", ": kl.settings=None: a section is a mapping of its fields: budget, "),
         ("kl: {settings: 5}\n", ": kl.settings=5: a section is a mapping of its fields: budget, "),
@@ -365,7 +392,7 @@ def test_usage_is_shown_when_asked_for_and_an_unknown_command_is_named(capsys: p
     assert said(capsys) == "there is no command 'trian'. Did you mean train?"
     assert main(["zzz"]) == 2
     assert said(capsys).endswith(
-        "no command 'zzz'; the commands are train, resume, sweep, report, doctor, serve-reward, export"
+        "no command 'zzz'; the commands are train, resume, sweep, compare, report, doctor, serve-reward, export"
     )
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"stable-rlhf {metadata.version('stable-rlhf')}\n"

@@ -10,7 +10,7 @@ COMMON = {
     "The run": ("preset", "output_dir", "max_steps", "save_steps", "eval_steps", "seed"),
     "The policy": ("model.name", "model.device", "model.lora_r", "model.gradient_checkpointing"),
     "The prompts": ("data.train", "data.prompt_column", "data.eval", "data.eval_size", "data.max_prompt_length"),
-    "The reward": ("reward.functions", "reward.weights", "reward.missing_eos_penalty"),
+    "The reward": ("reward.functions", "reward.weights", "reward.gold", "reward.missing_eos_penalty"),
     "Sampling": ("rollout.batch_size", "rollout.max_completion_length", "rollout.temperature"),
     "Learning": ("optim.learning_rate", "optim.num_iterations", "optim.num_mini_batches", "optim.microbatch_tokens"),
     "The KL to the policy before training": ("kl.controller", "kl.settings.budget", "kl.settings.beta"),

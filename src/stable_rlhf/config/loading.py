@@ -147,28 +147,41 @@ def files_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _as_typed(flags: Sequence[str], types_of: Mapping[str, Any]) -> Iterator[str]:
-    """The arguments with each value written as its type is parsed: 1e2 as 100, None as null, x as [x]."""
+    """The arguments with each value written as its type is parsed: 1e2 as 100, None as null, x,y as [x, y]."""
     name = ""
     for flag in flags:
         option, equals, value = flag.partition("=")
         if flag.startswith("--") and equals:
-            yield f"{option}={_typed(value, types_of.get(option[2:]))}"
+            yield f"{option}={_typed(value, option[2:].removesuffix('+'), types_of)}"
         elif flag.startswith("--"):
             yield flag
         else:
-            yield _typed(flag, types_of.get(name))
-        name = "" if equals else option.removeprefix("--")
+            yield _typed(flag, name, types_of)
+        name = "" if equals else option.removeprefix("--").removesuffix("+")
 
 
-def _typed(text: str, hint: Any) -> str:
-    options = alternatives(hint)
+def _typed(text: str, name: str, types_of: Mapping[str, Any]) -> str:
+    options = alternatives(hint := types_of.get(name))
     if types.NoneType in options and text in ("None", "~"):
         return "null"
     if int in options and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d{1,3})?", text):
         return str(as_meant(float(text) if re.search(r"[.eE]", text) else int(text), int))
     if is_list(hint) and not text.lstrip().startswith("[") and text != "null":
-        return json.dumps([text]) if list[str] in options else f"[{text}]"
+        return json.dumps(_items(name, text)) if list[str] in options else f"[{text}]"
     return text
+
+
+def _items(name: str, text: str) -> list[str]:
+    """The texts of a list without brackets, which commas separate. One text alone is taken as it is."""
+    if "," not in text:
+        return [text]
+    if text.lstrip()[0] in "\"'":
+        return read_value(f"[{text}]")
+    items = [item.strip() for item in text.split(",")]
+    if "" in items:
+        remedy = "commas separate the items of a list, and one is empty; a text with a comma in it needs brackets and "
+        raise ConfigError(f"{name}={text!r}: {remedy}quotes, such as '[\"a,b\"]'")
+    return items
 
 
 def _chosen(contents: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> tuple[str, str]:

@@ -244,7 +244,12 @@ def test_settings_given_whole_replace_the_presets() -> None:
         ),
         (
             {"controller": "none", "in_reward": False, "settings": {"beta": 0.1}},
-            "kl.settings.beta=0.1: unknown setting; kl.controller=none has no settings",
+            "kl.settings.beta=0.1: unknown setting; it belongs to kl.controller=fixed (preset ppo), not to "
+            "kl.controller=none",
+        ),
+        (
+            {"controller": "none", "in_reward": False, "settings": {"zeta": 0.1}},
+            "kl.settings.zeta=0.1: unknown setting; kl.controller=none has no settings",
         ),
         (
             {"controller": "fixed", "settings": NoneSettings()},
@@ -683,3 +688,37 @@ def test_gold_rewards_are_checked_as_rewards_are() -> None:
     assert Config(reward={"gold": "org/judge", "trust_remote_code": ["org/judge"]}).reward.gold == ["org/judge"]
     best = {"eval_steps": 1, "metric_for_best_model": "gold/judge"}
     assert Config(**best).metric_for_best_model == Config(**Config(**best).to_dict()).metric_for_best_model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--kl.settings.beta", "0.1"], "belongs to kl.controller=fixed (preset ppo), not to kl.controller=safe"),
+        (
+            ["--preset", "ppo", "--kl.settings.budget", "1"],
+            "belongs to kl.controller=safe (preset safe), not to kl.controller=fixed",
+        ),
+        (
+            ["--kl.settings.threshold", "1"],  # near threshold_on, which is another thing
+            "belongs to kl.controller=asymmetric (preset asymmetric), not to kl.controller=safe",
+        ),
+        (["--kl.settings.bugdet", "1"], "Did you mean kl.settings.budget?"),
+    ],
+)
+def test_a_setting_of_another_controller_is_told_whose_it_is(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loading.load_config(arguments)
+    assert str(caught.value).endswith(sentence)
+
+
+def test_a_best_metric_by_transformers_name_is_told_its_name_here() -> None:
+    gold = {"gold": ["my.module:judge", "org/model", "http://host:80/score"]}
+    known = "choose one of reward, kl, entropy, distinct_2, length, gold/judge/mean, gold/model/mean, gold/host:80/mean"
+    for given, said in {
+        "eval_reward": f"name it reward, without eval_; {known}",
+        "eval_gold/judge/mean": f"name it gold/judge/mean, without eval_; {known}",
+        "eval_loss": known,
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            Config(eval_steps=1, metric_for_best_model=given, reward=gold)  # pyright: ignore
+        assert str(caught.value) == f"metric_for_best_model={given!r}: {said}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stable_rlhf.config.checks import Named, check_types, not_negative, only_with, positive, require
+from stable_rlhf.config.presets import not_of_controller
 from stable_rlhf.control import CONTROLLERS, ControllerSettings, settings_class
 from stable_rlhf.errors import ConfigError
 
@@ -182,8 +183,8 @@ def _settings_of(controller: str, given: Any) -> ControllerSettings:
     require(given is None or isinstance(given, Mapping), "kl.settings", given, remedy)
     given, known = given or {}, [field.name for field in dataclasses.fields(kind)]
     for name, value in given.items():
-        has = f"kl.controller={controller} has {', '.join(known) or 'no settings'}"
-        require(name in known, f"kl.settings.{name}", value, f"unknown setting; {has}")
+        remedy = f"unknown setting{not_of_controller(name, controller)}"
+        require(name in known, f"kl.settings.{name}", value, remedy)
     try:
         return kind(**given)
     except ValueError as error:  # it begins with the setting's name

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
 from stable_rlhf.config.checks import Named, check_types, is_url, made, only_with, require, url_without_secrets
@@ -147,7 +148,8 @@ class Config(Named):
         if best is not None and best.startswith("gold/"):  # the trainer knows which there are
             object.__setattr__(self, "metric_for_best_model", f"{best.removesuffix('/mean')}/mean")
         else:
-            self.check_best([])
+            named = [urlsplit(name).netloc or Path(name.rpartition(":")[2]).name for name in self.reward.gold]
+            self.check_best(named)
         for name in ("greater_is_better", "load_best_model_at_end"):
             only_with("", self, name, best is not None, "metric_for_best_model is set")
         remedy = "the policy farthest from the reference would be kept as the best: set greater_is_better=false"
@@ -157,7 +159,11 @@ class Config(Named):
         """Refuses a metric_for_best_model that no evaluation has. ``gold``: the names of the gold rewards."""
         known = [*EVALUATED, *(f"gold/{name}/mean" for name in gold)]
         best = self.metric_for_best_model
-        require(best is None or best in known, "metric_for_best_model", best, f"choose one of {', '.join(known)}")
+        remedy = f"choose one of {', '.join(known)}"
+        meant = (best or "").removeprefix("eval_")
+        if meant != best and (meant in known or meant.startswith("gold/")):
+            remedy = f"name it {meant}, without eval_; {remedy}"
+        require(best is None or best in known, "metric_for_best_model", best, remedy)
 
     @classmethod
     def from_preset(cls, preset: str = "safe", **overrides: Any) -> Config:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from stable_rlhf.config.elsewhere import here
+from stable_rlhf.config.presets import not_of_controller, owners
 from stable_rlhf.config.sections import SECTIONS
 from stable_rlhf.control import settings_class
 
@@ -37,11 +38,10 @@ def suggestion(name: str, known: Iterable[str], controller: str, otherwise: str)
     whole = [] if within else difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     if not (near or exact) and section != "kl.settings" and (named := here(field)) is not None:
         return named
-    if close := near or exact or whole:
-        return f". Did you mean {' or '.join(close)}?"
-    if section == "kl.settings":
-        return f"; kl.controller={controller} has {', '.join(within) or 'no settings'}"
-    return otherwise
+    if section == "kl.settings" and (owners(field) or not near):
+        return not_of_controller(field, controller)
+    close = near or exact or whole
+    return f". Did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def fields_of(section: str, controller: str) -> list[str]:

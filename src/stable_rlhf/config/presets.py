@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from stable_rlhf.control import CONTROLLERS, settings_class
 
 _PPO: dict[str, Any] = {
     "critic": {"heads": 1, "loss": "mse", "clip_reduction": "max", "bootstrap": "online"},
@@ -39,6 +42,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     "safe-no-guard": {"guard": {"enabled": False}},
 }
 """Preset -> section -> field -> value. ``kl.settings`` holds only changes from the controller's defaults."""
+
+
+def owners(field: str) -> list[str]:
+    """The controllers that have a setting, each with the first preset that chooses it."""
+    found: list[str] = []
+    for name in CONTROLLERS:
+        if field in (known.name for known in dataclasses.fields(settings_class(name))):
+            presets = [one for one in PRESETS if PRESETS[one].get("kl", {}).get("controller", "safe") == name]
+            found.append(f"kl.controller={name}" + (f" (preset {presets[0]})" if presets else ""))
+    return found
+
+
+def not_of_controller(field: str, controller: str) -> str:
+    """The end of a sentence on a setting that a controller does not have: those that have it, else what there is."""
+    if others := owners(field):
+        return f"; it belongs to {' and to '.join(others)}, not to kl.controller={controller}"
+    fields = [known.name for known in dataclasses.fields(settings_class(controller))]
+    return f"; kl.controller={controller} has {', '.join(fields) or 'no settings'}"
 
 
 def preset_section(preset: str, name: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import (
 from stable_rlhf.config.config import Config, complete_settings
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.rewards.build import make_scorer
-from stable_rlhf.training.given import as_given, check_columns
+from stable_rlhf.training.given import as_given, check_columns, check_held_out
 from tests.tiny_runs import letters, lora, policy
 
 CPU = torch.device("cpu")
@@ -155,3 +155,12 @@ def test_a_column_for_a_reward_server_that_is_not_there_is_named_with_the_one_th
     with pytest.raises(ConfigError, match=r"no column 'zz'; it has subject, n$"):
         check_columns(config, rows)
     check_columns(config, None)  # of a stream nobody knows yet
+
+
+@pytest.mark.parametrize(("streaming", "remedy"), [(True, "held-out rows in data.eval"), (False, "data.train")])
+def test_missing_held_out_prompts_are_named_where_they_can_come_from(streaming: bool, remedy: str) -> None:
+    data = {"train": "rows.jsonl", "streaming": streaming, "eval_size": 0}
+    for asked in ({"eval_steps": 1}, {"reward": {"gold": "builtin"}}):
+        with pytest.raises(ConfigError) as caught:
+            check_held_out(Config(data=data, **asked), None)  # pyright: ignore
+        assert str(caught.value).endswith(f"give eval_dataset, or name {remedy} with data.eval_size above 0")

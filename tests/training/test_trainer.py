@@ -222,7 +222,10 @@ def test_a_single_held_out_prompt_has_no_standard_error(tokenizer, tmp_path: Pat
 
 
 def test_evaluating_without_held_out_prompts_says_what_to_set(tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"give eval_dataset, or set data.eval_size above 0"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^evaluate\(\) needs .*: give eval_dataset, or name data\.train with data\.eval_size above 0$",
+    ):
         trainer(settings(tmp_path / "run"), tokenizer).evaluate()
 
 

@@ -85,7 +85,7 @@ def split_datasets(
     if data.streaming:
         raise ConfigError(
             f"data.streaming=true: data.eval_size={size} rows cannot be held out of rows that are read as they are "
-            "needed; name held-out prompts in data.eval, or set data.eval_size=0"
+            "needed; name held-out prompts in data.eval, or set data.eval_size=0 to evaluate nothing"
         )
     return hold_out(_named(data), size, seed)
 

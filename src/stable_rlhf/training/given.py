@@ -92,10 +92,14 @@ def check_held_out(config: Config, held_out: Any) -> None:
     asked = {"eval_steps": config.eval_steps, "reward.gold": config.reward.gold}
     for name, value in asked.items():
         if value and held_out is None:
-            raise ConfigError(
-                f"{name}={value!r}: there are no held-out prompts; give eval_dataset, or name data.train with "
-                "data.eval_size above 0"
-            )
+            raise ConfigError(f"{name}={value!r}: there are no held-out prompts; {held_out_remedy(config)}")
+
+
+def held_out_remedy(config: Config) -> str:
+    """What gives a run held-out prompts: none can be held out of a stream."""
+    if config.data.streaming:
+        return "give eval_dataset, or name held-out rows in data.eval with data.eval_size above 0"
+    return "give eval_dataset, or name data.train with data.eval_size above 0"
 
 
 def check_columns(config: Config, rows: Any) -> None:

@@ -26,6 +26,7 @@ from stable_rlhf.runs import evaluation, incidents, write_completions
 from stable_rlhf.text import counted
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.failures import failures_named, misfits_named
+from stable_rlhf.training.given import held_out_remedy
 from stable_rlhf.training.recovery import incident
 from stable_rlhf.training.result import TrainResult
 from stable_rlhf.training.rows import completion_rows, step_row
@@ -310,7 +311,7 @@ class SAFETrainer(PolicySaving):
 
     def _evaluate(self) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
         if self.eval_dataset is None or self.eval_prompts is None:
-            raise ConfigError("evaluate() needs held-out prompts: give eval_dataset, or set data.eval_size above 0")
+            raise ConfigError(f"evaluate() needs held-out prompts: {held_out_remedy(self.args)}")
         self.model.dropout_off()
         figures, samples = evaluate(
             self.passes, self.sampler, self.eval_dataset, self.eval_prompts, self.args.max_steps, self.gold

@@ -164,7 +164,7 @@ def test_a_gold_reward_that_fails_is_named(tokenizer, tmp_path: Path) -> None:
         raise TimeoutError("no answer")
 
     run = trainer(settings(tmp_path), tokenizer, gold_funcs=[fails], eval_dataset=HELD_OUT)
-    with pytest.raises(RewardError, match="reward function 'fails' raised TimeoutError: 'no answer'"):
+    with pytest.raises(RewardError, match="gold reward 'fails' raised TimeoutError: 'no answer'"):
         run.evaluate()
 
 
@@ -270,7 +270,7 @@ def test_a_gold_reward_that_is_trained_on_is_refused_and_one_of_the_same_name_is
     assert trainer(config, tokenizer, eval_dataset=HELD_OUT).gold.names == ["builtin"]
     run = trainer(settings(tmp_path), tokenizer, Ones(), gold_funcs=[Ones(), Ones()], eval_dataset=HELD_OUT)
     assert (run.scorer.names, run.gold.names) == (["Ones"], ["Ones", "Ones-2"])
-    with pytest.raises(RewardInputError, match="reward function 'Length' asks for 'label', which is no column"):
+    with pytest.raises(RewardInputError, match="gold reward 'Length' asks for 'label', which is no column"):
         trainer(settings(tmp_path), tokenizer, gold_funcs=Length(), eval_dataset=[{"prompt": "p"}])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def make_gold(
     random, shield = RandomStream(0), Shield() if shield is None else shield
     with shield.around(random):
         functions = _resolved("gold_", specs, settings, tokenizers, device, stopping)
+    functions = [replace(function, kind="gold reward") for function in functions]
     _check_texts(settings, [*rewards.functions, *functions])
     return Scorer(functions, shield=shield, random=random, trainer_state=trainer_state) if functions else None
 

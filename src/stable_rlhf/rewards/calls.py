@@ -39,7 +39,7 @@ class Samples:
         Raises RewardError where they do not fit the function's parameters.
         """
         if (fault := misfit(function.function, self.columns, self.run)) is not None:
-            raise RewardError(f"reward function {function.name!r} {fault}.")
+            raise RewardError(f"{function.title} {fault}.")
         completions = self.whole if function.special_tokens and self.whole is not None else self.completions
         answers = [
             completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
@@ -60,8 +60,10 @@ def call(
     outputs: dict[str, Any] = {}
     waiting: dict[str, Callable[[], Any]] = {}
 
+    titles = {function.name: function.title for function in functions}
+
     async def one(name: str, start: Callable[[], Any]) -> Any:
-        with failures_named(name, samples.prompts, samples.columns):
+        with failures_named(titles[name], samples.prompts, samples.columns):
             return await start()
 
     async def gather() -> list[Any]:
@@ -73,10 +75,10 @@ def call(
         if _is_async(function.function):
             waiting[function.name] = lambda call=function.function, arguments=arguments: call(**arguments)
         elif isinstance(function.function, RewardModel):
-            with failures_named(function.name, samples.prompts):
+            with failures_named(function.title, samples.prompts):
                 outputs[function.name] = function.function(**arguments)
         else:
-            with failures_named(function.name, samples.prompts, samples.columns), shield():
+            with failures_named(function.title, samples.prompts, samples.columns), shield():
                 output = function.function(**arguments)
             if inspect.isawaitable(output):  # of a lambda around an async function
                 waiting[function.name] = lambda output=output: output
@@ -86,7 +88,7 @@ def call(
             results = waited_for(gather)
         for name, result in zip(waiting, results, strict=True):
             if isinstance(result, asyncio.CancelledError):
-                raise RewardError(f"reward function {name!r} was cancelled before it gave scores") from result
+                raise RewardError(f"{titles[name]} was cancelled before it gave scores") from result
             if isinstance(result, BaseException):
                 raise result
             outputs[name] = result

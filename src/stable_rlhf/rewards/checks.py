@@ -20,10 +20,10 @@ LARGEST = 1e30
 
 
 @contextmanager
-def failures_named(name: str, prompts: Sequence[Text], columns: Collection[str] = ()) -> Iterator[None]:
+def failures_named(title: str, prompts: Sequence[Text], columns: Collection[str] = ()) -> Iterator[None]:
     """Turns an exception of a reward function into a RewardError that names it; RewardErrors pass unchanged.
 
-    ``columns``: those that it gets besides prompts and completions.
+    ``title``: what the error calls it. ``columns``: those that it gets besides prompts and completions.
     """
     try:
         yield
@@ -36,7 +36,7 @@ def failures_named(name: str, prompts: Sequence[Text], columns: Collection[str] 
         while isinstance(cause, BaseExceptionGroup):  # of tasks that ran at the same time
             cause = cause.exceptions[0]
         raise RewardError(
-            f"reward function {name!r} raised {type(cause).__name__}: {str(cause)!r}{_place(cause)} on "
+            f"{title} raised {type(cause).__name__}: {str(cause)!r}{_place(cause)} on "
             f"{len(prompts)} samples, the first prompt being {shown(prompts[0])}. It gets prompts, completions and "
             f"the data set's other columns ({listing(columns)}), and returns None where it cannot score."
         ) from error
@@ -50,7 +50,7 @@ def _place(error: BaseException) -> str:
     return f" in {visible(Path(of_file[-1].filename).name)}, line {of_file[-1].lineno}" if of_file else ""
 
 
-def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | None]:
+def checked(title: str, output: Any, prompts: Sequence[Text]) -> list[float | None]:
     """Validates the scores of one function and returns them as floats and None.
 
     Raises RewardError, which names the first wrong one.
@@ -58,14 +58,14 @@ def checked(name: str, output: Any, prompts: Sequence[Text]) -> list[float | Non
     values = output.tolist() if hasattr(output, "tolist") else output  # tensors and arrays
     if not isinstance(values, list | tuple) or len(values) != len(prompts):
         got = f"{len(values)} scores" if isinstance(values, list | tuple) else kind_of(output)
-        raise RewardError(f"reward function {name!r} returned {got}; it must return a list of {len(prompts)} scores.")
+        raise RewardError(f"{title} returned {got}; it must return a list of {len(prompts)} scores.")
     checked: list[float | None] = []
     for number, (value, prompt) in enumerate(zip(values, prompts, strict=True), start=1):
         value = value.tolist() if hasattr(value, "tolist") else value
         if value is not None and not _is_score(value):
             got = f"returned {shown(value)} for sample {number}, whose prompt is {shown(prompt)}"
             wanted = "A score is a finite number, at most 1e30 in size, or None for no score."
-            raise RewardError(f"reward function {name!r} {got}. {wanted}")
+            raise RewardError(f"{title} {got}. {wanted}")
         checked.append(None if value is None else float(value))
     return checked
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -27,12 +27,18 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 class RewardFunction:
     """A reward function with the name that errors and metrics (rewards/<name>/mean) give it.
 
-    special_tokens: whether it gets completions with their special tokens.
+    special_tokens: whether it gets completions with their special tokens. kind: what errors call it.
     """
 
     name: str
     function: Callable[..., Any]
     special_tokens: bool = False
+    kind: Literal["reward function", "gold reward"] = "reward function"
+
+    @property
+    def title(self) -> str:
+        """What errors begin with, such as "gold reward 'judge'"."""
+        return f"{self.kind} {self.name!r}"
 
 
 def resolve_reward(

@@ -89,7 +89,7 @@ class Scorer:
         """Raises RewardInputError for a function whose parameters do not fit a data set with these other columns."""
         for function in self.functions:
             if (fault := misfit(function.function, columns)) is not None:
-                raise RewardInputError(f"reward function {function.name!r} {fault}.")
+                raise RewardInputError(f"{function.title} {fault}.")
 
     def score(
         self,
@@ -157,8 +157,8 @@ class Scorer:
         samples = Samples(prompts=prompts, completions=completions, whole=whole, columns=dict(columns), run=run)
         scores: dict[str, list[float | None]] = {}
         for function, output in zip(self.functions, call(self.functions, samples, self._shielded), strict=True):
-            with failures_named(function.name, samples.prompts):  # of an output that cannot be read
-                scores[function.name] = checked(function.name, output, samples.prompts)
+            with failures_named(function.title, samples.prompts):  # of an output that cannot be read
+                scores[function.name] = checked(function.title, output, samples.prompts)
         return scores, log
 
     def _shielded(self) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stable_rlhf.cli.main import main
+from stable_rlhf.cli.sweep import how_all_ended
 from tests.cli.test_main import said, tiny_run
 
 
@@ -104,3 +105,13 @@ def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.startswith("usage: stable-rlhf sweep [FILE]")
     assert "A FILE may name the sweep itself" in shown
     assert all(option in shown for option in ("--seeds", "--set", "--preset", "--dry-run", "--launcher"))
+
+
+def test_the_last_line_says_what_becomes_of_cells_that_were_stopped() -> None:
+    assert how_all_ended(8, 8, 0) == "8 of 8 cells complete"
+    one = "7 of 8 cells complete; 1 stopped by a signal; the same command resumes it"
+    assert how_all_ended(8, 7, 0) == one
+    failed = "1 failed, which is their result (--retry tries them again)"
+    assert how_all_ended(8, 5, 1) == (
+        f"5 of 8 cells complete; {failed}; 2 stopped by a signal; the same command resumes them"
+    )

@@ -83,12 +83,8 @@ def sweep(arguments: list[str]) -> int:
             return Exit.DONE
         _say(size)
         now = run_sweep(asked, given.out, launcher, retry=given.retry, say=_say)
-    complete, failed = now.count(State.COMPLETE), now.count(State.FAILED)
-    stopped = len(asked.cells) - complete - failed
-    parts = [f"{complete} of {counted(len(asked.cells), 'cell')} complete"]
-    parts += [f"{failed} failed, which is their result (--retry tries them again)"] if failed else []
-    parts += [f"{stopped} stopped by another, which the same command continues"] if stopped else []
-    _say(f"{'; '.join(parts)}: {given.out}")
+    counts = now.count(State.COMPLETE), now.count(State.FAILED)
+    _say(f"{how_all_ended(len(asked.cells), *counts)}: {given.out}")
     return Exit.DONE
 
 
@@ -132,6 +128,16 @@ def _places(asked: Sweep, jobs: int) -> list[Place]:
             remedy = "each cell sees one GPU, as cuda:0; set it to auto, and CUDA_VISIBLE_DEVICES to the GPUs to use"
             raise ConfigError(f"model.device={device!r}: {remedy}")
     return places(jobs, [] if devices == {"cpu"} else visible_gpus())
+
+
+def how_all_ended(cells: int, complete: int, failed: int) -> str:
+    """The last line's words on a sweep's cells; those that neither are complete nor failed were stopped."""
+    parts = [f"{complete} of {counted(cells, 'cell')} complete"]
+    if failed:
+        parts.append(f"{failed} failed, which is their result (--retry tries them again)")
+    if stopped := cells - complete - failed:
+        parts.append(f"{stopped} stopped by a signal; the same command resumes {'it' if stopped == 1 else 'them'}")
+    return "; ".join(parts)
 
 
 def _size(asked: Sweep) -> str:

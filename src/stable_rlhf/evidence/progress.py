@@ -23,7 +23,7 @@ SHOWN = 300
 def ended_line(number: int, count: int, cell: Cell, run: Path, outcome: Mapping[str, Any], left: float | None) -> str:
     """``number`` of ``count`` cells have ended. ``left``: seconds until all have, if known."""
     how = how_it_ended(outcome["exit_code"])
-    if outcome["reason"] is not None:
+    if outcome["reason"] is not None and outcome["exit_code"] not in sweeps.STOPPED:
         how += f": {printable(outcome['reason'], SHOWN)}"
     reward = formatted(final_reward(run), ".3f")
     place = f"[{number:>{len(str(count))}}/{count}]"
@@ -35,12 +35,9 @@ def ended_line(number: int, count: int, cell: Cell, run: Path, outcome: Mapping[
 
 def how_it_ended(exit_code: int) -> str:
     """An exit code in words."""
-    words: dict[int, str] = {
-        Exit.DONE: "finished",
-        Exit.GUARD: "given up by the guard",
-        Exit.INTERRUPTED: "interrupted",
-        Exit.TERMINATED: "interrupted",
-    }
+    if exit_code in sweeps.STOPPED:  # 128 + the signal where the command ended itself, -signal where it was killed
+        return f"stopped by signal {-exit_code if exit_code < 0 else exit_code - 128}; the same command resumes it"
+    words: dict[int, str] = {Exit.DONE: "finished", Exit.GUARD: "given up by the guard"}
     return words.get(exit_code, f"failed ({exit_code})")
 
 

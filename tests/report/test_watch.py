@@ -158,7 +158,7 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, there: list[str]
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert line.endswith("/; there is no run yet, the page waits for it; Ctrl-C ends it\n")
+            assert line.endswith("/ (there is no run yet, the page waits for it; Ctrl-C ends it)\n")
             port = int(line.split("127.0.0.1:")[1].split("/")[0])
             assert "the run has not done a step yet" in asked(port)[1]
             before = version(port)

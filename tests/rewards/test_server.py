@@ -344,7 +344,7 @@ def test_the_command_serves_until_a_signal_and_leaves_signals_as_they_were(
     function = resolve_reward("builtin", batch_size=1).function
     assert answers == function(["The soup was"] * 2, [" good.", " bad."])
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"stable-rlhf serve-reward: serving builtin at http://127.0.0.1:{port}; Ctrl-C stops it"
+    assert first == f"stable-rlhf serve-reward: serving builtin at http://127.0.0.1:{port} (Ctrl-C stops it)"
     assert second.startswith("stable-rlhf serve-reward: 2 samples scored in ")
 
 

@@ -37,8 +37,8 @@ def _watch(run: Path, port: int) -> int:
     from stable_rlhf.report import watch
 
     def say(address: str, begun: bool) -> None:
-        waits = "" if begun else "; there is no run yet, the page waits for it"
-        print(f"stable-rlhf report: {visible(str(run), '⏎')} at {address}{waits}; Ctrl-C ends it", flush=True)
+        waits = "" if begun else "there is no run yet, the page waits for it; "
+        print(f"stable-rlhf report: {visible(str(run), '⏎')} at {address} ({waits}Ctrl-C ends it)", flush=True)
 
     stopped, signals = threading.Event(), list[int]()
 

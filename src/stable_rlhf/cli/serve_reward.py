@@ -69,7 +69,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 def _serve(listener: socket.socket, app: Starlette, name: str) -> int:
     host, port = listener.getsockname()[:2]
-    _print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
+    _print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)")
     config = uvicorn.Config(
         app,
         http="h11",

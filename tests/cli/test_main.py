@@ -210,6 +210,8 @@ def test_one_text_of_a_list_is_taken_as_it_is_and_an_empty_one_is_refused() -> N
     for text in ("a,", ",", "a, ,b"):
         with pytest.raises(errors.ConfigError, match=r"^rollout\.stop_strings='.*': commas separate .* brackets and"):
             loading.load_config(["--rollout.stop_strings", text])
+    with pytest.raises(errors.ConfigError, match=r"^rollout\.stop_strings='\[\"a,b\]': .*; give a value as YAML"):
+        loading.load_config(["--rollout.stop_strings", '"a,b'])
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,10 @@ def _items(name: str, text: str) -> list[str]:
     if "," not in text:
         return [text]
     if text.lstrip()[0] in "\"'":
-        return read_value(f"[{text}]")
+        try:
+            return read_value(f"[{text}]")
+        except ConfigError as error:
+            raise ConfigError(f"{name}={error}") from error
     items = [item.strip() for item in text.split(",")]
     if "" in items:
         remedy = "commas separate the items of a list, and one is empty; a text with a comma in it needs brackets and "

@@ -267,7 +267,8 @@ def test_a_file_is_read_as_it_is_needed(tmp_path: Path) -> None:
     table.write_text("prompt,n\n" + f"{long},1\n" * 4 + "y,z\n")
     rows, _ = split_datasets(DataConfig(train=str(table), eval_size=0, streaming=True), 0, None, None)
     seen = []
-    told = r"rows\.csv could not be read: .*Row #6: .*'z'.*first megabyte: repair the row, or save the file as JSON"
+    # Arrow names the row in some of its threads only.
+    told = r"rows\.csv could not be read: .*'z'.*first megabyte: repair the row, or save the file as JSON"
     with pytest.raises(PromptError, match=told):
         seen.extend(row["n"] for row in rows.read(0))
     assert seen

@@ -259,7 +259,8 @@ def test_bounds_hold_for_a_server_that_drips(act: servers.Act, bound: str) -> No
 def test_pauses_end_with_the_whole_wait() -> None:
     with misbehaving(answer(b"", 500)) as server:
         started = time.monotonic()
-        with pytest.raises(RewardUnavailable, match="HTTP 500"):
+        # The last try may begin when next to nothing of the wait is left.
+        with pytest.raises(RewardUnavailable, match=r"HTTP 500|no whole answer within 0\.0"):
             asked(server.url, retries=1000, max_wait=0.3, first_pause=0.05)
         assert time.monotonic() - started < SOON
     assert 2 <= len(server.requests) <= 7  # pauses of 0.025 to 0.05, 0.05 to 0.1, 0.1 to 0.2, ...

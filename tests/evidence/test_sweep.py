@@ -135,7 +135,9 @@ def test_sigterm_reaches_every_cell_and_no_other_is_started(sweeps: Sweeps) -> N
     codes = stopped(sweeps, "terminated", signal.SIGTERM, *GRID, "--jobs", "2", "--max_steps", "50")
     assert 143 in codes
     assert set(codes) <= {143, -signal.SIGTERM}  # of one that had not begun to train
-    assert len(codes) == len(list(_path(sweeps, "terminated").glob("cells/*"))) == 2
+    assert len(codes) == 2
+    begun = {folder.name for folder in _path(sweeps, "terminated").glob("cells/*")}  # one may have had no time for it
+    assert begun <= {end["cell"] for end in outcomes(sweeps, "terminated")}
 
 
 def test_two_sweeps_do_not_run_the_same_cells(sweeps: Sweeps) -> None:

@@ -117,7 +117,7 @@ ELSEWHERE: dict[str, str] = {
 
 
 def here(name: str) -> str | None:
-    """What a setting of another library is here, to be put after its name; None for a name that is in none."""
+    """What another library's setting is called here, as a clause that follows its name; None for an unknown name."""
     found = ELSEWHERE.get(name)
     if found is None:
         return None

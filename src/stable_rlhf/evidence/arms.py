@@ -25,7 +25,7 @@ INPUTS = {
     "transformers": "the version of transformers",
     "device": "the device, on which seconds and memory depend,",
 }
-"""What arms must share -> in words."""
+"""Input that arms must share -> what a sentence calls it."""
 
 ABSENT = "-"
 """The value of a setting that a run does not have."""

@@ -233,7 +233,7 @@ def _target(arms: Sequence[Arm]) -> float | None:
     """REACH of the way from the mean start of all runs to the final reward of the best arm; None where none rises.
 
     Where there is an arm of which at least half of the runs are healthy, it is the best of those: a reward that only a
-    collapsed policy gets is no aim.
+    collapsed policy gets is not one to aim for.
     """
     starts = [
         float(run.curves["objective/scores"][1][:START].mean(dtype=float))

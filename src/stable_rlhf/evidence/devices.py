@@ -18,7 +18,7 @@ class Place:
     """Where one cell runs at a time."""
 
     gpu: str | None
-    """What CUDA_VISIBLE_DEVICES names; None on a CPU."""
+    """The GPU, as CUDA_VISIBLE_DEVICES names it; None on a CPU."""
     threads: int | None
     """Threads of a cell; None leaves them to torch, which takes every core."""
 

@@ -10,9 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.control import WINDOW
 from stable_rlhf.errors import Exit
 from stable_rlhf.evidence.grid import Cell
+from stable_rlhf.evidence.outcome import read_outcome
 from stable_rlhf.runs import read_rows, sweeps
 from stable_rlhf.text import formatted, printable
 
@@ -25,7 +25,7 @@ def ended_line(number: int, count: int, cell: Cell, run: Path, outcome: Mapping[
     how = how_it_ended(outcome["exit_code"])
     if outcome["reason"] is not None and outcome["exit_code"] not in sweeps.STOPPED:
         how += f": {printable(outcome['reason'], SHOWN)}"
-    reward = formatted(final_reward(run), ".3f")
+    reward = formatted(read_outcome(run, run.name).figures.get("reward/final"), ".3f")
     place = f"[{number:>{len(str(count))}}/{count}]"
     took = f"{how} after {clock(outcome['seconds'])}" if outcome["reason"] is None else how
     return f"{place} {cell.arm}  seed {cell.seed}  reward {reward}  {took}" + (
@@ -39,15 +39,6 @@ def how_it_ended(exit_code: int) -> str:
         return f"stopped by signal {-exit_code if exit_code < 0 else exit_code - 128}; the same command resumes it"
     words: dict[int, str] = {Exit.DONE: "finished", Exit.GUARD: "given up by the guard"}
     return words.get(exit_code, f"failed ({exit_code})")
-
-
-def final_reward(run: Path) -> float | None:
-    """Mean reward of the last WINDOW steps; None where there is none, or where the rows cannot be read."""
-    rewards: list[float] = []
-    with contextlib.suppress(OSError, ValueError):  # the report and `compare` say what is wrong with them
-        rows, _ = read_rows(run / "metrics.jsonl")
-        rewards = [row["objective/scores"] for row in rows if row.get("objective/scores") is not None]
-    return math.fsum(rewards[-WINDOW:]) / len(rewards[-WINDOW:]) if rewards else None
 
 
 class Clock:

@@ -26,7 +26,7 @@ STATE_VERSION = 1  # of the layout of state_dict(): raise it whenever a field of
 class Observation:
     """The figures of one rollout, reduced over all ranks, before the update that uses it.
 
-    Raises ValueError if a figure is not finite or the step is not a whole number >= 0.
+    Raises ValueError if a figure is not finite or out of its range, or the step is not a whole number >= 0.
     """
 
     step: int
@@ -34,9 +34,14 @@ class Observation:
     reward: float
     """Mean score of the rollout's responses, in the scorer's units, before any KL term."""
     kl: float
-    """Signed k1 estimate: mean of logp - ref over response tokens, nats per token. May be negative."""
+    """Mean over response tokens of the exact KL(pi || ref) at each, or of the signed estimate k1 = logp - ref, which may
+    be negative; nats per token."""
     entropy: float
     """Mean entropy of the policy over response tokens, nats per token."""
+    kl_error: float = 0.0
+    """Standard error of ``kl``, nats per token; 0 where it is not known."""
+    length: float | None = None
+    """Mean number of response tokens in a sequence; None where it is not known."""
 
     def __post_init__(self) -> None:
         if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 0:
@@ -48,6 +53,14 @@ class Observation:
                     f"Observation.{name} is {value!r} at step {self.step}: a controller needs a finite number. "
                     "Look at this rollout's scores and log-probs; skip the step or roll back before observing it."
                 )
+        if not (self.kl_error >= 0.0 and math.isfinite(self.kl_error)):
+            raise ValueError(
+                f"Observation.kl_error is {self.kl_error!r} at step {self.step}: give a finite number, 0 or more."
+            )
+        if self.length is not None and not (self.length > 0.0 and math.isfinite(self.length)):
+            raise ValueError(
+                f"Observation.length is {self.length!r} at step {self.step}: give a finite number above 0, or None."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +95,9 @@ class Decision:
     """Entropy below which the gate tightens, nats per token; None while there is none."""
     reason: str
     """One line for a person: what was seen and what follows from it."""
+    update_kl: float | None = None
+    """Most that the update may move the policy, KL(before || after) in nats per token; None where the rule sets no
+    bound."""
 
 
 class Settings(Protocol):

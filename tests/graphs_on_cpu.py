@@ -46,6 +46,8 @@ def _cloned(result: Any) -> Any:
         return result.detach().clone()
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         return type(result)(**{f.name: _cloned(getattr(result, f.name)) for f in dataclasses.fields(result)})
+    if isinstance(result, tuple):
+        return tuple(_cloned(part) for part in result)
     return result
 
 
@@ -56,6 +58,9 @@ def _spoiled(kept: Any) -> None:
     elif dataclasses.is_dataclass(kept):
         for field in dataclasses.fields(kept):
             _spoiled(getattr(kept, field.name))
+    elif isinstance(kept, tuple):
+        for part in kept:
+            _spoiled(part)
 
 
 def _copied(kept: Any, result: Any) -> None:
@@ -65,3 +70,6 @@ def _copied(kept: Any, result: Any) -> None:
     elif dataclasses.is_dataclass(kept):
         for field in dataclasses.fields(kept):
             _copied(getattr(kept, field.name), getattr(result, field.name))
+    elif isinstance(kept, tuple):
+        for part, found in zip(kept, result, strict=True):
+            _copied(part, found)

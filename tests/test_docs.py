@@ -173,7 +173,7 @@ def test_the_table_of_presets_says_what_they_set(preset: str) -> None:
     shown = [f"`{name}` {value}" for name, value in changed.items()]
     if config.optim.entropy_coef:
         shown.append(f"`optim.entropy_coef` = {config.optim.entropy_coef}")
-    if config.optim.max_preview_kl is None:
+    if not config.optim.preview:
         shown.append("no preview")
     if preset.startswith("safe-") and not config.guard.enabled:  # of the others the text above says so
         shown.append("no guard")

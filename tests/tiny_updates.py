@@ -31,7 +31,7 @@ def make_config(
     return Config.from_preset(
         preset,
         rollout={"batch_size": ROWS, **(rollout or {})},
-        optim={"max_preview_kl": None, **(optim or {})},
+        optim={"preview": False, **(optim or {})},
         critic={"max_grad_norm": 1e9, **(critic or {})},
         **sections,
     )

@@ -107,6 +107,8 @@ class Measured:
     """[H, B, T] each head's V(s_t), normalised reward units."""
     targets: Tensor
     """[H, B, T] each target head's V(s_t), normalised reward units."""
+    kl: Tensor | None = None
+    """KL(pi(. | s_t) || pi_ref(. | s_t)) over the whole vocabulary, nats, where it is observed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ PAPER_CONTROLLER = {
 }
 # What each preset resolves to where it differs from `safe`, written out from algorithm.md's presets and layers.
 PPO = {"critic.heads": 1, "critic.loss": "mse", "critic.clip_reduction": "max", "reward.normalise": "none"}
-PPO |= {"optim.whiten_floor": 1e-4, "optim.max_preview_kl": None, "guard.enabled": False}
+PPO |= {"optim.whiten_floor": 1e-4, "optim.preview": False, "guard.enabled": False, "kl.observe": "k1"}
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
@@ -82,7 +82,8 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "kl.controller": "paper",
         "kl.settings": PAPER_CONTROLLER,
         "optim.entropy_coef": 0.01,
-        "optim.max_preview_kl": None,
+        "optim.preview": False,
+        "kl.observe": "k1",
         "guard.enabled": False,
         **IN_LOSS,
     },
@@ -96,10 +97,11 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "kl.settings": {},
         "kl.in_reward": False,
         "guard.max_kl": None,
+        "optim.max_update_kl": 0.015,
     },
     "safe-no-gate": {"kl.settings": {**SAFE, "gate_on": False}},
     "safe-no-threshold": {"kl.settings": {**SAFE, "threshold_on": False}},
-    "safe-no-preview": {"optim.max_preview_kl": None},
+    "safe-no-preview": {"optim.preview": False},
     "safe-no-guard": {"guard.enabled": False},
 }
 # The figures of algorithm.md: layer 1 and "Notation".
@@ -309,7 +311,7 @@ POSITIVE = {
     **dict.fromkeys(["guard.max_kl", "guard.max_drawdown"], float),
     **dict.fromkeys(["guard.patience", "guard.snapshot_steps"], int),
     "model.lora_alpha": float,
-    "optim.max_preview_kl": float,
+    "optim.max_update_kl": float,
 }
 NOT_NEGATIVE = {
     **dict.fromkeys(

@@ -153,7 +153,8 @@ TURNED: dict[str, Turn | str] = {
     "optim.whiten_floor": Turn(to=10.0, of="loss/policy_avg"),
     "optim.entropy_coef": Turn(to=0.1, of="grad_norm/policy"),
     "optim.max_grad_norm": Turn(to=1e-4, shows_in="weights"),
-    "optim.max_preview_kl": Turn(to=1e-6, shows_in="weights", of="safe/step_scale"),
+    "optim.preview": Turn(to=True, shows_in="weights", of="safe/step_scale"),
+    "optim.max_update_kl": Turn(to=1e-6, of="safe/step_scale", given={"optim": {"preview": True}}),
     "critic.heads": Turn(to=1, of="val/mean"),
     "critic.temperature": Turn(to=0.01, of="val/mean"),
     "critic.regress": Turn(to="soft_min", of="loss/value_avg"),
@@ -237,7 +238,7 @@ def base(places: dict[str, str]) -> dict[str, Any]:
         "data": {"train": places["prompts"], "eval_size": 0},
         "reward": {"functions": ["tests.config.test_effects:letters"]},
         "rollout": {"batch_size": 4, "max_completion_length": 6},
-        "optim": {"learning_rate": 1e-2, "max_preview_kl": None},
+        "optim": {"learning_rate": 1e-2, "preview": False},
         "log": {"progress": False, "completions_steps": 0},
     }
 

@@ -450,7 +450,7 @@ def test_settings_that_save_memory_do_so_in_the_estimate(tokenizer) -> None:
     assert of(optim={"microbatch_tokens": 30})[activations] == 3 * (30 * 1024 + 7_200)
     assert of(optim={"num_mini_batches": 8})[logits] == 3 * 6 * 259 * 4 + 4 * 259 * 16
     assert of(model={"gradient_checkpointing": True})[activations] == 2 * 60 * 16 * 4 + 60 * 1024 + 14_400
-    assert of(optim={"max_preview_kl": None})["weights before a step"] == 0
+    assert of(optim={"preview": False})["weights before a step"] == 0
 
 
 def test_cuda_graphs_hold_what_a_pass_takes_once_more_and_a_longer_cache(tokenizer) -> None:

@@ -137,7 +137,7 @@ def test_a_figure_that_a_stratum_does_not_have_is_tested_over_the_others() -> No
     given = [
         outcome(
             f"{preset}{rate}{seed}",
-            {"scaled": seed + 10.0 * rate} if preset == "safe" else {"reward/final": 1.0},
+            {"step_scale": seed + 10.0 * rate} if preset == "safe" else {"reward/final": 1.0},
             preset=preset,
             rate=rate,
             seed=seed,
@@ -146,7 +146,7 @@ def test_a_figure_that_a_stratum_does_not_have_is_tested_over_the_others() -> No
         for rate in (1, 2)
         for seed in range(5)
     ]
-    gap = compare(given, ["rate"]).cells[1, "scaled"].difference
+    gap = compare(given, ["rate"]).cells[1, "step_scale"].difference
     assert gap is not None
     assert gap.p is not None
 

@@ -67,9 +67,9 @@ def test_steps_that_the_guard_undid_are_not_in_the_means(tmp_path: Path) -> None
 
 
 def test_skipped_counts_the_guards_and_the_optimisers(tmp_path: Path) -> None:
-    given = rows(4, scores=1.0, **{"policy/skipped_steps": 2, "safe/scaled_steps": lambda step: step})
+    given = rows(4, scores=1.0, **{"policy/skipped_steps": 2, "safe/step_scale": lambda step: step / 4})
     found = read(write_run(tmp_path / "run", given, config={"guard": {"enabled": True}})).figures
-    assert (found["skipped"], found["scaled"], found["incidents"]) == (8, 6, 0)
+    assert (found["skipped"], found["step_scale"], found["incidents"]) == (8, 0.375, 0)
 
 
 def test_where_nobody_watches_there_are_no_incidents_to_count(tmp_path: Path) -> None:

@@ -189,15 +189,26 @@ def test_the_kl_part_of_the_reward_is_0_where_the_kl_acts_in_the_loss(tokenizer)
     assert found["objective/non_score_reward"] == 0.0
 
 
-def test_the_controller_is_given_the_signed_kl_and_the_entropy_at_the_temperature(tokenizer) -> None:
-    config = settings("safe")
+@pytest.mark.parametrize("observed", ["k1", "exact"])
+def test_the_controller_is_given_the_kl_its_error_and_the_entropy_at_the_temperature(tokenizer, observed: str) -> None:
+    config = make_config(kl={"observe": observed}, rollout={"temperature": TEMPERATURE})
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer), SKIPPED)
     measured = measure(passes_of(model, config), rollout, 0)
-    rows = [figures for *_, figures in oracle.measured(oracle.in_float64(model), measured.tokens, TEMPERATURE)]
+    places = list(oracle.measured(oracle.in_float64(model), measured.tokens, TEMPERATURE))
+    rows = [figures for *_, figures in places]
     seen = observe(11, rollout, measured)
     ratios = [figures["logp"] - figures["ref_logp"] for figures in rows]
     assert min(ratios) < 0 < max(ratios)
-    assert seen.kl == pytest.approx(reductions.mean(ratios), abs=1e-5)
+    kls = ratios if observed == "k1" else [figures["exact_kl"] for figures in rows]
+    assert seen.kl == pytest.approx(reductions.mean(kls), abs=1e-5)
+    by_row = [
+        [kl for (row, *_), kl in zip(places, kls, strict=True) if row == one]
+        for one in sorted({row for row, *_ in places})
+    ]
+    squares = math.fsum((math.fsum(of_row) - seen.kl * len(of_row)) ** 2 for of_row in by_row)
+    count = len(by_row)
+    assert seen.kl_error == pytest.approx(math.sqrt(squares * count / (count - 1)) / len(kls), rel=1e-4)
+    assert seen.length == pytest.approx(len(kls) / count)
     assert seen.entropy == pytest.approx(reductions.mean([figures["entropy"] for figures in rows]), abs=1e-5)
     scores = [score for row, score in enumerate(rollout.scores) if row not in SKIPPED]
     assert (seen.step, seen.reward) == (11, pytest.approx(math.fsum(scores) / len(scores)))
@@ -317,9 +328,9 @@ def test_the_first_figure_that_is_not_finite_is_named_with_the_step(odd: float) 
     check_finite(4, {"fine": 1.0, "undefined": None})
 
 
-@pytest.mark.parametrize("figure", ["logp", "entropy"])
-def test_a_controller_is_given_no_figure_that_is_not_finite(tokenizer, figure: str) -> None:
-    config = make_config()
+@pytest.mark.parametrize(("figure", "observed"), [("logp", "k1"), ("kl", "exact"), ("entropy", "exact")])
+def test_a_controller_is_given_no_figure_that_is_not_finite(tokenizer, figure: str, observed: str) -> None:
+    config = make_config(kl={"observe": observed})
     rollout = make_rollout(len(tokenizer))
     measured = measure(passes_of(make_model(tokenizer, config), config), rollout, 0)
     broken = getattr(measured, figure).clone()

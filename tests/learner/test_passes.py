@@ -388,7 +388,7 @@ def test_the_reference_runs_for_the_kl_over_the_vocabulary_only_while_the_policy
             made.learn(batch, scale, learns_policy)
         counts.append(len(ran))
     ran.clear()
-    made.logp(batch.tokens)
+    made.hidden(batch.tokens)
     assert (counts, len(ran)) == ([1, 2 if in_loss == "exact" else 1], 1)
 
 

@@ -50,6 +50,7 @@ def measured(model: ActorCritic, tokens: Tokens, temperature: float) -> Iterator
                     "logp": log_p[t, token].item(),
                     "ref_logp": log_q[t, token].item(),
                     "entropy": -(log_p[t].exp() * log_p[t]).sum().item(),
+                    "exact_kl": (log_p[t].exp() * (log_p[t] - log_q[t])).sum().item(),
                     "values": [head(hidden[t]).item() for head in model.heads],
                     "targets": [head(hidden[t]).item() for head in model.target_heads],
                 },

@@ -167,6 +167,7 @@ def test_every_figure_of_a_decision_is_recorded_as_a_metric() -> None:
     figures: dict[str, Any] = {
         "kl_coef": 0.25, "threshold": 0.3, "excess": 0.01, "kl_short": 0.31, "kl_long": 0.29, "gate": 1.5,
         "phase": "PLATEAU", "pid_p": 0.1, "pid_i": -0.2, "pid_d": 0.3, "entropy_floor": 1.3, "reason": "why",
+        "update_kl": 0.015,
     }  # fmt: skip
     expected = {f"safe/{name}": value for name, value in figures.items()}
     assert decision_metrics(Decision(**figures)) == expected

@@ -265,7 +265,7 @@ def test_a_reward_that_collapses_is_rolled_back(tokenizer, tmp_path: Path) -> No
 
 
 def test_a_learning_rate_far_too_high_is_lowered_until_the_run_is_readable(tokenizer, tmp_path: Path) -> None:
-    optim = {"learning_rate": 3.0, "max_preview_kl": None}
+    optim = {"learning_rate": 3.0, "preview": False}
     config = guarded(tmp_path, optim=optim, guard={"rollback_factor": 0.01})
     run = made(config, tokenizer, Happens())
     run.train()

@@ -207,7 +207,7 @@ def test_weights_that_are_not_finite_after_an_update_leave_no_row(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Though every figure of the update, measured before its last step, is finite."""
-    config = settings(tmp_path / "run", guard={"enabled": False}, optim={"max_preview_kl": None})
+    config = settings(tmp_path / "run", guard={"enabled": False}, optim={"preview": False})
     run = trainer(config, tokenizer)
     steps: list[int] = []
 

@@ -52,17 +52,18 @@ class OptimConfig(Named):
     until the text is gibberish (docs/deviations.md)."""
     max_grad_norm: float = 1.0
     """Norm to which the policy's gradient is clipped."""
-    max_preview_kl: float | None = 0.005
-    """Bound of the preview, nats per token. The preview measures how far an optimiser step moves the policy, as
-    KL(before || after) on a 32nd of the rollout; above the bound only a part of the step is taken. None switches the
-    preview off. 0.005 is about twice the median step at the default learning rate, so that a third of the steps is
-    scaled. With 0.005, learning rates from 1 to 30 times the default end at the same reward; with 0.02, or with 0.01 at
-    10 times the default, they do not."""
+    preview: bool = True
+    """Keep each update within a trust region: its KL(before || after) is predicted, measured on an eighth of the
+    rollout, and brought within its bound by shortening the steps."""
+    max_update_kl: float | None = None
+    """Bound of the preview on a whole update, nats per token. None takes the controller's, a share of its KL budget
+    (``safe`` only). Only with preview."""
 
     def __post_init__(self) -> None:
         check_types("optim", self)
-        if self.max_preview_kl is not None:
-            positive("optim", self, "max_preview_kl")
+        if self.max_update_kl is not None:
+            positive("optim", self, "max_update_kl")
+        only_with("optim", self, "max_update_kl", self.preview, "optim.preview=true")
         positive("optim", self, "learning_rate", "num_iterations", "num_mini_batches", "microbatch_tokens")
         positive("optim", self, "epsilon", "whiten_floor", "max_grad_norm")
         not_negative("optim", self, "warmup_steps", "weight_decay", "entropy_coef")
@@ -151,6 +152,9 @@ class KLConfig(Named):
     in_loss: Literal["none", "k2", "exact"] = "none"
     """Add coefficient x KL to the loss: ``k2`` (half the squared log-ratio) or ``exact`` (over the whole
     vocabulary)."""
+    observe: Literal["k1", "exact"] = "exact"
+    """KL that the controller is told: ``exact`` is the mean over the sampled states of the KL over the whole
+    vocabulary, ``k1`` the mean of logp - ref. ``exact`` has less noise and costs one more product with the LM head."""
     allow_both: bool = False
     """Allow the KL in the reward and in the loss at once; it then acts twice."""
 

@@ -137,6 +137,11 @@ class Config(Named):
         require(self.rollout.batch_size % minibatches == 0, "rollout.batch_size", self.rollout.batch_size, remedy)
         remedy = f"the policy would never learn in max_steps={self.max_steps}: make it smaller"
         require(self.critic.warmup_steps < self.max_steps, "critic.warmup_steps", self.critic.warmup_steps, remedy)
+        bounded = not self.optim.preview or self.optim.max_update_kl is not None or self.kl.controller == "safe"
+        remedy = (
+            f"kl.controller={self.kl.controller} sets no bound on an update: give optim.max_update_kl, or set false"
+        )
+        require(bounded, "optim.preview", True, remedy)
         remedy = "divides by the number of rewards minus 1: set rollout.batch_size to 2 or more"
         fits = self.reward.normalise != "paper" or self.rollout.batch_size > 1
         require(fits, "reward.normalise", self.reward.normalise, remedy)

@@ -19,6 +19,7 @@ ELSEWHERE: dict[str, str] = {
     "beta": "kl.settings.budget, a KL in nats per token; with preset ppo a price, kl.settings.beta",
     "target_kl": "kl.settings.budget, or kl.settings.target with kl.controller=adaptive",
     "kl_target": "kl.settings.budget, or kl.settings.target with kl.controller=adaptive",
+    "max_preview_kl": "optim.max_update_kl, the bound on a whole update",
     "kl_horizon": "kl.settings.horizon with kl.controller=adaptive",
     "adap_kl_ctrl": "kl.controller=adaptive",
     "use_kl_loss": "kl.in_loss",

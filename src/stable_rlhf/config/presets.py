@@ -12,7 +12,7 @@ from stable_rlhf.control import CONTROLLERS, settings_class
 _PPO: dict[str, Any] = {
     "critic": {"heads": 1, "loss": "mse", "clip_reduction": "max", "bootstrap": "online"},
     "reward": {"normalise": "none"},
-    "optim": {"whiten_floor": 1e-4, "max_preview_kl": None},
+    "optim": {"whiten_floor": 1e-4, "preview": False},
     "guard": {"enabled": False},
 }
 """PPO as Ouyang et al. (2022) and TRL had it: one value head, squared error, clipped by the maximum, rewards as they
@@ -23,22 +23,30 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "critic": {"bootstrap": "mixed", "regress": "soft_min"},
         "reward": {"normalise": "paper"},
-        "kl": {"controller": "paper", "in_reward": False, "in_loss": "k2"},
-        "optim": {"entropy_coef": 0.01, "max_preview_kl": None},  # the published code never calls its preview
+        "kl": {"controller": "paper", "in_reward": False, "in_loss": "k2", "observe": "k1"},
+        "optim": {"entropy_coef": 0.01, "preview": False},  # the published code never calls its preview
         "guard": {"enabled": False},
     },
     # Ziegler et al. (2019) subtract the sum of the log-ratios, so length pays.
-    "ppo": {**_PPO, "kl": {"controller": "fixed", "settings": {"beta": 0.05}, "length_neutral": False}},
-    "ppo-adaptive": {**_PPO, "kl": {"controller": "adaptive", "length_neutral": False}},
-    "ppo-nokl": {**_PPO, "kl": {"controller": "none", "in_reward": False}},
-    "asymmetric": {**_PPO, "kl": {"controller": "asymmetric", "in_reward": False, "in_loss": "k2"}},
+    "ppo": {
+        **_PPO,
+        "kl": {"controller": "fixed", "settings": {"beta": 0.05}, "length_neutral": False, "observe": "k1"},
+    },
+    "ppo-adaptive": {**_PPO, "kl": {"controller": "adaptive", "length_neutral": False, "observe": "k1"}},
+    "ppo-nokl": {**_PPO, "kl": {"controller": "none", "in_reward": False, "observe": "k1"}},
+    "asymmetric": {**_PPO, "kl": {"controller": "asymmetric", "in_reward": False, "in_loss": "k2", "observe": "k1"}},
     # Ablations: each takes one layer out of `safe`.
     "safe-single-critic": {"critic": {"heads": 1}},
     # Nothing holds the KL here: a ceiling would take the layer's place.
-    "safe-no-regulation": {"kl": {"controller": "none", "in_reward": False}, "guard": {"max_kl": None}},
+    # The trust region stays, at what the default budget gives.
+    "safe-no-regulation": {
+        "kl": {"controller": "none", "in_reward": False},
+        "guard": {"max_kl": None},
+        "optim": {"max_update_kl": 0.015},
+    },
     "safe-no-gate": {"kl": {"settings": {"gate_on": False}}},
     "safe-no-threshold": {"kl": {"settings": {"threshold_on": False}}},
-    "safe-no-preview": {"optim": {"max_preview_kl": None}},
+    "safe-no-preview": {"optim": {"preview": False}},
     "safe-no-guard": {"guard": {"enabled": False}},
 }
 """Preset -> section -> field -> value. ``kl.settings`` holds only changes from the controller's defaults."""

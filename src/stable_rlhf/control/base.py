@@ -34,8 +34,8 @@ class Observation:
     reward: float
     """Mean score of the rollout's responses, in the scorer's units, before any KL term."""
     kl: float
-    """Mean over response tokens of the exact KL(pi || ref) at each, or of the signed estimate k1 = logp - ref, which may
-    be negative; nats per token."""
+    """Mean over response tokens of the exact KL(pi || ref) at each, or of the signed estimate k1 = logp - ref, which
+    may be negative; nats per token."""
     entropy: float
     """Mean entropy of the policy over response tokens, nats per token."""
     kl_error: float = 0.0

@@ -234,7 +234,7 @@ RULES = {
     ),
     "max_kl": Rule(
         seen=max_kl,
-        advice=f"{_SLOWER}, set or lower optim.max_preview_kl, or raise guard.max_kl if that much is intended",
+        advice=f"{_SLOWER}, set or lower optim.max_update_kl, or raise guard.max_kl if that much is intended",
         at_once=True,
     ),
     "skipped_steps": Rule(

@@ -179,6 +179,7 @@ def advance_safe(settings: SafeSettings, state: SafeState, observation: Observat
         entropy_floor=floor,
         reason=_reason(kl_short, threshold, regulation, state.regulator, kl_coef, gate)
         + _budget_reason(settings, state.threshold.multiple, moved, terms),
+        update_kl=0.05 * threshold,
     )
     return SafeState(regulator=regulator, threshold=moved, entropy=entropy), decision
 

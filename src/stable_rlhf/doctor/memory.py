@@ -107,7 +107,7 @@ def estimate(policy: Any, config: Config, *, device: torch.device, low: bool, pr
         "activations of a microbatch": activations,
         "logits of a chunk": logits,
         "both again in CUDA graphs": activations + logits if graphs else 0,
-        "weights before a step": 0 if config.optim.max_preview_kl is None else trained,
+        "weights before a step": trained if config.optim.preview else 0,
         "kernels and allocator": KERNELS["cpu" if device.type == "cpu" else "cuda"],
     }
     adapter = sum(_bytes(p) for p in policy.parameters() if p.requires_grad)

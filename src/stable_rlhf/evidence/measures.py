@@ -126,7 +126,10 @@ MEASURES: dict[str, Measure] = dict(
             _STABILITY, "skipped", "steps skipped", "count",
             "updates that the guard left out and optimiser steps whose gradient was not finite", Better.LESS,
         ),
-        _measure(_STABILITY, "scaled", "steps scaled", "count", "optimiser steps that the preview shortened"),
+        _measure(
+            _STABILITY, "step_scale", "share of steps taken", "share",
+            "share of the proposed optimiser steps that the preview took, mean over the updates",
+        ),
         _measure(_COST, "seconds", "seconds a step", "s", "median over the steps", Better.LESS),
         _measure(_COST, "tokens_per_s", "tokens a second", "tokens per s", "median over the steps", Better.MORE),
         _measure(_COST, "memory", "peak memory", "GB", "largest of the steps", Better.LESS),

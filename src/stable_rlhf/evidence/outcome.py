@@ -150,8 +150,8 @@ def _figures(run: Run, settings: Mapping[str, Any], status: Status, head: Headli
     if run.incidents or settings.get("guard.enabled"):  # elsewhere nobody counts
         found |= {"incidents": float(acted.total()), "rollbacks": float(acted["roll back"] + acted["stop"])}
         found["skipped"] = acted["skip"] + math.fsum(series(run.rows, "policy/skipped_steps")[1])
-    if scaled := series(run.rows, "safe/scaled_steps")[1]:
-        found["scaled"] = math.fsum(scaled)
+    if shares := series(run.rows, "safe/step_scale")[1]:
+        found["step_scale"] = math.fsum(shares) / len(shares)
     if status in (Status.FINISHED, Status.GIVEN_UP, Status.CRASHED):
         # By the steps and not by held-out prompts, of which other trainers record no variety.
         kept = not (

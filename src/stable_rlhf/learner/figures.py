@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops.masked import distinct_n, masked_mean
+from stable_rlhf.ops.masked import distinct_n, masked_mean, ratio_error
 from stable_rlhf.ops.objective import kl_estimate
 from stable_rlhf.records import Measured, Rollout
 
@@ -22,6 +22,8 @@ def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | N
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(correction=0),
         "objective/kl": masked_mean(log_ratio.double(), mask),
+        "objective/kl_exact": None if measured.kl is None else masked_mean(measured.kl.double(), mask),
+        "objective/kl_error": ratio_error((log_ratio if measured.kl is None else measured.kl).double(), mask),
         "objective/kl_k3": masked_mean(kl_estimate(measured.logp, measured.ref_logp, "k3").double(), mask),
         "objective/kl_per_sequence": (log_ratio.double() * mask).sum() / mask.any(1).sum(),
         "objective/entropy": masked_mean(measured.entropy.double(), mask),
@@ -41,12 +43,12 @@ def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | N
     return plain(metrics)
 
 
-def plain(metrics: Mapping[str, Tensor | float]) -> dict[str, float | None]:
+def plain(metrics: Mapping[str, Tensor | float | None]) -> dict[str, float | None]:
     """The metrics as plain numbers, None where one is undefined.
 
     Undefined are ``val/explained_variance`` of constant returns, distinct-2 where no completion has two tokens, and the
     standard error of a single reward.
     """
     undefined = ("val/explained_variance", "completions/distinct_2", "distinct_2", "reward_se")
-    plain = {name: float(value) for name, value in metrics.items()}
+    plain = {name: None if value is None else float(value) for name, value in metrics.items()}
     return {name: None if name in undefined and value != value else value for name, value in plain.items()}

@@ -13,7 +13,7 @@ from stable_rlhf.control import Observation
 from stable_rlhf.errors import DivergenceError
 from stable_rlhf.learner.microbatches import Lengths, plan
 from stable_rlhf.learner.passes import Passes
-from stable_rlhf.ops.masked import masked_mean
+from stable_rlhf.ops.masked import masked_mean, ratio_error
 from stable_rlhf.records import Measured, Rollout, Tokens, on
 
 
@@ -29,7 +29,8 @@ def measure(passes: Passes, rollout: Rollout, step: int) -> Measured:
     tokens = dataclasses.replace(rollout.tokens, mask=rollout.tokens.mask & torch.tensor(rollout.valid)[:, None])
     tokens = tokens.padded(passes.grain.columns)
     shape, heads = tokens.response.shape, len(model.heads)
-    names = ("logp", "ref_logp", "entropy")
+    exact = learning.kl.observe == "exact"
+    names = ("logp", "ref_logp", "entropy", *(["kl"] if exact else []))
     figures = torch.zeros(len(names) + 2 * heads, *shape, device=device)
     there = on(tokens, device)
     for minibatch in plan(lengths(tokens), learning.optim, learning.seed, step, 0, device, passes.grain):
@@ -37,11 +38,13 @@ def measure(passes: Passes, rollout: Rollout, step: int) -> Measured:
             rows = micro.rows.to(device)
             part = there.rows(rows, micro.width, micro.length, micro.count)
             out, ref_logp = passes.measure(part, learns)
-            parts = [out.logp[None], ref_logp[None], out.entropy[None], out.values, model.target_values(out.state)]
+            grids = [out.logp, ref_logp, out.entropy, *([out.exact_kl] if exact else [])]
+            parts = [torch.stack(grids), out.values, model.target_values(out.state)]
             figures[:, rows[: micro.count], : micro.length] = torch.cat(parts)[:, : micro.count]
     figures = figures.cpu()
     named = dict(zip(names, figures, strict=False))
-    return Measured(tokens=tokens, values=figures[3 : 3 + heads], targets=figures[3 + heads :], **named)
+    values, targets = figures[len(names) :].split(heads)
+    return Measured(tokens=tokens, values=values, targets=targets, **named)
 
 
 def lengths(tokens: Tokens) -> Lengths:
@@ -55,16 +58,26 @@ def learns_policy(critic: CriticConfig, step: int) -> bool:
 
 
 def observe(step: int, rollout: Rollout, measured: Measured) -> Observation:
-    """The controller's input: mean reward of the valid rows, mean k1 and mean entropy over response tokens.
+    """The controller's input: mean reward of the valid rows; over response tokens mean KL, with its standard error over
+    the rows, and mean entropy, nats per token; mean length of a response.
 
-    k1 = logp - ref and the entropy are in nats per token. Raises DivergenceError where one of them is not finite.
+    The KL is the exact one where it was measured, else k1 = logp - ref. Raises DivergenceError where a figure is not
+    finite.
     """
     scores = [score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid]
     mask = measured.tokens.mask
-    kl = masked_mean((measured.logp - measured.ref_logp).double(), mask).item()
+    per_token = measured.logp - measured.ref_logp if measured.kl is None else measured.kl
+    kl = masked_mean(per_token.double(), mask).item()
     entropy = masked_mean(measured.entropy.double(), mask).item()
     check_finite(step, {"objective/kl": kl, "objective/entropy": entropy})
-    return Observation(step=step, reward=sum(scores) / len(scores), kl=kl, entropy=entropy)
+    return Observation(
+        step=step,
+        reward=sum(scores) / len(scores),
+        kl=kl,
+        entropy=entropy,
+        kl_error=ratio_error(per_token.double(), mask),
+        length=(mask.sum() / mask.any(1).sum()).item(),
+    )
 
 
 def check_finite(step: int, figures: Mapping[str, float | None]) -> None:

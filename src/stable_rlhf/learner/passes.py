@@ -7,6 +7,7 @@ divides come from one computation: on the first minibatch the ratio is exactly 1
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -48,6 +49,8 @@ class Passes(Protocol):
     def measure(self, tokens: Tokens, learns_policy: bool) -> tuple[Output, Tensor]:
         """The policy's output and the reference's log-probs [n, T], nats, without gradients.
 
+        The output has the exact KL where ``kl.observe`` is ``exact``.
+
         ``learns_policy`` must be as in the pass that will learn from these tokens, so that both run the same forward.
         """
         ...
@@ -56,8 +59,8 @@ class Passes(Protocol):
         """Adds a microbatch's gradient to the parameters; returns (names of its metrics, its share of each [K])."""
         ...
 
-    def logp(self, tokens: Tokens) -> Tensor:
-        """The policy's log-probs [n, T], nats, and nothing else."""
+    def hidden(self, tokens: Tokens) -> Tensor:
+        """The policy's last hidden states [n, T, h] at the response tokens' states, without gradients, nothing else."""
         ...
 
 
@@ -90,24 +93,28 @@ class DirectPasses:
             # A compiled forward that keeps what its backward needs rounds otherwise than one that does not.
             with torch.set_grad_enabled(self.compiled):
                 out = detached(self.model(tokens, temperature=self.learning.temperature))
-            return out, self.reference(tokens)
+            return self.against_reference(tokens, out)
 
     def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
         with cpu_matmul.exact_products(self.model.device):
             return self.backward(self.forward(batch.tokens, learns_policy), batch, scale, learns_policy)
 
-    def logp(self, tokens: Tokens) -> Tensor:
+    def hidden(self, tokens: Tokens) -> Tensor:
         with cpu_matmul.exact_products(self.model.device), torch.set_grad_enabled(self.compiled):
-            return self.forward(tokens, False).logp.detach()
+            return self.model.hidden(tokens).detach()
 
     def forward(self, tokens: Tokens, learns_policy: bool) -> Output:
         """The policy and the heads, with gradients; the exact KL too where the loss needs it."""
         exact_kl = self.learning.kl.in_loss == "exact" and learns_policy
         return self.model(tokens, temperature=self.learning.temperature, exact_kl=exact_kl)
 
-    def reference(self, tokens: Tokens) -> Tensor:
-        """The reference's log-probs [n, T], nats."""
-        return self.model.reference_logp(tokens, temperature=self.learning.temperature)
+    def against_reference(self, tokens: Tokens, out: Output) -> tuple[Output, Tensor]:
+        """(the policy's detached output, now with the exact KL if it is observed; the reference's log-probs, nats)."""
+        temperature = self.learning.temperature
+        if self.learning.kl.observe == "k1":
+            return out, self.model.reference_logp(tokens, temperature=temperature)
+        ref_logp, kl = self.model.reference_kl(tokens, out.state, temperature=temperature)
+        return dataclasses.replace(out, exact_kl=kl), ref_logp
 
     def backward(self, out: Output, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
         """Computes the loss of a forward and its gradients; returns the same as `learn`."""

@@ -74,8 +74,8 @@ class ReplayedPasses:
         captured = self._captured(_PassGraphs, batch.tokens, learns_policy)
         return (captured or self.direct).learn(batch, scale, learns_policy)
 
-    def logp(self, tokens: Tokens) -> Tensor:
-        return (self._captured(_LogpGraph, tokens) or self.direct).logp(tokens)
+    def hidden(self, tokens: Tokens) -> Tensor:
+        return (self._captured(_HiddenGraph, tokens) or self.direct).hidden(tokens)
 
     @contextlib.contextmanager
     def _collecting(self) -> Iterator[None]:
@@ -135,14 +135,15 @@ class _PassGraphs:
 
         def forward() -> Output:
             last["out"] = passes.forward(tokens, learns_policy)
-            return detached(last["out"])
+            last["detached"] = detached(last["out"])
+            return last["detached"]
 
         def backward() -> Tensor:  # lets the activations go
             self.names, figures = passes.backward(last.pop("out"), self.batch, self.scale, learns_policy)
             return figures
 
-        def reference() -> Tensor:
-            return passes.reference(tokens)
+        def reference() -> tuple[Output, Tensor]:  # reads what the forward left
+            return passes.against_reference(tokens, last["detached"])
 
         with torch.enable_grad():  # also when it is a measurement that asks first
             # Under an empty mask: what this adds to the gradients is 0.
@@ -156,7 +157,7 @@ class _PassGraphs:
         _copy(self.batch.tokens, tokens)
         self._forward.replay()
         self._reference.replay()
-        return self._forward.result, self._reference.result
+        return self._reference.result
 
     def learn(self, batch: Batch, scale: Scale, learns_policy: bool) -> tuple[list[str], Tensor]:
         _copy(self.batch, batch)
@@ -166,21 +167,21 @@ class _PassGraphs:
         return self.names, self._backward.result.clone()
 
 
-class _LogpGraph:
-    """The graph of one shape that gives only the policy's log-probs."""
+class _HiddenGraph:
+    """The graph of one shape that gives only the policy's hidden states."""
 
     def __init__(self, passes: DirectPasses, pool: Any, rows: int, width: int, length: int) -> None:
         device = passes.model.device
         self.tokens = tokens = _no_tokens(rows, width, length, device)
 
         def look() -> Tensor:
-            return passes.forward(tokens, False).logp.detach()
+            return passes.hidden(tokens)
 
         with torch.set_grad_enabled(passes.compiled):
             cuda_graphs.warm_up(look, device)
             self._look = cuda_graphs.capture(look, device, pool)
 
-    def logp(self, tokens: Tokens) -> Tensor:
+    def hidden(self, tokens: Tokens) -> Tensor:
         _copy(self.tokens, tokens)
         self._look.replay()
         return self._look.result

@@ -1,16 +1,24 @@
-"""The preview: measures how far an optimiser step moves the policy, and scales the step down to a bound.
+"""The preview: a trust region on the whole update, predicted, measured and then kept.
 
-A look measures the KL(pi_before || pi_after) of a step theta_before -> theta_after on a few rows of the rollout (the
-probe). If it is above ``optim.max_preview_kl``, only a part of the step is taken, theta_before + s (theta_after -
-theta_before) with s = max_preview_kl / KL. Another look follows, until the KL is within the bound. A step that is still
-too long after RETRIES scalings, or whose log-probs are not finite, is not taken. The optimiser's moments are those of
-the whole step, and the critic's part of it is taken whole. Source: SAFE (arXiv 2602.04651), predictive step scaling;
-its published code never calls it.
+The update of a rollout takes n optimiser steps from theta_0 to theta. Its size is KL(pi_0 || pi) in nats per token,
+measured by a look: a forward over a few rows of the rollout (the probe), and the KL over the whole vocabulary at each
+of their states. It may be `limit` at most. The sampled tokens alone would not do: they are the ones that the update was
+made from, and their log-probs move up to twenty times as far as those of others.
 
-The last step of an update is always looked at. After a look that scaled nothing (the preview is then quiet), in this
-update or at the end of the one before, the next steps share one look at the update's last step: n of them are bounded
-by n times the bound. So a policy that moves slowly costs one look per update, and one that moves fast two or more per
-step.
+1. Prediction. The KL is about quadratic in the length of the steps, so the last update's measured size says which share
+   s of every step will bring this one to AIM x limit:  s = min(1, sqrt(AIM limit / (gain lr^2))), where gain is the
+   measured size / (s lr)^2. AdamW runs with s lr: a share of the step and of its decay, to the bit the whole for s = 1.
+2. Measurement. After the last step the update is looked at. Beyond the limit, or below half of it although s < 1, it is
+   put at another point of its line, theta_0 + f (theta - theta_0) with f = sqrt(AIM limit / size), no longer than the
+   whole steps would have made it, and looked at again. What is kept was measured.
+3. While the prediction cannot be trusted (the first update, and after one that was far beyond its limit), the update is
+   looked at after every step, the k-th within (k / n)^2 of the limit.
+
+So the size of an update grows with the learning rate up to the limit and stays there. An update that is still beyond
+the limit after RETRIES corrections, or whose log-probs are not finite, is not taken. Only the policy is scaled: the
+critic's part of every step is whole, and AdamW's moments are those of the gradient. Source: SAFE (arXiv 2602.04651),
+predictive step scaling, which its published code never calls; the bound on the whole update is that of TRPO (Schulman
+et al. 2015, arXiv 1502.05477), the line search too.
 """
 
 from __future__ import annotations
@@ -27,22 +35,39 @@ from stable_rlhf.config import OptimConfig
 from stable_rlhf.learner.measure import learns_policy
 from stable_rlhf.learner.microbatches import Grain, Lengths, Microbatch, permutation, up
 from stable_rlhf.learner.passes import Passes
-from stable_rlhf.ops.objective import step_kl
+from stable_rlhf.ops.logprobs import token_statistics
+from stable_rlhf.ops.masked import masked_mean
 from stable_rlhf.records import Batch, Tokens
 
-RETRIES = 4
-"""Most scalings of one step. The KL is about quadratic in the step, so one scaling by max / KL shortens it more than
-enough. The second serves steps so long that this did not hold; a step that is too long after four has no useful
-direction."""
+RETRIES = 6
+"""Most corrections at a look. One is nearly always enough; log-probs that are far gone no longer grow with the square,
+and those that are not finite lose a factor CUT each, so six reach a millionth of the step."""
 
-SHARE = 32
-"""A look takes one row of the rollout in this many. With two passes of two minibatches, an update whose
-steps are all looked at and never scaled runs four looks, a forward over an eighth of the rows, next to two forwards and
-backwards over all of them. With a sixteenth of the rows per look the four cost the built-in policy 6 % of its step's
-CPU time (docs/LOG.md)."""
+CUT = 0.1
+"""Share that is kept of an update whose log-probs are not finite: its size says nothing."""
 
-FEWEST = 2
-"""Least rows of a look, where the rollout has as many: torch.compile makes a separate program for a single row."""
+AIM = 0.8
+"""Share of the limit that is aimed at: the sizes of neighbouring updates differ by some 20 %, and an update beyond the
+limit costs another look."""
+
+SHORT = 0.5
+"""Share of the limit below which a shortened update is made longer again."""
+
+SURPRISE = 4.0
+"""Multiple of the limit from which the prediction is not trusted in the next update: its later steps were computed far
+outside the trust region."""
+
+FORGET = 0.5
+"""Least share of the gain that one update leaves: one whose gradient said nothing moves nothing, and must not let the
+next one leap."""
+
+SHARE = 16
+"""A look takes one row of the rollout in this many: two looks an update, before and after, and sometimes a third, next
+to the forwards of measuring and learning, which are eight over all rows with two passes, and to the sampling
+(docs/LOG.md has the price)."""
+
+FEWEST = 4
+"""Least rows of a look, where the rollout has as many."""
 
 ORDER = 1_008
 """Number of the permutation that the probe is taken from; no pass over the rollout has it (see
@@ -72,143 +97,166 @@ class Probe:
     """The rows of the rollout on which an update's looks measure the KL, on the model's device."""
 
     tokens: Tokens
-    sampled: Tensor
-    """[n, T] log-probs of the policy that sampled them, nats."""
+    before: Tensor
+    """[n, T, h] the policy's hidden states before the update, by a forward of this shape: one of another shape would
+    differ by its rounding, which in bfloat16 adds some 1e-4 nats to a size."""
+    head: Tensor
+    """[V, h] the LM head before the update."""
     count: Tensor
     """Scalar: response tokens in the rows."""
 
-    @classmethod
-    def of(cls, batch: Batch, rows: Microbatch) -> Probe:
-        index = rows.rows.to(batch.logp.device)
-        tokens = batch.tokens.rows(index, rows.width, rows.length)
-        # As `measure` found them, not by another forward: in bfloat16 the two differ by the rounding of another shape,
-        # about 1e-4 nats, far below any bound of use.
-        return cls(tokens=tokens, sampled=batch.logp[index, : rows.length], count=tokens.mask.sum())
-
 
 class Preview:
-    """Bounds the KL of a run's optimiser steps; one object serves the whole run.
+    """Keeps each update of a run within its trust region; one object serves the whole run.
 
     An update calls ``begin``, then ``take`` for each optimiser step, then ``metrics``. During the critic's warm-up, and
     where no row has a reward, there is nothing to look at: the steps are taken whole and there are no metrics.
     """
 
-    def __init__(self, passes: Passes, limit: float) -> None:
-        """``limit``: bound on the KL of one optimiser step, nats per token."""
-        self.passes, self.limit = passes, limit
-        self.quiet = False
-        """Whether the last look scaled nothing; the next look then waits for the update's last step."""
-        self.proposed: list[float] = []
-        """KL of the proposed steps at each look of this update, nats per token; not finite where the log-probs were
-        not."""
-        self.scales: list[float] = []
-        """Share of each optimiser step of this update that was taken, except those whose gradient was not finite."""
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self.gain: float | None = None
+        """Size of an update of whole steps / squared learning rate, nats per token; None before it was measured."""
+        self.wary = True
+        """Whether the next update is looked at after every step."""
         self._probe: Probe | None = None  # None where this update has nothing to look at
-        self._before: Tensor  # [n, T] log-probs of the probe at the last look
-        self._start: list[Tensor] = []  # the policy's weights at the last look; empty where no step was taken since
-        self._stepped: list[Tensor] = []  # whether the optimiser took each step since
+        self._start: list[Tensor] = []  # the policy's weights before the update
+        self._stepped: list[Tensor] = []  # whether the optimiser took each step
 
-    def begin(self, batch: Batch, lengths: Lengths, step: int) -> None:
+    @torch.no_grad()
+    def begin(self, batch: Batch, lengths: Lengths, step: int, limit: float, steps: int) -> None:
         """Draws the rows for the looks of this update.
 
-        ``batch`` is on the model's device; ``lengths`` are those of its rows; ``step`` is the run's.
+        ``batch`` is on the model's device; ``lengths`` are those of its rows; ``step`` is the run's; ``limit`` bounds
+        the update's KL(before || after), nats per token; ``steps``: optimiser steps of the update.
         """
         learning = self.passes.learning
-        self.proposed, self.scales = [], []
         self._probe, self._start, self._stepped = None, [], []  # an interrupted update may have left some
         rows = probe(lengths, learning.optim, learning.seed, step, self.passes.grain)
         if rows is None or not learns_policy(learning.critic, step):
-            self.quiet = False
             return
-        self._probe = Probe.of(batch, rows)
-        self._before = self._probe.sampled
+        # Copies, by a launch for many tensors where `clone` takes one each.
+        self._start = list(torch._foreach_mul(self._parameters, 1.0))  # pyright: ignore[reportPrivateImportUsage]
+        self._probe = self._before(batch, rows)
+        self._limit, self._steps, self._share = limit, steps, 1.0
+        self._size, self._looks = 0.0, 0
+
+    def _before(self, batch: Batch, rows: Microbatch) -> Probe:
+        """The probe at the policy as it is."""
+        tokens = batch.tokens.rows(rows.rows.to(batch.logp.device), rows.width, rows.length)
+        head = self.passes.model.head()
+        trained = (copy for own, copy in zip(self._parameters, self._start, strict=True) if own is head)
+        hidden = self.passes.hidden(tokens).clone()
+        return Probe(tokens=tokens, before=hidden, head=next(trained, head), count=tokens.mask.sum())
 
     @torch.no_grad()
     def take(self, optimizer: torch.optim.Optimizer, finite: Tensor, last: bool) -> None:
-        """Runs ``optimizer.step()`` and scales the policy's part of it until its KL is within the bound.
+        """Runs ``optimizer.step()`` with the policy's share of its learning rate, and looks where a look is due.
 
-        ``finite`` (scalar, bool): False where the optimiser skips a gradient that is not finite; there is then nothing
-        to measure.
+        ``finite`` (scalar, bool): False where the optimiser skips a gradient that is not finite.
         ``last``: no other step of this update follows.
         """
         if self._probe is None:
             optimizer.step()
             return
-        if not self._start:
-            parameters: list[Any] = self.passes.model.policy_parameters()
-            # Copies, by a launch for many tensors where `clone` takes one each.
-            self._start = list(torch._foreach_mul(parameters, 1.0))  # pyright: ignore[reportPrivateImportUsage]
-        optimizer.step()
+        policy = optimizer.param_groups[0]
+        rate = policy["lr"]
+        if not self._stepped:
+            self._share = self._predicted(rate)
+        policy["lr"] = rate * self._share  # AdamW's step and its decay are proportional to it
+        try:
+            optimizer.step()
+        finally:
+            policy["lr"] = rate
         self._stepped.append(finite)
-        if last or not self.quiet:
-            self._judge(self._probe)
+        if last or self.wary:
+            self._judge(self._probe, rate, last)
 
-    def _judge(self, probe: Probe) -> None:
-        """Looks at the steps since the last look, and scales them to the bound."""
-        after, kl = self._look(probe)
+    @property
+    def _parameters(self) -> list[Any]:
+        return self.passes.model.policy_parameters()
+
+    def _predicted(self, rate: float) -> float:
+        """The share of every step that will make an update of AIM x limit."""
+        expected = (self.gain or 0.0) * rate**2
+        return 1.0 if expected <= AIM * self._limit else math.sqrt(AIM * self._limit / expected)
+
+    def _judge(self, probe: Probe, rate: float, last: bool) -> None:
+        """Looks at the steps so far and corrects their length; after the last one, learns the gain."""
+        limit = self._limit * (len(self._stepped) / self._steps) ** 2
         # One wait for the device.
-        size, *stepped = torch.stack([kl, *(step.double() for step in self._stepped)]).tolist()
-        start, self._start, self._stepped = self._start, [], []
+        size, *stepped = torch.stack([self._look(probe), *(step.double() for step in self._stepped)]).tolist()
         if not any(stepped):
             return
-        count = round(sum(stepped))
-        limit = self.limit * count
-        self.proposed.append(size)
-        self.quiet = size <= limit
-        scale, self._before = self._scaled(probe, start, after, size, limit)
-        self.scales += [scale] * count
-
-    def _scaled(
-        self, probe: Probe, start: list[Tensor], after: Tensor, size: float, limit: float
-    ) -> tuple[float, Tensor]:
-        """Scales the step from the weights ``start`` until its KL, ``size`` at first, is within the limit.
-
-        Returns (share of the step that is taken, the probe's log-probs after it).
-        """
-        parameters: list[Any] = self.passes.model.policy_parameters()
-        scale = 1.0
+        surprising = not size <= SURPRISE * limit
         for _ in range(RETRIES):
-            if size <= limit or not math.isfinite(size):
+            fills = not last or self._share in (0.0, 1.0) or size >= SHORT * limit
+            if size <= limit and fills:
                 break
-            share = limit / size
-            scale *= share
-            torch._foreach_lerp_(parameters, start, 1.0 - share)  # pyright: ignore[reportPrivateImportUsage]
-            after, kl = self._look(probe)
-            size = kl.item()
-        if size <= limit:
-            return scale, after
-        torch._foreach_copy_(parameters, start)  # pyright: ignore[reportPrivateImportUsage]
-        return 0.0, self._before
+            self._resize(self._factor(size, limit))
+            size = self._look(probe).item()
+        if not size <= limit:
+            self._resize(0.0)
+            size = 0.0
+        self._size = size
+        if last:
+            self.wary = surprising or self._share == 0.0
+            self._learn_gain(size, rate)
+            self._start = []
 
-    def _look(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        """(the probe's log-probs, KL of the step so far)."""
-        after = self.passes.logp(probe.tokens).clone()
-        return after, step_kl(self._before, after, probe.sampled, probe.tokens.mask, probe.count)
+    def _factor(self, size: float, limit: float) -> float:
+        """The factor on the update's length that brings its KL to AIM x limit, or as near as whole steps reach."""
+        if not math.isfinite(size):
+            return CUT
+        whole = 1.0 / self._share
+        return whole if size * whole**2 <= AIM * limit else math.sqrt(AIM * limit / size)
+
+    def _resize(self, factor: float) -> None:
+        """theta <- theta_0 + factor (theta - theta_0)."""
+        if factor == 0.0:
+            torch._foreach_copy_(self._parameters, self._start)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            torch._foreach_lerp_(self._parameters, self._start, 1.0 - factor)  # pyright: ignore[reportPrivateImportUsage]
+        self._share *= factor
+
+    def _learn_gain(self, size: float, rate: float) -> None:
+        """gain <- size / (s lr)^2 where that is larger; smaller ones are averaged in, in the log domain."""
+        if self._share == 0.0 or rate == 0.0:
+            return
+        found = size / (self._share * rate) ** 2
+        if self.gain is None or found >= self.gain:
+            self.gain = found or None
+        else:
+            self.gain = max(FORGET * self.gain, math.sqrt(self.gain * found))
+
+    def _look(self, probe: Probe) -> Tensor:
+        """Size of the update so far, nats per token."""
+        self._looks += 1
+        model, temperature = self.passes.model, self.passes.learning.temperature
+        after = self.passes.hidden(probe.tokens)
+        found = token_statistics(probe.before, probe.head, probe.tokens.response, temperature, after, model.head())
+        assert found.kl is not None
+        return masked_mean(found.kl.double(), probe.tokens.mask, probe.count)
 
     def metrics(self) -> dict[str, float | None]:
-        """Metrics of this update's optimiser steps so far, without those whose gradient was not finite.
-
-        They are the largest KL of the proposed steps at a look (None where it was not finite), the mean share of a step
-        that was taken, and the number of steps that were not taken whole.
-        """
+        """Metrics of this update: its limit, its size, the share of its steps that was taken, and the looks."""
         if self._probe is None:
             return {}
-        largest = max(self.proposed, key=lambda kl: kl if math.isfinite(kl) else math.inf, default=math.inf)
         return {
-            "safe/preview_kl": largest if math.isfinite(largest) else None,
-            "safe/step_scale": math.fsum(self.scales) / len(self.scales) if self.scales else None,
-            "safe/scaled_steps": sum(scale < 1.0 for scale in self.scales),
+            "safe/update_kl": self._limit,
+            "safe/moved_kl": self._size,
+            "safe/step_scale": self._share,
+            "safe/looks": self._looks,
         }
 
-    def state_dict(self) -> dict[str, bool]:
+    def state_dict(self) -> dict[str, float | bool | None]:
         """Everything that the next update depends on."""
-        return {"quiet": self.quiet}
+        return {"gain": self.gain, "wary": self.wary}
 
-    def load_state_dict(self, state: Mapping[str, bool]) -> None:
-        self.quiet = state["quiet"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.gain, self.wary = state["gain"], state["wary"]
 
 
 def make_preview(passes: Passes) -> Preview | None:
-    """The preview of a run; None where ``optim.max_preview_kl`` is None, so that every step is taken whole."""
-    limit = passes.learning.optim.max_preview_kl
-    return None if limit is None else Preview(passes, limit)
+    """The preview of a run; None where ``optim.preview`` is off, so that every step is taken whole."""
+    return Preview(passes) if passes.learning.optim.preview else None

@@ -45,11 +45,13 @@ CHUNK_ROWS_MULTIPLE = 128
 
 
 class TokenStatistics(NamedTuple):
-    """Per token, in nats, float32 or wider: logp of the token, entropy of the policy, exact KL(pi || ref) or None."""
+    """Per token, in nats, float32 or wider: logp of the token, entropy of the policy, exact KL(pi || ref), and the
+    token's logp under the reference. The last two are None without a reference."""
 
     logp: Tensor
     entropy: Tensor
     kl: Tensor | None
+    ref_logp: Tensor | None
 
 
 def token_statistics(
@@ -81,8 +83,8 @@ def token_statistics(
             speed, and no result.
 
     Returns:
-        logp, entropy and kl [B, T], differentiable once in hidden and lm_head_weight, never in the reference. Where
-        B * T rows fit one chunk, their graph keeps that chunk's log-softmax.
+        logp, entropy and kl [B, T], differentiable once in hidden and lm_head_weight, never in the reference; ref_logp
+        [B, T] has no gradient. Where B * T rows fit one chunk, their graph keeps that chunk's log-softmax.
 
     Raises:
         ValueError: for a temperature or a chunk that is not positive, half a reference, or shapes that do not match.
@@ -106,11 +108,10 @@ def token_statistics(
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, lm_head_weight.dtype), torch.float32)
     if chunk is None:
         chunk = _chunk_rows(lm_head_weight.shape[0], dtype)
-    logp, entropy, kl = _ChunkedStatistics.apply(
+    figures = _ChunkedStatistics.apply(
         rows, lm_head_weight, tokens.reshape(-1), temperature, ref_hidden, ref_lm_head_weight, chunk, dtype
     )
-    shape = tokens.shape
-    return TokenStatistics(logp.view(shape), entropy.view(shape), None if kl is None else kl.view(shape))
+    return TokenStatistics(*(None if figure is None else figure.view(tokens.shape) for figure in figures))
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, tokens: Tensor, prefix: str = "") -> None:
@@ -127,7 +128,7 @@ def _chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
 
 
 class _ChunkedStatistics(torch.autograd.Function):
-    """hidden [N, h], weight [V, h], tokens [N] -> logp [N], entropy [N], kl [N] or None."""
+    """hidden [N, h], weight [V, h], tokens [N] -> logp [N], entropy [N], kl [N] or None, ref_logp [N] or None."""
 
     @staticmethod
     def forward(
@@ -140,31 +141,38 @@ class _ChunkedStatistics(torch.autograd.Function):
         ref_weight: Tensor | None,
         chunk: int,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         policy, reference = _heads(hidden, weight, ref_hidden, ref_weight, temperature, dtype)
         logp = hidden.new_empty(len(tokens), dtype=dtype)
         entropy = torch.empty_like(logp)
         kl = None if reference is None else torch.empty_like(logp)
+        ref_logp = None if reference is None else torch.empty_like(logp)
         kept = policy.log_softmax(slice(None)) if len(tokens) <= chunk else None
         for start in range(0, len(tokens), chunk):
             part = slice(start, start + chunk)
             log_p = policy.log_softmax(part) if kept is None else kept
             p = log_p.exp()
             logp[part] = log_p.gather(1, tokens[part, None]).squeeze(1)
-            if reference is not None and kl is not None:
-                kl[part] = reference.log_softmax(part).neg_().add_(log_p).mul_(p).sum(1)
+            if reference is not None and kl is not None and ref_logp is not None:
+                log_q = reference.log_softmax(part)
+                ref_logp[part] = log_q.gather(1, tokens[part, None]).squeeze(1)
+                kl[part] = log_q.neg_().add_(log_p).mul_(p).sum(1)
+                del log_q
             entropy[part] = p.mul_(log_p).sum(1).neg_()
             del log_p, p  # before the next chunk's are made
         # Without a graph (no_grad, frozen inputs) autograd lets go of all of it, `kept` too.
         ctx.save_for_backward(hidden, weight, tokens, ref_hidden, ref_weight, entropy, kl, kept)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         ctx.set_materialize_grads(False)  # None, not zeros, for what nothing was asked of
-        return logp, entropy, kl
+        if ref_logp is not None:
+            ctx.mark_non_differentiable(ref_logp)
+        return logp, entropy, kl, ref_logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens, ref_hidden, ref_weight, entropy, kl, kept = ctx.saved_tensors
+        grads = grads[:3]  # ref_logp has none
         if all(g is None for g in grads):
             return (None,) * 8
         policy, reference = _heads(hidden, weight, ref_hidden, ref_weight, ctx.temperature, ctx.dtype)

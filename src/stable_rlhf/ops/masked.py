@@ -95,6 +95,33 @@ def masked_mean(x: Tensor, mask: Tensor, denominator: float | Tensor | None = No
     return total / denominator
 
 
+def ratio_error(x: Tensor, mask: Tensor) -> float:
+    """Standard error of the mean of x over the True entries, where the rows, not the entries, are independent.
+
+    The mean is a ratio, sum_b S_b / sum_b L_b with S_b the sum of row b and L_b its count. By linearisation
+        error^2 = n / (n - 1) sum_b (S_b - mean L_b)^2 / (sum_b L_b)^2,
+    n the number of rows with an entry. Source: Cochran, "Sampling Techniques" (1977), section 6.4.
+
+    Args:
+        x: floating point, [B, T].
+        mask: bool, [B, T]; True marks the entries that count.
+
+    Returns:
+        In x's unit; 0 where fewer than two rows have an entry, which do not show their error.
+
+    Raises:
+        TypeError, ValueError: see `check_mask`.
+    """
+    lengths = mask.sum(1).double()
+    rows = int((lengths > 0).sum())
+    if rows < 2:
+        check_mask(mask, x=x)
+        return 0.0
+    sums = masked_sum(x.double(), mask, 1)
+    residuals = sums - sums.sum() / lengths.sum() * lengths
+    return float((residuals.square().sum() * rows / (rows - 1)).sqrt() / lengths.sum())
+
+
 def totals(x: Tensor, mask: Tensor) -> Totals:
     """Count, mean and sum of squared deviations of x over the True entries, in float64, by two passes.
 

@@ -60,7 +60,7 @@ class Output:
     state: Tensor
     """[B, T, h] the input of the heads: the last hidden state, without a gradient unless critic.backbone_gradient."""
     exact_kl: Tensor | None
-    """KL(pi || pi_ref) at s_t over the whole vocabulary, where asked for."""
+    """KL(pi || pi_ref) at s_t over the whole vocabulary, nats, where asked for."""
 
 
 class ActorCritic(nn.Module):
@@ -103,6 +103,7 @@ class ActorCritic(nn.Module):
         self.dropout_off()
         own = causal_lm(policy).config._attn_implementation
         ways = [UNMASKED, own] if own == "sdpa" and self.span == UNBOUNDED else [own]
+        self._hidden_dtype = torch.float32  # of the last forward
         self.attention = self._first_sound(ways) if self_check else ways[0]
 
     def _first_sound(self, ways: list[str]) -> str:
@@ -133,6 +134,7 @@ class ActorCritic(nn.Module):
         ``exact_kl`` adds the KL over the vocabulary, at the cost of a forward of the reference.
         """
         hidden = self._hidden(self.policy, tokens)
+        self._hidden_dtype = hidden.dtype
         against: tuple[Any, Any] = (None, None)
         if exact_kl:
             with torch.no_grad(), self.reference() as reference:
@@ -147,12 +149,37 @@ class ActorCritic(nn.Module):
             exact_kl=statistics.kl,
         )
 
+    def hidden(self, tokens: Tokens) -> Tensor:
+        """[B, T, h] the policy's last hidden state at s_0 .. s_{T-1}, which its LM head reads."""
+        return self._hidden(self.policy, tokens)
+
+    def head(self) -> Tensor:
+        """[V, h] the weight of the policy's LM head."""
+        return lm_head(self.policy)
+
     @torch.no_grad()
     def reference_logp(self, tokens: Tokens, *, temperature: float) -> Tensor:
         """[B, T] log pi_ref(a_t | s_t), nats."""
         with self.reference() as reference:
             hidden = self._hidden(reference, tokens)
             return token_statistics(hidden, lm_head(reference), tokens.response, temperature).logp
+
+    @torch.no_grad()
+    def reference_kl(self, tokens: Tokens, state: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+        """([B, T] log pi_ref(a_t | s_t), [B, T] KL(pi || pi_ref) at s_t over the whole vocabulary), nats.
+
+        ``state`` is the ``Output.state`` of the same tokens: the policy's logits are made from it again, which costs a
+        product with the LM head and no forward.
+        """
+        weight = lm_head(self.policy)  # before the context, which may switch the head's adapter off
+        with self.reference() as reference:
+            hidden = self._hidden(reference, tokens)
+            # float32 holds every number of a narrower type, so the way back loses nothing
+            given = state.to(self._hidden_dtype)
+            found = token_statistics(given, weight, tokens.response, temperature, hidden, lm_head(reference))
+        assert found.ref_logp is not None
+        assert found.kl is not None
+        return found.ref_logp, found.kl
 
     @torch.no_grad()
     def target_values(self, state: Tensor) -> Tensor:

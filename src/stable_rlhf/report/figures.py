@@ -138,13 +138,13 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         ),
         Plot(
             title="Step scale",
-            caption="The preview measures each optimiser step before it is taken: the largest KL it saw, the share of "
-            "the steps that was taken, and how many were shortened or not taken.",
+            caption="The preview measures how far each update moves the policy and keeps it within its bound; the "
+            "share of the proposed steps that was taken, and steps that were not.",
             units=(_NATS, "share", "steps"),
             lines=(
-                _line("safe/preview_kl", "preview KL", "c1"),
+                _line("safe/moved_kl", "KL of the update", "c1"),
+                _line("safe/update_kl", "its bound", "limit dashed"),
                 _line("safe/step_scale", "share taken", "c2", 1),
-                _line("safe/scaled_steps", "shortened", "c3", 2),
                 _line("policy/skipped_steps", "gradient not finite", "limit", 2),
             ),
         ),

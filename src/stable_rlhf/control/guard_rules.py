@@ -145,11 +145,22 @@ def skipped_steps(config: GuardConfig, state: GuardState, figures: Figures) -> s
 
 
 def max_kl(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """objective/kl > max_kl, nats per token."""
-    kl = figures.get("objective/kl")
-    if config.max_kl is None or kl is None or kl <= config.max_kl:
+    """KL > max_kl_ratio x the threshold in force; without a threshold, KL > max_kl, nats per token.
+
+    The KL is the exact one where it is measured, since at a small budget the noise of objective/kl is not small.
+    """
+    kl, threshold = figures.get("objective/kl_exact"), figures.get("safe/threshold")
+    if kl is None:
+        kl = figures.get("objective/kl")
+    if threshold is None:
+        ceiling, words = config.max_kl, ""
+    elif config.max_kl_ratio is None:
         return None
-    return f"the KL is {kl:.3g} nats per token, above its ceiling of {config.max_kl:.3g}"
+    else:
+        ceiling, words = config.max_kl_ratio * threshold, f", {config.max_kl_ratio:g} x the threshold in force"
+    if ceiling is None or kl is None or kl <= ceiling:
+        return None
+    return f"the KL is {kl:.3g} nats per token, above its ceiling of {ceiling:.3g}{words}"
 
 
 def min_entropy(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
@@ -234,7 +245,7 @@ RULES = {
     ),
     "max_kl": Rule(
         seen=max_kl,
-        advice=f"{_SLOWER}, set or lower optim.max_preview_kl, or raise guard.max_kl if that much is intended",
+        advice=f"{_SLOWER}, or raise kl.settings.budget or the guard's ceiling if that much is intended",
         at_once=True,
     ),
     "skipped_steps": Rule(

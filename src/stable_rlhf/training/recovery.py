@@ -24,7 +24,11 @@ class Recovery:
 
     @property
     def factor(self) -> float:
-        """The product of all roll-backs' factors: learning rates and the KL threshold are multiplied by it."""
+        """The product of all roll-backs' factors, on the learning rates and on what an update may move the policy.
+
+        It does not come back up: what made the steps too long (rate, reward, data) is still there, and a run that tries
+        it again spends its roll-backs. Shorter steps cost time only, as the KL budget stays what it was.
+        """
         return self.guard.state.factor
 
     def snapshot_due(self, step: int) -> bool:
@@ -69,7 +73,7 @@ class Recovery:
             return f"and stopped there, after guard.max_rollbacks={most} roll-back{'' if most == 1 else 's'}"
         return (
             f"(roll-back {self.guard.state.rollbacks} of {most}) and continues with other prompts, the learning rate "
-            f"at {self.factor:g} x its setting and the KL held tighter by the same factor"
+            f"and the bound on an update's movement at {self.factor:g} x their settings"
         )
 
 

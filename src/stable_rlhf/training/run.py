@@ -318,7 +318,7 @@ class Run(KnownArguments):
         """Restores the run from a checkpoint; returns the checkpoint's content. Raises CheckpointError."""
         tensors, state = store.load(path)
         restore(self.parts, tensors, state)
-        self._tighten()
+        self.set_learning_rates()
         return tensors, state
 
     def _roll_back(self) -> int:
@@ -332,13 +332,8 @@ class Run(KnownArguments):
         self.recovery.suspect = False
         self.scheduler.last_epoch = self.steps_done  # a step that broke off did not move it
         self.controller.next_step = self.steps_done
-        self._tighten()
-        return state["step"]
-
-    def _tighten(self) -> None:
-        """Sets learning rates and KL threshold to what the roll-backs so far ask for."""
-        self.controller.tighten(self.recovery.factor)
         self.set_learning_rates()
+        return state["step"]
 
     def set_learning_rates(self) -> None:
         """Sets each learning rate to base x schedule x the roll-backs' factor.

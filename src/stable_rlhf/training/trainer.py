@@ -200,6 +200,7 @@ class SAFETrainer(PolicySaving):
             optimizer=self.optimizer,
             preview=self.preview,
             counters=self.counters,
+            factor=self.recovery.factor,
         )
 
     def _write(self, step: Step, watch: Stopwatch) -> dict[str, Any]:

@@ -242,7 +242,9 @@ def test_the_guards_rules_are_those_of_the_table_in_their_order_with_their_bound
     settings = dataclasses.asdict(Config().guard)
     shown = {name: float(found[1]) for name, found in bounds.items() if found is not None}
     assert shown == {name: value for name, value in settings.items() if name in bounds and value is not None}
-    assert f"`guard.max_kl_ratio` = {settings['max_kl_ratio']:g} × `safe/threshold`" in section("Guard", "##")
+    assert f"`guard.max_kl_ratio` = {settings['max_kl_ratio']:g} \N{MULTIPLICATION SIGN} `safe/threshold`" in section(
+        "Guard", "##"
+    )
     assert f"D > {guard_rules.ERRORS:g} standard errors" in section("Guard", "##")
     at_once = [cells[0].strip("`") for cells in table if cells[2] == "at once"]
     assert at_once == [name for name, rule in guard_rules.RULES.items() if rule.at_once]

@@ -203,5 +203,5 @@ def test_a_run_resumed_without_the_guard_clears_what_a_guarded_one_left(tokenize
     again = trainer(off, tokenizer, callbacks=[Counts()])
     again.recovery.resume(*again.load_checkpoint(path))
     assert not (tmp_path / "snapshot").exists()
-    again.recovery.judge(BAD)
+    again.recovery.judge(BAD, 2)
     assert incidents.read(tmp_path) == []

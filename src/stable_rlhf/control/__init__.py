@@ -19,6 +19,7 @@ from stable_rlhf.control.guard_config import GuardConfig
 from stable_rlhf.control.guard_rules import WINDOW, standard_error
 from stable_rlhf.control.normaliser import RewardNormaliser
 from stable_rlhf.control.paper import PaperSettings
+from stable_rlhf.control.rescored import Rescored
 from stable_rlhf.control.safe import SafeSettings
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "NoneSettings",
     "Observation",
     "PaperSettings",
+    "Rescored",
     "RewardNormaliser",
     "SafeSettings",
     "Verdict",

@@ -57,6 +57,13 @@ class Rewards:
             return Rewards(recent=recent, errors=errors, first=first, best=average, best_errors=errors)
         return replace(self, recent=recent, errors=errors, first=first, since=self.since + 1)
 
+    def moved(self, drop: float) -> Rewards:
+        """The moving average begun anew after the reward itself has moved down by ``drop``.
+
+        A window must not mix scores of before and after. The start moves with it: what was gained stays what it was.
+        """
+        return Rewards(first=None if self.first is None else self.first - drop)
+
     @property
     def fall(self) -> tuple[float, float, float]:
         """(D = best R - R, the reward gained = best R - the start, standard error of D); zeros before a full window.

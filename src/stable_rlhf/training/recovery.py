@@ -7,6 +7,8 @@ from typing import Any
 
 from stable_rlhf.checkpoints import Snapshots, Tensors
 from stable_rlhf.control import Action, Guard, Verdict
+from stable_rlhf.records import Rollout
+from stable_rlhf.training.texts import Texts
 
 STAYS = frozenset({"scheduler", "guard", "prompts", "callbacks", "counters", "random", "reward_random"})
 """Parts of a run that a roll-back does not restore. Steps stay counted and figures stay recorded; the same prompts and
@@ -16,8 +18,8 @@ random draws could lead to the same failure again; the guard keeps its count of 
 class Recovery:
     """The guard and its snapshots. With ``guard.enabled=false`` it judges nothing and keeps nothing."""
 
-    def __init__(self, guard: Guard, snapshots: Snapshots) -> None:
-        self.guard, self.snapshots = guard, snapshots
+    def __init__(self, guard: Guard, snapshots: Snapshots, texts: Texts) -> None:
+        self.guard, self.snapshots, self.texts = guard, snapshots, texts
         self._began = False
         self.suspect = False
         """Whether a rule's condition holds at the step just done, whose state is then not one to go back to."""
@@ -56,9 +58,19 @@ class Recovery:
             self.snapshots.forget()
         self._began = False
 
-    def judge(self, figures: Mapping[str, Any]) -> Verdict:
-        """Judges the step just done by its figures; keeps or drops the candidate for the last good state."""
-        verdict = self.guard.judge(figures)
+    def remember(self, rollout: Rollout, step: int) -> None:
+        """Keeps texts of a rollout, which are scored again if the reward falls from where it is now."""
+        if self.guard.settings.enabled and self.guard.settings.max_drawdown is not None:
+            self.texts.add(rollout, step)
+
+    def judge(self, figures: Mapping[str, Any], step: int) -> Verdict:
+        """Judges the step just done by its figures; keeps or drops the candidate for the last good state.
+
+        ``step``: its number, from 0.
+        """
+        verdict = self.guard.judge(figures, lambda: self.texts.again(step))
+        if self.guard.state.rewards.since == 0:
+            self.texts.mark()
         self.suspect = verdict.suspect
         if self.suspect:
             self.snapshots.drop()

@@ -180,6 +180,7 @@ class SAFETrainer(PolicySaving):
             row = self._write(step, watch)
             figures = {name: value for name, value in row.items() if not isinstance(value, str)}
             figures["rows"] = sum(step.rollout.valid)
+            self.recovery.remember(step.rollout, self.steps_done)
         self.counters.step += 1
         self.events.stepped(self.steps_done, self.epoch)
         self.judge(figures)
@@ -271,7 +272,7 @@ class SAFETrainer(PolicySaving):
 
         Raises GuardStop where it gives the run up.
         """
-        verdict = self.recovery.judge(figures)
+        verdict = self.recovery.judge(figures, self.steps_done - 1)
         if verdict.action is not Action.GO_ON:
             self._act(verdict, figures)
 
@@ -283,6 +284,8 @@ class SAFETrainer(PolicySaving):
         action, fault = verdict.action, None
         if action is Action.SKIP:
             done = "learned from the rest of the step"
+        elif action is Action.REBASE:
+            done = "took the level of the reward anew from here, and rolled nothing back"
         else:
             try:
                 done = f"went back to the state after {counted(self._roll_back(), 'step')}"

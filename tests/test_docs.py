@@ -239,7 +239,7 @@ def test_the_guards_rules_are_those_of_the_table_in_their_order_with_their_bound
     table = rows(section("Guard", "##"))
     assert [cells[0].strip("`") for cells in table] == list(guard_rules.RULES)
     bounds = {cells[0].strip("`"): re.search(r"(?:[<>] |< )(-?[\d.]+)", cells[1]) for cells in table}
-    settings = dataclasses.asdict(Config().guard)
+    settings = dataclasses.asdict(GuardConfig())
     shown = {name: float(found[1]) for name, found in bounds.items() if found is not None}
     assert shown == {name: value for name, value in settings.items() if name in bounds and value is not None}
     assert f"`guard.max_kl_ratio` = {settings['max_kl_ratio']:g} \N{MULTIPLICATION SIGN} `safe/threshold`" in section(

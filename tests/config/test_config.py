@@ -73,7 +73,8 @@ PAPER_CONTROLLER = {
 }
 # What each preset resolves to where it differs from `safe`, written out from algorithm.md's presets and layers.
 PPO = {"critic.heads": 1, "critic.loss": "mse", "critic.clip_reduction": "max", "reward.normalise": "none"}
-PPO |= {"optim.whiten_floor": 1e-4, "optim.max_preview_kl": None, "guard.enabled": False}
+NO_GUARD = {"guard.enabled": False, "guard.max_kl": 2.0}  # and so no ceiling was taken for the one that acts
+PPO |= {"optim.whiten_floor": 1e-4, "optim.max_preview_kl": None, **NO_GUARD}
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
@@ -85,7 +86,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "kl.settings": PAPER_CONTROLLER,
         "optim.entropy_coef": 0.01,
         "optim.max_preview_kl": None,
-        "guard.enabled": False,
+        **NO_GUARD,
         **IN_LOSS,
     },
     "ppo": {**PPO, "kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False},
@@ -97,12 +98,12 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "kl.controller": "none",
         "kl.settings": {},
         "kl.in_reward": False,
-        "guard.max_kl": None,
+        "guard.max_kl_ratio": None,
     },
     "safe-no-gate": {"kl.settings": {**SAFE, "gate_on": False}},
     "safe-no-threshold": {"kl.settings": {**SAFE, "threshold_on": False}},
     "safe-no-preview": {"optim.max_preview_kl": None},
-    "safe-no-guard": {"guard.enabled": False},
+    "safe-no-guard": NO_GUARD,
 }
 # The figures of algorithm.md: layer 1 and "Notation".
 PAPER_UPDATE = {
@@ -159,7 +160,7 @@ def test_safe_has_every_layer_on_and_no_bias_between_the_sides_of_the_td_error()
     assert config.kl.settings.gate_on is config.kl.settings.threshold_on is True
     assert config.guard.enabled
     off = [name for name, value in config.to_dict()["guard"].items() if value is None]
-    assert off == ["min_explained_variance"]  # a saturated reward sets it off
+    assert off == ["max_kl", "min_explained_variance"]  # there is a threshold; a saturated reward sets it off
 
 
 def test_ppo_has_one_head_squared_error_and_a_fixed_kl_in_the_reward() -> None:

@@ -153,6 +153,8 @@ class Config(Named):
         )
         value = getattr(self.guard, other)
         require(value in (default, None), f"guard.{other}", value, remedy)
+        if self.guard.enabled:  # config.yaml shows the one that acts
+            object.__setattr__(self, "guard", dataclasses.replace(self.guard, **{other: None}))
 
     def _check_best(self) -> None:
         best = self.metric_for_best_model

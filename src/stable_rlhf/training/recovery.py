@@ -14,6 +14,12 @@ STAYS = frozenset({"scheduler", "guard", "prompts", "callbacks", "counters", "ra
 """Parts of a run that a roll-back does not restore. Steps stay counted and figures stay recorded; the same prompts and
 random draws could lead to the same failure again; the guard keeps its count of roll-backs (`Guard.roll_back`)."""
 
+GOES_ON = {
+    Action.SKIP: "learned from the rest of the step",
+    Action.REBASE: "took the level of the reward anew from here, and rolled nothing back",
+}
+"""What was done where the run goes on from where it is, as a clause of an incident."""
+
 
 class Recovery:
     """The guard and its snapshots. With ``guard.enabled=false`` it judges nothing and keeps nothing."""

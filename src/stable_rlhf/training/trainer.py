@@ -27,7 +27,7 @@ from stable_rlhf.text import counted
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.failures import failures_named, misfits_named
 from stable_rlhf.training.given import held_out_remedy
-from stable_rlhf.training.recovery import incident
+from stable_rlhf.training.recovery import GOES_ON, incident
 from stable_rlhf.training.result import TrainResult
 from stable_rlhf.training.rows import completion_rows, step_row
 from stable_rlhf.training.saving import PolicySaving
@@ -281,12 +281,8 @@ class SAFETrainer(PolicySaving):
 
         Raises GuardStop where the verdict, or a last good state that cannot be read, ends the run.
         """
-        action, fault = verdict.action, None
-        if action is Action.SKIP:
-            done = "learned from the rest of the step"
-        elif action is Action.REBASE:
-            done = "took the level of the reward anew from here, and rolled nothing back"
-        else:
+        action, fault, done = verdict.action, None, GOES_ON.get(verdict.action)
+        if done is None:
             try:
                 done = f"went back to the state after {counted(self._roll_back(), 'step')}"
             except CheckpointError as error:

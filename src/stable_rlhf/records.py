@@ -86,6 +86,10 @@ class Rollout:
     """Columns of B texts, numbers or None that reward functions recorded."""
     gold: dict[str, list[float | None]] = field(default_factory=dict)
     """Each gold reward's B values, in an evaluation; never learned from."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """B values of each of the data set's other columns, as the rewards were given them."""
+    whole: list[str] | None = None
+    """B completions with their special tokens, where a reward asks for them."""
 
 
 @dataclass(frozen=True, kw_only=True)

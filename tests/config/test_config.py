@@ -26,8 +26,10 @@ from stable_rlhf.control import (
     FixedSettings,
     GuardConfig,
     NoneSettings,
+    Observation,
     PaperSettings,
     SafeSettings,
+    make_controller,
     settings_class,
 )
 from stable_rlhf.errors import CheckpointError, ConfigError
@@ -71,7 +73,8 @@ PAPER_CONTROLLER = {
 }
 # What each preset resolves to where it differs from `safe`, written out from algorithm.md's presets and layers.
 PPO = {"critic.heads": 1, "critic.loss": "mse", "critic.clip_reduction": "max", "reward.normalise": "none"}
-PPO |= {"optim.whiten_floor": 1e-4, "optim.preview": False, "guard.enabled": False, "kl.observe": "k1"}
+NO_GUARD = {"guard.enabled": False, "guard.max_kl": 2.0}  # and so no ceiling was taken for the one that acts
+PPO |= {"optim.whiten_floor": 1e-4, "optim.preview": False, "kl.observe": "k1", **NO_GUARD}
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
@@ -84,7 +87,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "optim.entropy_coef": 0.01,
         "optim.preview": False,
         "kl.observe": "k1",
-        "guard.enabled": False,
+        **NO_GUARD,
         **IN_LOSS,
     },
     "ppo": {**PPO, "kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False},
@@ -96,13 +99,13 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "kl.controller": "none",
         "kl.settings": {},
         "kl.in_reward": False,
-        "guard.max_kl": None,
+        "guard.max_kl_ratio": None,
         "optim.max_update_kl": 0.015,
     },
     "safe-no-gate": {"kl.settings": {**SAFE, "gate_on": False}},
     "safe-no-threshold": {"kl.settings": {**SAFE, "threshold_on": False}},
     "safe-no-preview": {"optim.preview": False},
-    "safe-no-guard": {"guard.enabled": False},
+    "safe-no-guard": NO_GUARD,
 }
 # The figures of algorithm.md: layer 1 and "Notation".
 PAPER_UPDATE = {
@@ -159,7 +162,7 @@ def test_safe_has_every_layer_on_and_no_bias_between_the_sides_of_the_td_error()
     assert config.kl.settings.gate_on is config.kl.settings.threshold_on is True
     assert config.guard.enabled
     off = [name for name, value in config.to_dict()["guard"].items() if value is None]
-    assert off == ["min_explained_variance"]  # a saturated reward sets it off
+    assert off == ["max_kl", "min_explained_variance"]  # there is a threshold; a saturated reward sets it off
 
 
 def test_ppo_has_one_head_squared_error_and_a_fixed_kl_in_the_reward() -> None:
@@ -308,7 +311,8 @@ POSITIVE = {
     **dict.fromkeys(["rollout.temperature", "optim.learning_rate", "optim.epsilon", "optim.whiten_floor"], float),
     **dict.fromkeys(["optim.max_grad_norm", "critic.temperature", "critic.huber_delta", "critic.vf_coef"], float),
     **dict.fromkeys(["critic.max_grad_norm", "critic.learning_rate", "critic.cliprange_value"], float),
-    **dict.fromkeys(["guard.max_kl", "guard.max_drawdown"], float),
+    **dict.fromkeys(["guard.max_drawdown"], float),
+    "guard.max_kl": float,
     **dict.fromkeys(["guard.patience", "guard.snapshot_steps"], int),
     "model.lora_alpha": float,
     "optim.max_update_kl": float,
@@ -330,9 +334,13 @@ BETWEEN = {  # (outside, sentence)
     "guard.min_distinct": ([1.0, 7.5], "must be below 1, the start itself"),
     "guard.min_length": ([1.0, 7.5], "must be below 1, the start itself"),
     "guard.max_entropy": ([1.0, 0.5], "must be above 1, the start itself"),
+    "guard.max_kl_ratio": ([1.0, 0.5], "must be above 1, the threshold itself"),
     "guard.rollback_factor": ([0.0, -0.5, 1.01], "must be in (0, 1]"),
 }
-NEEDED = {"model.lora_alpha": {"model": {"lora_r": 4}}}  # what must be set for the field to have a range at all
+NEEDED = {
+    "model.lora_alpha": {"model": {"lora_r": 4}},
+    "guard.max_kl": {"kl": {"controller": "none", "in_reward": False}},
+}  # what must be set for the field to have a range at all
 
 
 def made(setting: str, value: Any, **context: Any) -> Config:
@@ -369,7 +377,7 @@ def test_what_has_two_bounds_keeps_them(setting: str, outside: list[float], sent
         assert refused(setting, value) == f"{setting}={value!r}: {sentence}"
 
 
-@pytest.mark.parametrize("name", ["min_entropy", "max_entropy", "min_distinct", "min_length"])
+@pytest.mark.parametrize("name", ["max_kl_ratio", "min_entropy", "max_entropy", "min_distinct", "min_length"])
 def test_a_level_of_the_guard_is_above_0(name: str) -> None:
     for value in (0.0, -0.1):
         assert refused(f"guard.{name}", value) == f"guard.{name}={value!r}: must be greater than 0"
@@ -384,10 +392,28 @@ def test_the_least_explained_variance_may_be_any_number(value: float) -> None:
 def test_a_guard_that_is_off_has_no_settings(field: Any) -> None:
     default = field.default or 0.0
     value = default // 2 + 1 if isinstance(default, int) else default * 0.9 + 0.11
-    assert Config.from_preset(guard={field.name: value}).guard != GuardConfig()
+    kl = {"controller": "none", "in_reward": False} if field.name == "max_kl" else {}  # where it has an effect
+    assert Config.from_preset(guard={field.name: value}, kl=kl).guard != GuardConfig()
     sentence = f"guard.{field.name}={value!r}: has no effect unless guard.enabled=true; leave it out"
     assert refused(f"guard.{field.name}", value, guard={"enabled": False}) == sentence
     assert refused(f"guard.{field.name}", value, preset="ppo") == sentence
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_the_ceiling_of_the_kl_is_of_the_kind_that_the_controller_has(controller: str) -> None:
+    """A controller whose decisions have a threshold takes the multiple of it, and no other takes it."""
+    threshold = make_controller(controller).observe(Observation(0, 0.0, 0.1, 1.0)).threshold
+    kl = {"controller": controller} | ({"in_reward": False} if controller == "none" else {})
+    own, other, what = (
+        ("max_kl_ratio", "max_kl", "a threshold") if threshold else ("max_kl", "max_kl_ratio", "no threshold")
+    )
+    assert getattr(Config(kl=kl, guard={own: 1.5, other: None}).guard, own) == 1.5
+    with pytest.raises(ConfigError) as error:
+        Config(kl=kl, guard={other: 1.5})
+    assert str(error.value) == (
+        f"guard.{other}=1.5: has no effect, since kl.controller={controller} has {what}; set guard.{own}, "
+        "or leave it out"
+    )
 
 
 def test_the_guard_can_be_turned_off_on_a_preset_that_sets_something_of_it() -> None:

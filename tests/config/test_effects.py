@@ -177,7 +177,12 @@ TURNED: dict[str, Turn | str] = {
     "kl.in_loss": Turn(to="exact", of="loss/kl_avg", given=BOTH_WAYS),
     "kl.allow_both": Turn(to=True, shows_in="error", given={"kl": {"in_reward": True, "in_loss": "k2"}}),
     "guard.enabled": Turn(to=False, of="safe/rollbacks"),
-    "guard.max_kl": Turn(to=1e-6, of="safe/rollbacks", given={"max_steps": 5}),
+    "guard.max_kl_ratio": Turn(
+        to=None, of="safe/rollbacks", given={"max_steps": 5, "kl": {"settings": {"budget": 1e-6}}}
+    ),
+    "guard.max_kl": Turn(
+        to=1e-6, of="safe/rollbacks", given={"max_steps": 5, "kl": {"controller": "none", "in_reward": False}}
+    ),
     "guard.min_entropy": Turn(to=0.9999, of="safe/rollbacks", given=AT_ONCE),
     "guard.max_entropy": Turn(to=1.0001, of="safe/rollbacks", given={**AT_ONCE, "optim": {"entropy_coef": 1.0}}),
     "guard.min_distinct": "control/test_guard.py::test_a_rules_setting_moves_its_bound_and_none_turns_it_off",

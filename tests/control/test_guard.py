@@ -22,6 +22,8 @@ from stable_rlhf.runs.names import METRICS
 
 HEALTHY: dict[str, float | None] = {
     "objective/kl": 0.25,
+    "objective/kl_exact": None,
+    "safe/threshold": None,
     "objective/entropy": 4.0,
     "completions/distinct_2": 0.5,
     "completions/mean_length": 10.0,
@@ -48,7 +50,9 @@ def started(config: GuardConfig) -> GuardState:
 
 
 def test_the_figures_that_the_rules_look_at_are_metrics_of_a_row() -> None:
-    assert set(HEALTHY) - set(METRICS) == {"rows"}  # the completions that had a reward, which the trainer adds
+    assert set(HEALTHY) - set(METRICS) - {"objective/kl_exact"} == {
+        "rows"
+    }  # the completions that had a reward, which the trainer adds
     source = Path(guard_rules.__file__).read_text(encoding="utf-8")
     assert set(re.findall(r'"(\w+/\w+)"', source)) == set(HEALTHY) - {"rows"}
 
@@ -124,6 +128,23 @@ def test_a_rules_setting_moves_its_bound_and_none_turns_it_off(
     for bound in (other, None):
         config = dataclasses.replace(default, **{setting: bound})
         assert run(config, [bad], started(config))[1][0] == Verdict(action=Action.GO_ON)
+
+
+def test_the_ceiling_of_the_kl_follows_the_threshold_in_force() -> None:
+    """At 5 x the threshold, whatever the ceiling in nats is, which is for rules without a threshold."""
+    for threshold in (0.02, 0.3, 2.0):
+        for kl, expected in ((5 * threshold, Action.GO_ON), (5.01 * threshold, Action.ROLL_BACK)):
+            figures = {**HEALTHY, "objective/kl": kl, "safe/threshold": threshold}
+            _, (verdict,) = run(GuardConfig(max_kl=1e-9), [figures])
+            assert verdict.action is expected
+    assert verdict.seen == "the KL is 10 nats per token, above its ceiling of 10, 5 x the threshold in force"
+    assert run(GuardConfig(max_kl_ratio=None), [figures])[1][0].action is Action.GO_ON
+
+
+def test_the_exact_kl_is_the_one_that_is_judged_where_it_is_measured() -> None:
+    noisy: Figures = {**HEALTHY, "objective/kl": 9.0, "objective/kl_exact": 0.25, "safe/threshold": 0.3}
+    assert run(GuardConfig(), [noisy])[1][0].action is Action.GO_ON
+    assert run(GuardConfig(), [{**noisy, "objective/kl": 0.1, "objective/kl_exact": 2.0}])[1][0].rule == "max_kl"
 
 
 def test_figures_that_are_none_or_missing_break_no_rule() -> None:

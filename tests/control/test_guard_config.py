@@ -48,6 +48,6 @@ def test_there_is_one_class_of_the_guards_settings() -> None:
 
 def test_every_bound_may_be_left_out_and_a_whole_number_is_a_number() -> None:
     bounds = [field.name for field in dataclasses.fields(GuardConfig) if "None" in str(field.type)]
-    assert len(bounds) == 7
+    assert len(bounds) == 8
     assert all(getattr(GuardConfig(**{name: None}), name) is None for name in bounds)
     assert GuardConfig(max_kl=3, rollback_factor=1).max_kl == 3

@@ -114,12 +114,12 @@ def test_values_have_the_types_of_their_settings() -> None:
     sweep = asked(
         "model.revision=1e5,null,main",
         "rollout.batch_size=1e1,32",
-        "guard.max_kl=null,2",
+        "guard.max_kl_ratio=null,2",
         settings=("--model.name", "me/hub", "--optim.num_mini_batches", "2"),
     )
     assert sweep.grid["model.revision"] == ["1e5", None, "main"]
     assert sweep.grid["rollout.batch_size"] == [10, 32]
-    assert sweep.grid["guard.max_kl"] == [None, 2]
+    assert sweep.grid["guard.max_kl_ratio"] == [None, 2]
     assert "model.revision=%221e5%22" in sweep.cells[0].name  # it would read as a number
     lists = asked("reward.functions=builtin,[builtin,'a:b']")
     assert lists.grid["reward.functions"] == [["builtin"], ["builtin", "a:b"]]

@@ -35,7 +35,7 @@ def test_after_max_rollbacks_the_run_stops_where_it_was_good(
     sentence = str(stop.value)
     assert f"and stopped there, after guard.max_rollbacks={allowed} roll-backs. In a new run: lower optim." in sentence
     told = capsys.readouterr().err
-    assert told.count("learning rate at") == allowed  # each roll-back
+    assert told.count("the learning rate and the bound on") == allowed  # each roll-back
     assert "stopped there" not in told  # the error says it, and is not said twice
     assert not (tmp_path / "final").exists()
     (path,) = (tmp_path / "checkpoints").iterdir()

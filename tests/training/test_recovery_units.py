@@ -129,11 +129,13 @@ def test_a_roll_back_leaves_steps_prompts_draws_schedule_and_callbacks_as_they_h
     assert run.scheduler.last_epoch == 5
     rates = [group["lr"] for group in run.optimizer.param_groups]
     assert rates == [1e-3 * (1 - 5 / 8) * 0.25] * 2
-    assert run.controller.settings.budget == 0.3 * 0.25
+    assert run._loop.factor == 0.25  # of the bound on an update, and not of the budget
+    assert run.controller.settings.budget == 0.3
     assert (run.guard.state.rollbacks, run.recovery.factor) == (1, 0.25)
     after(run, BAD)  # from the beginning again, but for what the roll-backs have made of it
     assert (run.guard.state.rollbacks, run.recovery.factor) == (2, 0.25**2)
-    assert run.controller.settings.budget == 0.3 * 0.25**2
+    assert run._loop.factor == 0.25**2
+    assert run.controller.settings.budget == 0.3
 
 
 def test_an_incident_has_the_number_of_the_step_that_it_is_of_and_its_figures(tokenizer, tmp_path: Path) -> None:
@@ -201,5 +203,5 @@ def test_a_run_resumed_without_the_guard_clears_what_a_guarded_one_left(tokenize
     again = trainer(off, tokenizer, callbacks=[Counts()])
     again.recovery.resume(*again.load_checkpoint(path))
     assert not (tmp_path / "snapshot").exists()
-    again.recovery.judge(BAD)
+    again.recovery.judge(BAD, 2)
     assert incidents.read(tmp_path) == []

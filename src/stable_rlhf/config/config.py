@@ -18,7 +18,7 @@ from stable_rlhf.config.files import over, read_settings
 from stable_rlhf.config.names import fields_of, setting_types, suggestion
 from stable_rlhf.config.presets import PRESETS, preset_section
 from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig, RolloutConfig
-from stable_rlhf.control import CONTROLLERS, GuardConfig
+from stable_rlhf.control import CONTROLLERS, GuardConfig, has_threshold
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.text import without_secrets
 
@@ -143,8 +143,23 @@ class Config(Named):
         )
         require(bounded, "optim.preview", True, remedy)
         remedy = "divides by the number of rewards minus 1: set rollout.batch_size to 2 or more"
+        self._check_ceiling()
         fits = self.reward.normalise != "paper" or self.rollout.batch_size > 1
         require(fits, "reward.normalise", self.reward.normalise, remedy)
+
+    def _check_ceiling(self) -> None:
+        """The guard has one ceiling of the KL: a multiple of the controller's threshold or, without one, a number."""
+        followed = has_threshold(self.kl.controller)
+        acts, other = ("max_kl_ratio", "max_kl") if followed else ("max_kl", "max_kl_ratio")
+        what = "a threshold" if followed else "no threshold"
+        default = getattr(GuardConfig, other)
+        remedy = (
+            f"has no effect, since kl.controller={self.kl.controller} has {what}; set guard.{acts}, or leave it out"
+        )
+        value = getattr(self.guard, other)
+        require(value in (default, None), f"guard.{other}", value, remedy)
+        if self.guard.enabled:  # config.yaml shows the one that acts
+            object.__setattr__(self, "guard", dataclasses.replace(self.guard, **{other: None}))
 
     def _check_best(self) -> None:
         best = self.metric_for_best_model

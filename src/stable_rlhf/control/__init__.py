@@ -19,6 +19,7 @@ from stable_rlhf.control.guard_config import GuardConfig
 from stable_rlhf.control.guard_rules import WINDOW, standard_error
 from stable_rlhf.control.normaliser import RewardNormaliser
 from stable_rlhf.control.paper import PaperSettings
+from stable_rlhf.control.rescored import Rescored
 from stable_rlhf.control.safe import SafeSettings
 
 __all__ = [
@@ -36,12 +37,14 @@ __all__ = [
     "NoneSettings",
     "Observation",
     "PaperSettings",
+    "Rescored",
     "RewardNormaliser",
     "SafeSettings",
     "Verdict",
     "as_whole",
     "controller_of",
     "controller_settings",
+    "has_threshold",
     "make_controller",
     "settings_class",
     "standard_error",
@@ -58,27 +61,17 @@ class _Rule:
     settings: type[ControllerSettings]
     start: Callable[[Any], Any]
     advance: Callable[[Any, Any, Observation], tuple[Any, Decision]]
-    tighter: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Settings that `Controller.tighten` multiplies by its factor to this power."""
+    has_threshold: bool
+    """Whether its decisions have a KL threshold, which the guard's ceiling then follows."""
 
 
 _RULES = {
-    "none": _Rule(NoneSettings, lambda _: baselines.KlAverages(), baselines.advance_none),
-    "fixed": _Rule(FixedSettings, lambda _: baselines.KlAverages(), baselines.advance_fixed, {"beta": -1}),
-    "adaptive": _Rule(AdaptiveSettings, lambda _: baselines.AdaptiveState(), baselines.advance_adaptive, {"target": 1}),
-    "asymmetric": _Rule(
-        AsymmetricSettings,
-        lambda _: baselines.AsymmetricState(),
-        baselines.advance_asymmetric,
-        {"threshold": 1},
-    ),
-    "safe": _Rule(SafeSettings, safe.initial_safe_state, safe.advance_safe, {"budget": 1}),
-    "paper": _Rule(
-        PaperSettings,
-        lambda _: paper.PaperState(),
-        paper.advance_paper,
-        {"base_threshold": 1, "threshold_min": 1, "threshold_max": 1},
-    ),
+    "none": _Rule(NoneSettings, lambda _: baselines.KlAverages(), baselines.advance_none, False),
+    "fixed": _Rule(FixedSettings, lambda _: baselines.KlAverages(), baselines.advance_fixed, False),
+    "adaptive": _Rule(AdaptiveSettings, lambda _: baselines.AdaptiveState(), baselines.advance_adaptive, True),
+    "asymmetric": _Rule(AsymmetricSettings, lambda _: baselines.AsymmetricState(), baselines.advance_asymmetric, True),
+    "safe": _Rule(SafeSettings, safe.initial_safe_state, safe.advance_safe, True),
+    "paper": _Rule(PaperSettings, lambda _: paper.PaperState(), paper.advance_paper, True),
 }
 CONTROLLERS = tuple(_RULES)
 
@@ -88,6 +81,11 @@ def settings_class(name: str) -> type[ControllerSettings]:
     if name not in _RULES:
         raise ValueError(f"controller {name!r} is unknown: choose one of {', '.join(CONTROLLERS)}.")
     return _RULES[name].settings
+
+
+def has_threshold(name: str) -> bool:
+    """Whether the decisions of a controller have a KL threshold. Raises KeyError for an unknown name."""
+    return _RULES[name].has_threshold
 
 
 def _settings(name: str, settings: Mapping[str, Any]) -> ControllerSettings:
@@ -114,7 +112,7 @@ def make_controller(name: str, **settings: Any) -> Controller[Any, Any]:
 def controller_of(settings: ControllerSettings) -> Controller[Any, Any]:
     """A new controller at step 0, of the kind that the settings belong to."""
     name, rule = next((name, rule) for name, rule in _RULES.items() if rule.settings is type(settings))
-    return Controller(name, settings, rule.start(settings), rule.advance, rule.tighter)
+    return Controller(name, settings, rule.start(settings), rule.advance)
 
 
 def controller_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

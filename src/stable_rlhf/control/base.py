@@ -207,11 +207,9 @@ class Controller(Generic[SettingsT, StateT]):
         settings: SettingsT,
         state: StateT,
         advance: Callable[[SettingsT, StateT, Observation], tuple[StateT, Decision]],
-        tighter: Mapping[str, int] | None = None,
     ) -> None:
         self.name = name
-        self.settings = self._given = settings
-        self._tighter = dict(tighter or {})
+        self.settings = settings
         self.state = state
         self.next_step = 0
         self._advance = advance
@@ -227,18 +225,6 @@ class Controller(Generic[SettingsT, StateT]):
         self.state, decision = self._advance(self.settings, self.state, observation)
         self.next_step += 1
         return decision
-
-    def tighten(self, factor: float) -> None:
-        """Holds the policy nearer to the reference: multiplies or divides the settings that do so by a factor.
-
-        ``factor`` in (0, 1] applies to the settings as given, not to those in force; 1 takes it back. Settings are not
-        in `state_dict`: tighten again after loading one.
-        """
-        if not 0 < factor <= 1:
-            raise ValueError(f"factor is {factor!r}: give a number in (0, 1].")
-        changed = {name: getattr(self._given, name) * factor**power for name, power in self._tighter.items()}
-        given: Any = self._given
-        self.settings = dataclasses.replace(given, **changed)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that future decisions depend on except the settings, as plain JSON values."""

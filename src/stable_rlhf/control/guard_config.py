@@ -23,9 +23,12 @@ class GuardConfig:
 
     enabled: bool = True
     """Check every step. If it is off, only a figure that is not finite ends the run."""
+    max_kl_ratio: float | None = 5.0
+    """Ceiling of the KL as a multiple of the threshold in force (``safe/threshold``), for controllers that have one.
+    Healthy runs stay below 1.5 of it. None sets no ceiling."""
     max_kl: float | None = 2.0
-    """Ceiling of the KL, nats per token; one step above it breaks the rule. At 2 the reference finds the text e^2 times
-    less likely at every token; healthy runs stay below 1. None sets no ceiling."""
+    """Ceiling of the KL, nats per token, for controllers without a threshold (``none`` and ``fixed``). At 2
+    the reference finds the text e^2 times less likely at every token. None sets no ceiling."""
     min_entropy: float | None = 0.2
     """Share of the starting entropy below which the entropy has collapsed. Healthy runs keep half or more. None
     switches the rule off."""
@@ -44,14 +47,14 @@ class GuardConfig:
     """Explained variance below which the critic's values mislead. None, the default, switches the rule off: once a
     reward is saturated its returns hardly vary, and even a good critic is below any bound."""
     patience: int = 5
-    """Number of steps in a row in which a rule must be broken before the guard acts. It acts at once for max_kl and for
-    figures that are not finite."""
+    """Number of steps in a row in which a rule must be broken before the guard acts. It acts at once for the ceiling of
+    the KL and for figures that are not finite."""
     snapshot_steps: int = 20
     """Keep the last good state every this many steps: in memory with LoRA, else in the run's folder."""
     max_rollbacks: int = 3
     """Number of roll-backs allowed in a run. Where one more would be needed, the guard stops the run."""
     rollback_factor: float = 0.5
-    """Factor on the learning rate and on the controller's KL threshold at each roll-back."""
+    """Factor on both learning rates, and on how far one update may move the policy, at each roll-back."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -59,7 +62,7 @@ class GuardConfig:
             for field in dataclasses.fields(self):
                 unused = field.name == "enabled" or getattr(self, field.name) == field.default
                 self._require(unused, field.name, "has no effect unless guard.enabled=true; leave it out")
-        for name in ("max_kl", "min_entropy", "max_entropy", "min_distinct", "min_length", "max_drawdown"):
+        for name in _ABOVE_0:
             bound = getattr(self, name)
             self._require(bound is None or bound > 0, name, "must be greater than 0")
         for name in ("min_entropy", "min_distinct", "min_length"):
@@ -67,6 +70,8 @@ class GuardConfig:
             self._require(share is None or share < 1, name, "must be below 1, the start itself")
         above = self.max_entropy is None or self.max_entropy > 1
         self._require(above, "max_entropy", "must be above 1, the start itself")
+        above = self.max_kl_ratio is None or self.max_kl_ratio > 1
+        self._require(above, "max_kl_ratio", "must be above 1, the threshold itself")
         for name in ("patience", "snapshot_steps"):
             self._require(getattr(self, name) > 0, name, "must be greater than 0")
         self._require(self.max_rollbacks >= 0, "max_rollbacks", "must be 0 or more")
@@ -93,6 +98,7 @@ def _finite(value: Any) -> bool:
     return _whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+_ABOVE_0 = ("max_kl_ratio", "max_kl", "min_entropy", "max_entropy", "min_distinct", "min_length", "max_drawdown")
 _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "give true or false"),
     int: (_whole, "give a whole number"),

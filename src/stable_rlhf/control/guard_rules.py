@@ -57,6 +57,13 @@ class Rewards:
             return Rewards(recent=recent, errors=errors, first=first, best=average, best_errors=errors)
         return replace(self, recent=recent, errors=errors, first=first, since=self.since + 1)
 
+    def moved(self, drop: float) -> Rewards:
+        """The moving average begun anew after the reward itself has moved down by ``drop``.
+
+        A window must not mix scores of before and after. The start moves with it: what was gained stays what it was.
+        """
+        return Rewards(first=None if self.first is None else self.first - drop)
+
     @property
     def fall(self) -> tuple[float, float, float]:
         """(D = best R - R, the reward gained = best R - the start, standard error of D); zeros before a full window.
@@ -145,11 +152,22 @@ def skipped_steps(config: GuardConfig, state: GuardState, figures: Figures) -> s
 
 
 def max_kl(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """objective/kl > max_kl, nats per token."""
-    kl = figures.get("objective/kl")
-    if config.max_kl is None or kl is None or kl <= config.max_kl:
+    """KL > max_kl_ratio x the threshold in force; without a threshold, KL > max_kl, nats per token.
+
+    The KL is the exact one where it is measured, since at a small budget the noise of objective/kl is not small.
+    """
+    kl, threshold = figures.get("objective/kl_exact"), figures.get("safe/threshold")
+    if kl is None:
+        kl = figures.get("objective/kl")
+    if threshold is None:
+        ceiling, words = config.max_kl, ""
+    elif config.max_kl_ratio is None:
         return None
-    return f"the KL is {kl:.3g} nats per token, above its ceiling of {config.max_kl:.3g}"
+    else:
+        ceiling, words = config.max_kl_ratio * threshold, f", {config.max_kl_ratio:g} x the threshold in force"
+    if ceiling is None or kl is None or kl <= ceiling:
+        return None
+    return f"the KL is {kl:.3g} nats per token, above its ceiling of {ceiling:.3g}{words}"
 
 
 def min_entropy(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
@@ -234,7 +252,7 @@ RULES = {
     ),
     "max_kl": Rule(
         seen=max_kl,
-        advice=f"{_SLOWER}, set or lower optim.max_update_kl, or raise guard.max_kl if that much is intended",
+        advice=f"{_SLOWER}, or raise kl.settings.budget or the guard's ceiling if that much is intended",
         at_once=True,
     ),
     "skipped_steps": Rule(

@@ -22,6 +22,7 @@ from stable_rlhf.evidence.measures import END, NEAR
 from stable_rlhf.report import Facts, Headline, Run, facts_of, headline, moving_average, read_run, series
 from stable_rlhf.report.verdict import ENTROPY_GONE, VARIETY_GONE
 from stable_rlhf.runs.evaluation import gold_names
+from stable_rlhf.runs.incidents import UNDOES
 
 CURVES = (
     "objective/scores",
@@ -120,7 +121,7 @@ def outcome(run: Run, name: str) -> Outcome:
 
 def _figures(run: Run, settings: Mapping[str, Any], status: Status, head: Headline, facts: Facts) -> dict[str, float]:
     """Key of a measure -> value. Steps that the guard undid are left out of means at the end and over the run."""
-    undone = {incident["step"] for incident in run.incidents if incident["action"] != "skip"}
+    undone = {incident["step"] for incident in run.incidents if incident["action"] in UNDOES}
     rows = [row for row in run.rows if row["step"] not in undone] or list(run.rows)
     after = (run.evaluation or {}).get("after") or {}
     acted = Counter(incident["action"] for incident in run.incidents)

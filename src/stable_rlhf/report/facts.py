@@ -12,6 +12,7 @@ from stable_rlhf.control import WINDOW
 from stable_rlhf.report.plots import series
 from stable_rlhf.report.run import Headline, Run
 from stable_rlhf.runs.evaluation import GOLD_NAME, gold_names
+from stable_rlhf.runs.incidents import UNDOES
 from stable_rlhf.text import printable
 
 FEW = 5
@@ -60,6 +61,8 @@ class Facts:
     entropy: tuple[float, float] | None = None
     """Nats per token."""
     skips: int = 0
+    rebases: int = 0
+    """How often the reward was found to have moved."""
     rollbacks: int = 0
 
 
@@ -70,7 +73,7 @@ def facts_of(run: Run, head: Headline) -> Facts:
     last = run.incidents[-1] if run.incidents else None
     stopped = last is not None and last["action"] == "stop" and last["step"] >= run.rows[-1]["step"]
     planned = run.config.get("max_steps")
-    undone = {incident["step"] for incident in run.incidents if incident["action"] != "skip"}
+    undone = {incident["step"] for incident in run.incidents if incident["action"] in UNDOES}
     kept = [row for row in run.rows if row["step"] not in undone]
     rewards, variety, entropy, kl, budgets = (
         series(kept, name)[1]
@@ -97,6 +100,7 @@ def facts_of(run: Run, head: Headline) -> Facts:
         variety=_held_out(run.evaluation, "distinct_2") or _ends(variety),
         entropy=_held_out(run.evaluation, "entropy") or _ends(entropy),
         skips=acted["skip"],
+        rebases=acted["rebase"],
         rollbacks=acted["roll back"] + acted["stop"],
     )
 

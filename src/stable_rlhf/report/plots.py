@@ -19,7 +19,7 @@ from stable_rlhf.report.figures import AVERAGE, Line, Plot, sections
 PHASE_STYLES = 6
 """Background colours of the phases (.p0 to .p5 in assets/report.css), in the order of their first appearance."""
 
-INCIDENTS = {"skip": "skip", "roll back": "back", "stop": "stop"}
+INCIDENTS = {"skip": "skip", "rebase": "rebase", "roll back": "back", "stop": "stop"}
 """How the line of an incident is drawn, by its action: a class of assets/report.css."""
 
 TICKS_UP, TICKS_ACROSS = 5, 6

@@ -199,6 +199,8 @@ def _incidents(facts: Facts) -> Finding | None:
     acts = []
     if facts.skips:
         acts.append(f"left out {_counted(facts.skips, 'update', 'updates')}")
+    if facts.rebases:
+        acts.append(f"found the reward itself moved {_counted(facts.rebases, 'time', 'times')}")
     if facts.rollbacks:
         acts.append(f"rolled back {_counted(facts.rollbacks, 'time', 'times')}")
     if not acts:

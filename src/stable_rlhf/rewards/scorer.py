@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +90,15 @@ class Scorer:
         for function in self.functions:
             if (fault := misfit(function.function, columns)) is not None:
                 raise RewardInputError(f"{function.title} {fault}.")
+
+    @contextmanager
+    def drawing_from(self, random: RandomStream) -> Iterator[None]:
+        """Inside, functions draw from ``random``: the scorer's own stream stays where it is."""
+        own, self.random = self.random, random
+        try:
+            yield
+        finally:
+            self.random = own
 
     def score(
         self,

@@ -76,6 +76,8 @@ class Sampler:
             extra=scores.extra,
             gold=measured,
             truncated=sum(encoded.truncated[i] for i in indices),
+            columns=columns,
+            whole=whole,
         )
         return rollout, {"rollout_s": sampled - started, "scoring_s": time.perf_counter() - sampled}
 

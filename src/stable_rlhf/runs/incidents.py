@@ -18,6 +18,9 @@ FILE = "incidents.jsonl"
 FIELDS = ("step", "action", "rule", "seen", "done", "advice", "figures")
 """Fields of every line: the step's number; the verdict's action and rule; three clauses; the step's row."""
 
+UNDOES = ("roll back", "stop")
+"""Actions that take back the step, and others before it."""
+
 NOT_FINITE = ("nan", "inf", "-inf")
 """Texts that stand for figures that are not finite, because JSON has no such numbers."""
 

@@ -62,6 +62,7 @@ from stable_rlhf.training.recovery import STAYS, Recovery
 from stable_rlhf.training.resume import Counters, SameSettings, forget_after
 from stable_rlhf.training.scoring import GivenRewards, make_scorers
 from stable_rlhf.training.stopping import GracefulStop
+from stable_rlhf.training.texts import Texts
 from stable_rlhf.user_code import RunRandom, Shield
 
 
@@ -156,7 +157,8 @@ class Run(KnownArguments):
         self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.counters = Counters()
         self.guard = Guard(config.guard)
-        self.recovery = Recovery(self.guard, Snapshots(None if self.model.peft else self.run_dir / "snapshot"))
+        snapshots = Snapshots(None if self.model.peft else self.run_dir / "snapshot")
+        self.recovery = Recovery(self.guard, snapshots, Texts(self.scorer, config.seed))
         self.reference = Reference(self.model)
         self.inputs = SameInputs(
             self.processing_class, prompts.whole, self.scorer, self.gold, config.reward.accept_changed
@@ -222,6 +224,7 @@ class Run(KnownArguments):
             "controller": self.controller,
             "normaliser": self.normaliser,
             "guard": self.guard,
+            "texts": self.recovery.texts,
             **({} if self.preview is None else {"preview": self.preview}),
             "prompts": self.stream,
             "callbacks": self.callback_states,
@@ -318,7 +321,7 @@ class Run(KnownArguments):
         """Restores the run from a checkpoint; returns the checkpoint's content. Raises CheckpointError."""
         tensors, state = store.load(path)
         restore(self.parts, tensors, state)
-        self._tighten()
+        self.set_learning_rates()
         return tensors, state
 
     def _roll_back(self) -> int:
@@ -332,13 +335,8 @@ class Run(KnownArguments):
         self.recovery.suspect = False
         self.scheduler.last_epoch = self.steps_done  # a step that broke off did not move it
         self.controller.next_step = self.steps_done
-        self._tighten()
-        return state["step"]
-
-    def _tighten(self) -> None:
-        """Sets learning rates and KL threshold to what the roll-backs so far ask for."""
-        self.controller.tighten(self.recovery.factor)
         self.set_learning_rates()
+        return state["step"]
 
     def set_learning_rates(self) -> None:
         """Sets each learning rate to base x schedule x the roll-backs' factor.

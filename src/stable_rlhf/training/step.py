@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,9 @@ class Loop:
     optimizer: torch.optim.Optimizer
     preview: Preview | None
     counters: Counters
+    factor: float
+    """What the roll-backs so far leave of the steps' size: of how far the decision lets an update move the policy. The
+    optimiser has its learning rates already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,13 @@ class Step:
     """Of the policy and of the critic, in this step."""
 
 
+def shortened(decision: Decision, factor: float) -> Decision:
+    """The decision with its bound on the update's movement times ``factor``; what the KL may be stays as it is."""
+    if decision.update_kl is None:
+        return decision
+    return dataclasses.replace(decision, update_kl=decision.update_kl * factor)
+
+
 def take_step(loop: Loop, watch: Stopwatch) -> Step:
     """Samples completions, scores them, takes the controller's decision, and learns from them.
 
@@ -62,7 +73,7 @@ def take_step(loop: Loop, watch: Stopwatch) -> Step:
     measured = measure(loop.passes, rollout, step)
     watch.lap("logprobs_s")
     loop.counters.episode += len(indices)
-    decision = loop.controller.observe(observe(step, rollout, measured))
+    decision = shortened(loop.controller.observe(observe(step, rollout, measured)), loop.factor)
     loop.normaliser.update([score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid])
     scores = loop.normaliser.normalise(rollout.scores)
     batch, batch_metrics = make_batch(loop.passes.model, measured, scores, decision, loop.passes.learning)

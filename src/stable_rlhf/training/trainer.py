@@ -27,7 +27,7 @@ from stable_rlhf.text import counted
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.failures import failures_named, misfits_named
 from stable_rlhf.training.given import held_out_remedy
-from stable_rlhf.training.recovery import incident
+from stable_rlhf.training.recovery import GOES_ON, incident
 from stable_rlhf.training.result import TrainResult
 from stable_rlhf.training.rows import completion_rows, step_row
 from stable_rlhf.training.saving import PolicySaving
@@ -180,6 +180,7 @@ class SAFETrainer(PolicySaving):
             row = self._write(step, watch)
             figures = {name: value for name, value in row.items() if not isinstance(value, str)}
             figures["rows"] = sum(step.rollout.valid)
+            self.recovery.remember(step.rollout, self.steps_done)
         self.counters.step += 1
         self.events.stepped(self.steps_done, self.epoch)
         self.judge(figures)
@@ -200,6 +201,7 @@ class SAFETrainer(PolicySaving):
             optimizer=self.optimizer,
             preview=self.preview,
             counters=self.counters,
+            factor=self.recovery.factor,
         )
 
     def _write(self, step: Step, watch: Stopwatch) -> dict[str, Any]:
@@ -270,7 +272,7 @@ class SAFETrainer(PolicySaving):
 
         Raises GuardStop where it gives the run up.
         """
-        verdict = self.recovery.judge(figures)
+        verdict = self.recovery.judge(figures, self.steps_done - 1)
         if verdict.action is not Action.GO_ON:
             self._act(verdict, figures)
 
@@ -279,10 +281,8 @@ class SAFETrainer(PolicySaving):
 
         Raises GuardStop where the verdict, or a last good state that cannot be read, ends the run.
         """
-        action, fault = verdict.action, None
-        if action is Action.SKIP:
-            done = "learned from the rest of the step"
-        else:
+        action, fault, done = verdict.action, None, GOES_ON.get(verdict.action)
+        if done is None:
             try:
                 done = f"went back to the state after {counted(self._roll_back(), 'step')}"
             except CheckpointError as error:

@@ -70,20 +70,22 @@ PAPER_CONTROLLER = {
     "pid_integral_limit": 1.0,
 }
 # What each preset resolves to where it differs from `safe`, written out from algorithm.md's presets and layers.
-PPO = {"critic.heads": 1, "critic.loss": "mse", "critic.clip_reduction": "max", "reward.normalise": "none"}
-PPO |= {"optim.whiten_floor": 1e-4, "optim.max_preview_kl": None, "guard.enabled": False}
+PLAIN = {"critic.zero_init": False, "critic.learning_rate": None, "critic.cliprange_value": 0.2}
+PLAIN |= {"optim.skip_equal_scores": False, "optim.max_preview_kl": None, "guard.enabled": False}
+PPO = {"critic.heads": 1, "critic.clip_reduction": "max", "reward.normalise": "none", "optim.whiten_floor": 1e-4}
+PPO |= PLAIN
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
     "paper": {
         "critic.bootstrap": "mixed",
         "critic.regress": "soft_min",
+        "critic.loss": "huber",
         "reward.normalise": "paper",
         "kl.controller": "paper",
         "kl.settings": PAPER_CONTROLLER,
         "optim.entropy_coef": 0.01,
-        "optim.max_preview_kl": None,
-        "guard.enabled": False,
+        **PLAIN,
         **IN_LOSS,
     },
     "ppo": {**PPO, "kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False},
@@ -330,7 +332,10 @@ BETWEEN = {  # (outside, sentence)
     "guard.max_entropy": ([1.0, 0.5], "must be above 1, the start itself"),
     "guard.rollback_factor": ([0.0, -0.5, 1.01], "must be in (0, 1]"),
 }
-NEEDED = {"model.lora_alpha": {"model": {"lora_r": 4}}}  # what must be set for the field to have a range at all
+NEEDED = {  # what must be set for the field to have a range at all
+    "model.lora_alpha": {"model": {"lora_r": 4}},
+    "critic.huber_delta": {"critic": {"loss": "huber"}},
+}
 
 
 def made(setting: str, value: Any, **context: Any) -> Config:
@@ -446,7 +451,13 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
         ("optim.microbatch_tokens", 0, {}, "must be greater than 0"),
         ("critic.temperature", 0.1, {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
         ("critic.regress", "soft_min", {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
-        ("critic.huber_delta", 0.1, {"preset": "ppo"}, "has no effect unless critic.loss=huber; leave it out"),
+        (
+            "critic.huber_delta",
+            0.1,
+            {"critic": {"loss": "mse"}},
+            "has no effect unless critic.loss=huber; leave it out",
+        ),
+        ("critic.clip_reduction", "max", {}, "has no effect unless critic.cliprange_value is given; leave it out"),
         ("critic.warmup_steps", 60, {}, "the policy would never learn in max_steps=60: make it smaller"),
         ("kl.in_loss", "k2", {}, "the KL is asked for twice, in the loss and in the reward (kl.in_reward=true): set "),
         ("kl.allow_both", True, {}, "has no effect unless the KL is in the reward and in the loss; leave it out"),

@@ -10,9 +10,17 @@ from typing import Any
 from stable_rlhf.control import CONTROLLERS, settings_class
 
 _PPO: dict[str, Any] = {
-    "critic": {"heads": 1, "loss": "mse", "clip_reduction": "max", "bootstrap": "online"},
+    "critic": {
+        "heads": 1,
+        "loss": "mse",
+        "cliprange_value": 0.2,
+        "clip_reduction": "max",
+        "bootstrap": "online",
+        "zero_init": False,
+        "learning_rate": None,
+    },
     "reward": {"normalise": "none"},
-    "optim": {"whiten_floor": 1e-4, "max_preview_kl": None},
+    "optim": {"whiten_floor": 1e-4, "skip_equal_scores": False, "max_preview_kl": None},
     "guard": {"enabled": False},
 }
 """PPO as Ouyang et al. (2022) and TRL had it: one value head, squared error, clipped by the maximum, rewards as they
@@ -21,10 +29,18 @@ come, advantages whitened whatever their size (1e-4 is TRL's 1e-8 under the root
 PRESETS: dict[str, dict[str, Any]] = {
     "safe": {},
     "paper": {
-        "critic": {"bootstrap": "mixed", "regress": "soft_min"},
+        "critic": {
+            "bootstrap": "mixed",
+            "regress": "soft_min",
+            "loss": "huber",
+            "cliprange_value": 0.2,
+            "zero_init": False,
+            "learning_rate": None,
+        },
         "reward": {"normalise": "paper"},
         "kl": {"controller": "paper", "in_reward": False, "in_loss": "k2"},
-        "optim": {"entropy_coef": 0.01, "max_preview_kl": None},  # the published code never calls its preview
+        # the published code never calls its preview
+        "optim": {"entropy_coef": 0.01, "skip_equal_scores": False, "max_preview_kl": None},
         "guard": {"enabled": False},
     },
     # Ziegler et al. (2019) subtract the sum of the log-ratios, so length pays.

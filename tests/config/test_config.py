@@ -74,6 +74,7 @@ PLAIN = {"critic.zero_init": False, "critic.learning_rate": None, "critic.clipra
 PLAIN |= {"optim.skip_equal_scores": False, "optim.max_preview_kl": None, "guard.enabled": False}
 PPO = {"critic.heads": 1, "critic.clip_reduction": "max", "reward.normalise": "none", "optim.whiten_floor": 1e-4}
 PPO |= PLAIN
+FIXED = {"kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False}
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
@@ -88,10 +89,25 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         **PLAIN,
         **IN_LOSS,
     },
-    "ppo": {**PPO, "kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False},
+    "ppo": {**PPO, **FIXED},
     "ppo-adaptive": {**PPO, "kl.controller": "adaptive", "kl.settings": ADAPTIVE, "kl.length_neutral": False},
     "ppo-nokl": {**PPO, "kl.controller": "none", "kl.settings": {}, "kl.in_reward": False},
     "asymmetric": {**PPO, "kl.controller": "asymmetric", "kl.settings": ASYMMETRIC, **IN_LOSS},
+    "pid-lagrangian": {
+        **PPO,
+        "kl.controller": "pid-lagrangian",
+        "kl.settings": {"limit": 0.3, "kp": 0.5, "ki": 0.05, "kd": 1.0},
+        "kl.length_neutral": False,
+    },
+    "kl-adaptive-lr": {**PPO, **FIXED, "optim.adaptive_kl": 0.01},
+    "vapo": {
+        **{name: value for name, value in PPO.items() if name != "critic.learning_rate"},
+        **FIXED,
+        "critic.lam": 1.0,
+        "critic.warmup_steps": 20,
+        "optim.length_alpha": 0.05,
+        "optim.epsilon_high": 0.28,
+    },
     "safe-single-critic": {"critic.heads": 1},
     "safe-no-regulation": {
         "kl.controller": "none",
@@ -311,7 +327,7 @@ POSITIVE = {
     **dict.fromkeys(["guard.max_kl", "guard.max_drawdown"], float),
     **dict.fromkeys(["guard.patience", "guard.snapshot_steps"], int),
     "model.lora_alpha": float,
-    "optim.max_preview_kl": float,
+    **dict.fromkeys(["optim.max_preview_kl", "optim.adaptive_kl", "optim.epsilon_high", "optim.length_alpha"], float),
 }
 NOT_NEGATIVE = {
     **dict.fromkeys(
@@ -456,6 +472,12 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
             0.1,
             {"critic": {"loss": "mse"}},
             "has no effect unless critic.loss=huber; leave it out",
+        ),
+        (
+            "optim.lam",
+            0.9,
+            {"optim": {"length_alpha": 0.05}},
+            "has no effect unless optim.length_alpha is none; leave it",
         ),
         ("critic.clip_reduction", "max", {}, "has no effect unless critic.cliprange_value is given; leave it out"),
         ("critic.warmup_steps", 60, {}, "the policy would never learn in max_steps=60: make it smaller"),

@@ -24,6 +24,10 @@ class OptimConfig(Named):
     """AdamW's step size for the policy. With 1e-4 the KL of the built-in policy (all weights trained) stays near its
     budget; with 3e-4 and no preview, noisy updates keep the KL above the budget. LoRA takes about three times as
     much."""
+    adaptive_kl: float | None = None
+    """KL of an update, nats per token (``policy/approxkl_avg``), to hold by the learning rates: after an update beyond
+    twice this they are divided by 1.5, after one below half of it multiplied, within 1/100 to 100 times their schedule.
+    None leaves them to their schedule."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of both learning rates (policy and value heads) over max_steps, after warm-up."""
     warmup_steps: int = 0
@@ -40,10 +44,15 @@ class OptimConfig(Named):
     and gives the same gradient."""
     epsilon: float = 0.2
     """Clip range of the probability ratio (PPO, section 3)."""
+    epsilon_high: float | None = None
+    """Clip range above 1, where a likelier token is rewarded; None is epsilon on both sides. VAPO and DAPO: 0.28."""
     gamma: float = 1.0
     """Discount of later rewards, for each token; 1 does not discount."""
     lam: float = 0.95
     """GAE's lambda for the advantages (Schulman et al. 2016)."""
+    length_alpha: float | None = None
+    """Make lambda 1 - 1 / (length_alpha x T), not below 0, for a response of T tokens, instead of lam: the share of a
+    response over which a TD error is spread (VAPO: 0.05)."""
     whiten_floor: float = 0.1
     """Smallest standard deviation that advantages are divided by, in normalised reward units. Below it the rewards of a
     batch hardly differ, and whitening would amplify noise."""
@@ -65,8 +74,10 @@ class OptimConfig(Named):
 
     def __post_init__(self) -> None:
         check_types("optim", self)
-        if self.max_preview_kl is not None:
-            positive("optim", self, "max_preview_kl")
+        for name in ("max_preview_kl", "adaptive_kl", "epsilon_high", "length_alpha"):
+            if getattr(self, name) is not None:
+                positive("optim", self, name)
+        only_with("optim", self, "lam", self.length_alpha is None, "optim.length_alpha is none")
         positive("optim", self, "learning_rate", "num_iterations", "num_mini_batches", "microbatch_tokens")
         positive("optim", self, "epsilon", "whiten_floor", "max_grad_norm")
         not_negative("optim", self, "warmup_steps", "weight_decay", "entropy_coef")
@@ -151,7 +162,7 @@ class KLConfig(Named):
     docs/algorithm.md (Controllers) has the rules.
     """
 
-    controller: Literal["none", "fixed", "adaptive", "asymmetric", "safe", "paper"] = "safe"
+    controller: Literal["none", "fixed", "adaptive", "asymmetric", "pid-lagrangian", "safe", "paper"] = "safe"
     """Rule that sets the KL coefficient, the weight of the KL to the reference policy."""
     settings: ControllerSettings = _DEFAULTS
     """The controller's own settings, such as ``beta`` of ``fixed`` or ``budget`` of ``safe``. A setting that is not

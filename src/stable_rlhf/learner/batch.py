@@ -8,7 +8,7 @@ from torch import Tensor
 from stable_rlhf.control import Decision
 from stable_rlhf.learner.figures import plain
 from stable_rlhf.learner.settings import Learning
-from stable_rlhf.ops.advantages import gae, token_rewards
+from stable_rlhf.ops.advantages import gae, length_adaptive_lam, token_rewards
 from stable_rlhf.ops.masked import masked_mean, masked_var, whiten
 from stable_rlhf.ops.objective import explained_variance
 from stable_rlhf.policy import ActorCritic
@@ -40,12 +40,13 @@ def make_batch(
     online, target = model.combine(measured.values), model.combine(measured.targets)
     values = target if critic.bootstrap == "target" else online
     bootstrap = online if critic.bootstrap == "online" else target
-    advantages, returns = gae(rewards, values, bootstrap, mask, optim.gamma, optim.lam)
+    lam = optim.lam if optim.length_alpha is None else length_adaptive_lam(mask, optim.length_alpha)
+    advantages, returns = gae(rewards, values, bootstrap, mask, optim.gamma, lam)
     if critic.lam is not None:
         _, returns = gae(rewards, values, bootstrap, mask, optim.gamma, critic.lam)
     if optim.skip_equal_scores and _equal(score[mask.any(1)]):
         of_kl, none = token_rewards(torch.zeros_like(score), log_ratio - level, kl_coef, mask), torch.zeros_like(values)
-        advantages, _ = gae(of_kl, none, none, mask, optim.gamma, optim.lam)
+        advantages, _ = gae(of_kl, none, none, mask, optim.gamma, lam)
         if masked_var(advantages, mask).sqrt() <= NEGLIGIBLE:
             advantages = none
     batch = Batch(

@@ -343,10 +343,7 @@ class Run(KnownArguments):
         self.set_learning_rates()
 
     def set_learning_rates(self) -> None:
-        """Sets each learning rate to base x schedule x the roll-backs' factor x that of `AdaptiveRate`.
-
-        The schedule is that of the present max_steps.
-        """
+        """Sets each rate to base x schedule of the present max_steps x the factors of roll-backs and `AdaptiveRate`."""
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             scheduled = base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
             group["lr"] = scheduled * self.recovery.factor * self.adaptive_rate.factor

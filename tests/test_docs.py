@@ -83,7 +83,7 @@ def test_the_table_of_a_controllers_settings_is_its_settings(name: str) -> None:
 
 
 def test_every_controller_has_a_section_and_no_section_is_of_another() -> None:
-    assert sorted(re.findall(r"^### `(\w+)`$", ALGORITHM, flags=re.MULTILINE)) == sorted(CONTROLLERS)
+    assert sorted(re.findall(r"^### `([\w-]+)`$", ALGORITHM, flags=re.MULTILINE)) == sorted(CONTROLLERS)
 
 
 def test_defaults_that_the_text_gives_are_the_defaults() -> None:
@@ -172,6 +172,11 @@ def test_the_table_of_presets_says_what_they_set(preset: str) -> None:
     shown = [f"`{name}` {value}" for name, value in changed.items()]
     if config.optim.entropy_coef:
         shown.append(f"`optim.entropy_coef` = {config.optim.entropy_coef}")
+    for name in ("adaptive_kl", "length_alpha", "epsilon_high"):
+        if (value := getattr(config.optim, name)) is not None:
+            shown.append(f"`optim.{name}` = {value}")
+    if config.critic.warmup_steps:
+        shown.append(f"`critic.warmup_steps` = {config.critic.warmup_steps}")
     if not config.optim.preview:
         shown.append("no preview")
     if preset.startswith("safe-") and not config.guard.enabled:  # of the others the text above says so
@@ -192,7 +197,9 @@ def test_the_help_of_preset_lists_the_presets() -> None:
     ]
     assert isinstance(made, ast.ClassDef)
     below = next(made.body[i + 1] for i, node in enumerate(made.body) if ast.unparse(node).startswith("preset: str"))
-    listed = re.findall(r"\b(?:safe|ppo|paper|asymmetric)(?:-\w+)*", ast.unparse(below).partition("come from: ")[2])
+    listed = re.findall(
+        r"\b(?:safe|ppo|paper|asymmetric|pid|kl|vapo)(?:-\w+)*", ast.unparse(below).partition("come from: ")[2]
+    )
     where = listed.index("safe", 1)  # "..., or safe without one layer: ..."
     assert listed[:where] + listed[where + 1 :] == list(PRESETS)
 
@@ -202,6 +209,7 @@ README_KL = {
     "fixed": "stays at {beta}",
     "adaptive": "rises above a KL of {target} and falls below it (Ziegler et al. 2019)",
     "asymmetric": "rises with a KL above {threshold}, and with its growth",
+    "pid-lagrangian": "a PID controller's, on a KL above {limit} (Stooke et al. 2020)",
     "safe": "follows the KL to keep it near {budget} nats per token, a bound that rises while the reward climbs; "
     "higher when answers become alike",
     "paper": "as in the paper's published code, with constants that act",
@@ -222,13 +230,12 @@ def test_the_readmes_table_of_presets_says_what_they_set(preset: str) -> None:
 
 
 def test_the_presets_that_are_said_to_have_no_guard_have_none() -> None:
-    assert "`paper`, `ppo`, `ppo-*` and `asymmetric` have no guard either." in section("Presets", "##")
+    assert "All but `safe` and `safe-*` have no guard either." in section("Presets", "##")
     without = {preset for preset in PRESETS if not Config(preset=preset).guard.enabled}
-    others = {preset for preset in PRESETS if preset.startswith("ppo")}
-    assert without == {"paper", "asymmetric", "safe-no-guard", *others}
+    assert without == {"safe-no-guard", *(preset for preset in PRESETS if not preset.startswith("safe"))}
     operations = " ".join(OPERATIONS.split())
     assert re.search(r"In `safe` and all of its ablations (but|except) `safe-no-guard` a guard judges", operations)
-    assert "`paper`, `asymmetric` and the `ppo` presets have none" in operations
+    assert "the other presets have none" in operations
     assert set(PRESETS) - without == {name for name in PRESETS if name.startswith("safe")} - {"safe-no-guard"}
 
 

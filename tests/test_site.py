@@ -74,7 +74,9 @@ def test_the_settings_of_a_method_are_those_of_its_preset(preset: str, text: str
 
 def test_every_preset_that_is_a_method_has_its_paper() -> None:
     named = [name for name, _ in SECTIONS]
-    assert named == ["safe", "paper", "ppo", "ppo-adaptive", "asymmetric"]  # the others take one layer away
+    assert named == [
+        *("safe", "paper", "ppo", "ppo-adaptive", "asymmetric", "pid-lagrangian", "kl-adaptive-lr", "vapo")
+    ]  # the others take one layer away
 
 
 # -- TRL ------------------------------------------------------------------------------------------------------------

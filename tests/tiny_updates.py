@@ -32,7 +32,7 @@ def make_config(
         preset,
         rollout={"batch_size": ROWS, **(rollout or {})},
         optim={"preview": False, **(optim or {})},
-        critic={"max_grad_norm": 1e9, **(critic or {})},
+        critic={"max_grad_norm": 1e9, "zero_init": False, **(critic or {})},  # heads that say something
         **sections,
     )
 

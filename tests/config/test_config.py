@@ -72,28 +72,45 @@ PAPER_CONTROLLER = {
     "pid_integral_limit": 1.0,
 }
 # What each preset resolves to where it differs from `safe`, written out from algorithm.md's presets and layers.
-PPO = {"critic.heads": 1, "critic.loss": "mse", "critic.clip_reduction": "max", "reward.normalise": "none"}
 NO_GUARD = {"guard.enabled": False, "guard.max_kl": 2.0}  # and so no ceiling was taken for the one that acts
-PPO |= {"optim.whiten_floor": 1e-4, "optim.preview": False, "kl.observe": "k1", **NO_GUARD}
+PLAIN = {"critic.zero_init": False, "critic.learning_rate": None, "critic.cliprange_value": 0.2}
+PLAIN |= {"optim.skip_equal_scores": False, "optim.preview": False, "kl.observe": "k1", **NO_GUARD}
+PPO = {"critic.heads": 1, "critic.clip_reduction": "max", "reward.normalise": "none", "optim.whiten_floor": 1e-4}
+PPO |= PLAIN
+FIXED = {"kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False}
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
     "paper": {
         "critic.bootstrap": "mixed",
         "critic.regress": "soft_min",
+        "critic.loss": "huber",
         "reward.normalise": "paper",
         "kl.controller": "paper",
         "kl.settings": PAPER_CONTROLLER,
         "optim.entropy_coef": 0.01,
-        "optim.preview": False,
-        "kl.observe": "k1",
-        **NO_GUARD,
+        **PLAIN,
         **IN_LOSS,
     },
-    "ppo": {**PPO, "kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False},
+    "ppo": {**PPO, **FIXED},
     "ppo-adaptive": {**PPO, "kl.controller": "adaptive", "kl.settings": ADAPTIVE, "kl.length_neutral": False},
     "ppo-nokl": {**PPO, "kl.controller": "none", "kl.settings": {}, "kl.in_reward": False},
     "asymmetric": {**PPO, "kl.controller": "asymmetric", "kl.settings": ASYMMETRIC, **IN_LOSS},
+    "pid-lagrangian": {
+        **PPO,
+        "kl.controller": "pid-lagrangian",
+        "kl.settings": {"limit": 0.3, "kp": 0.5, "ki": 0.05, "kd": 1.0},
+        "kl.length_neutral": False,
+    },
+    "kl-adaptive-lr": {**PPO, **FIXED, "optim.adaptive_kl": 0.01},
+    "vapo": {
+        **{name: value for name, value in PPO.items() if name != "critic.learning_rate"},
+        **FIXED,
+        "critic.lam": 1.0,
+        "critic.warmup_steps": 20,
+        "optim.length_alpha": 0.05,
+        "optim.epsilon_high": 0.28,
+    },
     "safe-single-critic": {"critic.heads": 1},
     "safe-no-regulation": {
         "kl.controller": "none",
@@ -316,6 +333,7 @@ POSITIVE = {
     **dict.fromkeys(["guard.patience", "guard.snapshot_steps"], int),
     "model.lora_alpha": float,
     "optim.max_update_kl": float,
+    **dict.fromkeys(["optim.adaptive_kl", "optim.epsilon_high", "optim.length_alpha"], float),
 }
 NOT_NEGATIVE = {
     **dict.fromkeys(
@@ -337,10 +355,11 @@ BETWEEN = {  # (outside, sentence)
     "guard.max_kl_ratio": ([1.0, 0.5], "must be above 1, the threshold itself"),
     "guard.rollback_factor": ([0.0, -0.5, 1.01], "must be in (0, 1]"),
 }
-NEEDED = {
+NEEDED = {  # what must be set for the field to have a range at all
     "model.lora_alpha": {"model": {"lora_r": 4}},
-    "guard.max_kl": {"kl": {"controller": "none", "in_reward": False}},
-}  # what must be set for the field to have a range at all
+    "guard.max_kl": {"kl": {"controller": "none", "in_reward": False}, "optim": {"preview": False}},
+    "critic.huber_delta": {"critic": {"loss": "huber"}},
+}
 
 
 def made(setting: str, value: Any, **context: Any) -> Config:
@@ -474,7 +493,19 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
         ("optim.microbatch_tokens", 0, {}, "must be greater than 0"),
         ("critic.temperature", 0.1, {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
         ("critic.regress", "soft_min", {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
-        ("critic.huber_delta", 0.1, {"preset": "ppo"}, "has no effect unless critic.loss=huber; leave it out"),
+        (
+            "critic.huber_delta",
+            0.1,
+            {"critic": {"loss": "mse"}},
+            "has no effect unless critic.loss=huber; leave it out",
+        ),
+        (
+            "optim.lam",
+            0.9,
+            {"optim": {"length_alpha": 0.05}},
+            "has no effect unless optim.length_alpha is none; leave it",
+        ),
+        ("critic.clip_reduction", "max", {}, "has no effect unless critic.cliprange_value is given; leave it out"),
         ("critic.warmup_steps", 60, {}, "the policy would never learn in max_steps=60: make it smaller"),
         ("kl.in_loss", "k2", {}, "the KL is asked for twice, in the loss and in the reward (kl.in_reward=true): set "),
         ("kl.allow_both", True, {}, "has no effect unless the KL is in the reward and in the loss; leave it out"),

@@ -1,4 +1,4 @@
-"""none, fixed, adaptive, asymmetric: literal numbers and finite differences."""
+"""none, fixed, adaptive, asymmetric, pid-lagrangian: literal numbers and finite differences."""
 
 from __future__ import annotations
 
@@ -133,3 +133,23 @@ def test_the_penalty_is_two_squares() -> None:
     """0.1 x (0.7 - 0.3)^2 and 5 x ((0.7 - 0.2) / 2)^2."""
     found = asymmetric_penalty(AsymmetricSettings(window=2), (0.2, 0.7))
     assert found == pytest.approx((0.016, 0.3125), rel=1e-12)
+
+
+def test_the_pid_lagrangian_is_the_papers_rule_in_numbers() -> None:
+    """limit 0.2, Kp 1, Ki 0.1, Kd 2: errors -0.1, 0.2, 0.3, -0.4; integral kept at 0 or above; only rises count."""
+    controller = make_controller("pid-lagrangian", limit=0.2, kp=1.0, ki=0.1, kd=2.0)
+    decisions = [controller.observe(seen(step, kl)) for step, kl in enumerate([0.1, 0.4, 0.5, -0.2])]
+    terms = [(-0.1, 0.0, 0.0), (0.2, 0.1 * 0.2, 2 * 0.3), (0.3, 0.1 * 0.5, 2 * 0.1), (-0.4, 0.1 * 0.1, 0.0)]
+    for decision, expected in zip(decisions, terms, strict=True):
+        assert (decision.pid_p, decision.pid_i, decision.pid_d) == pytest.approx(expected, abs=1e-12)
+        assert decision.kl_coef == pytest.approx(max(0.0, sum(expected)), abs=1e-12)
+        assert decision.threshold == 0.2
+    assert [decision.excess for decision in decisions] == pytest.approx([0.0, 0.2, 0.3, 0.0])
+
+
+def test_the_pid_lagrangian_ends_at_its_limit_on_a_plant_that_it_can_hold() -> None:
+    """KL that falls with the coefficient, kl = 0.5 - beta: the integral takes the error to 0."""
+    controller, kl = make_controller("pid-lagrangian", limit=0.3, kp=0.1, ki=0.1, kd=0.0), 0.5
+    for step in range(200):
+        kl += 0.3 * (0.5 - controller.observe(seen(step, kl)).kl_coef - kl)
+    assert kl == pytest.approx(0.3, abs=1e-3)

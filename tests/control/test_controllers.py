@@ -36,7 +36,7 @@ def noisy_run(steps: int, seed: int = 0) -> list[Observation]:
 
 
 def test_the_names_are_the_documented_ones() -> None:
-    assert CONTROLLERS == ("none", "fixed", "adaptive", "asymmetric", "safe", "paper")
+    assert CONTROLLERS == ("none", "fixed", "adaptive", "asymmetric", "pid-lagrangian", "safe", "paper")
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)
@@ -157,6 +157,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "fixed": {"beta": 0.05},
         "adaptive": {"init_beta": 0.05, "target": 0.3, "horizon": 16.0},
         "asymmetric": {"threshold": 0.3, "penalty_scale": 0.1, "momentum_scale": 5.0, "window": 50},
+        "pid-lagrangian": {"limit": 0.3, "kp": 0.5, "ki": 0.05, "kd": 1.0},
         "safe": {
             "budget": 0.3,
             "initial_coef": 0.05,
@@ -252,6 +253,7 @@ TURNED: dict[str, dict[str, Any]] = {
     "fixed": {"beta": 0.2},
     "adaptive": {"init_beta": 0.2, "target": 0.1, "horizon": 8.0},
     "asymmetric": {"threshold": 0.2, "penalty_scale": 0.3, "momentum_scale": 50.0, "window": 20},
+    "pid-lagrangian": {"limit": 0.1, "kp": 0.3, "ki": 0.2, "kd": 2.0},
     "safe": {
         "budget": 0.2,
         "initial_coef": 0.1,

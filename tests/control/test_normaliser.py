@@ -30,7 +30,7 @@ def test_the_paper_normaliser_repeats_every_published_update(shared_data: Path) 
 
 
 @given(BATCHES)
-def test_running_moments_are_those_of_all_rewards_together(batches: list[list[float]]) -> None:
+def test_running_moments_are_those_of_all_rewards_together_at_first(batches: list[list[float]]) -> None:
     normaliser = RewardNormaliser("running")
     for batch in batches:
         normaliser.update(batch)
@@ -40,11 +40,52 @@ def test_running_moments_are_those_of_all_rewards_together(batches: list[list[fl
     assert normaliser.moments.variance == pytest.approx(statistics.pvariance(everything), rel=1e-9, abs=1e-9)
 
 
+def test_after_its_memory_a_rollout_counts_for_a_50th_less_with_each_that_follows() -> None:
+    rng = random.Random(3)
+    rollouts = [[rng.gauss(1.0, 0.5 + step / 50) for _ in range(rng.randint(1, 5))] for step in range(120)]
+    normaliser = RewardNormaliser("running")
+    for rollout in rollouts:
+        normaliser.update(rollout)
+    weighed = [  # the 50th rollout is the last that takes nothing from those before it
+        (0.98 ** (len(rollouts) - max(50, step + 1)), reward)
+        for step, rollout in enumerate(rollouts)
+        for reward in rollout
+    ]
+    total = math.fsum(weight for weight, _ in weighed)
+    mean = math.fsum(weight * reward for weight, reward in weighed) / total
+    variance = math.fsum(weight * (reward - mean) ** 2 for weight, reward in weighed) / total
+    moments = normaliser.moments
+    assert (moments.count, moments.mean, moments.variance) == pytest.approx((total, mean, variance), rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [100.0, 0.01])
+def test_a_reward_whose_scale_drifts_is_followed(factor: float) -> None:
+    rng = random.Random(0)
+    normaliser = RewardNormaliser("running")
+    drift = 500
+    for step in range(2 * drift):
+        scale = factor ** min(1.0, step / drift)
+        rewards = [scale * (3.0 + rng.gauss(0.0, 1.0)) for _ in range(64)]
+        normaliser.update(rewards)
+        if step >= 50:
+            assert 0.1 < statistics.pstdev(normaliser.normalise(rewards)) < 3.0
+    assert normaliser.moments.deviation == pytest.approx(factor, rel=0.1)
+    assert normaliser.moments.mean == pytest.approx(3.0 * factor, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["none", "paper"])
+def test_only_the_running_kind_forgets(kind: str) -> None:
+    normaliser = RewardNormaliser(kind)
+    for _ in range(200):
+        normaliser.update([0.0, 2.0])
+    assert normaliser.moments.count == pytest.approx(400, abs=1e-3)
+
+
 @given(st.integers(0, 10_000), st.sampled_from([(10.0, 0.0), (1.0, 5.0), (1e-3, 100.0)]))
 def test_scale_and_shift_of_the_rewards_change_nothing(seed: int, change: tuple[float, float]) -> None:
     rng = random.Random(seed)
     plain, changed = RewardNormaliser("running"), RewardNormaliser("running")
-    for _ in range(10):
+    for _ in range(60):
         batch = [rng.gauss(0.3, 0.4) for _ in range(8)]
         other = [change[0] * reward + change[1] for reward in batch]
         plain.update(batch)
@@ -90,7 +131,8 @@ def test_a_loaded_normaliser_continues_bit_for_bit(kind: str) -> None:
     loaded = RewardNormaliser(kind)
     loaded.load_state_dict(json.loads(json.dumps(normaliser.state_dict())))
     for each in (normaliser, loaded):
-        each.update([0.3, 0.9, 1.7])
+        for _ in range(60):  # beyond the memory, whose length counts from the first rollout
+            each.update([0.3, 0.9, 1.7])
     assert loaded.normalise([0.2]) == normaliser.normalise([0.2])
     assert loaded.moments == normaliser.moments
 
@@ -113,8 +155,10 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     for bad, message in (
         ({**good, "kind": "paper"}, "is of kind 'paper'"),
         ({**good, "version": 99}, "version 99"),
-        ({**good, "more": 1}, "expected kind, moments, version"),
+        ({**good, "more": 1}, "expected kind, moments, rollouts, version"),
         ({**good, "moments": {"mean": 0.0, "variance": 1.0}}, r"lacks \['count'\]"),
+        ({**good, "rollouts": -1}, "rollouts=-1: expected a whole number"),
+        ({**good, "rollouts": 1.0}, "rollouts=1.0: expected a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             normaliser.load_state_dict(bad)
@@ -143,7 +187,8 @@ def test_the_unit_is_what_a_normalised_reward_is_counted_in() -> None:
     assert RewardNormaliser("running").unit == 0.0
     # where all rewards are nearly alike the constant is all that is left of the published unit
     paper = RewardNormaliser("paper")
-    paper.load_state_dict({"version": 1, "kind": "paper", "moments": {"mean": 0.0, "variance": 0.0, "count": 4.0}})
+    alike = {"mean": 0.0, "variance": 0.0, "count": 4.0}
+    paper.load_state_dict({**paper.state_dict(), "moments": alike})
     assert paper.unit == 1e-8
     assert paper.normalise([1.0]) == pytest.approx([1e8], rel=1e-14)
 

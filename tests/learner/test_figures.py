@@ -39,8 +39,16 @@ KL_COEF = 0.4
 SKIPPED = (1, 5)
 
 CASES: dict[str, dict[str, Any]] = {
-    "safe": {"critic": {"vf_coef": 0.7, "huber_delta": 0.3, "cliprange_value": 0.05, "backbone_gradient": True}},
-    "each head": {"critic": {"regress": "each", "clip_reduction": "max", "huber_delta": 0.8, "cliprange_value": 0.1}},
+    "safe": {"critic": {"vf_coef": 0.7, "cliprange_value": 0.05, "backbone_gradient": True}},
+    "each head": {
+        "critic": {
+            "regress": "each",
+            "loss": "huber",
+            "huber_delta": 0.8,
+            "cliprange_value": 0.1,
+            "clip_reduction": "max",
+        }
+    },
     "paper": {"preset": "paper", "optim": {"epsilon": 0.05}},
     "exact": {"kl": {"in_reward": False, "in_loss": "exact"}, "critic": {"regress": "soft_min", "loss": "mse"}},
     "ppo": {"preset": "ppo", "critic": {"cliprange_value": 0.2}, "optim": {"entropy_coef": 0.2}},

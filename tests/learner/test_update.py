@@ -279,7 +279,8 @@ def naive_loss(model: ActorCritic, batch: Batch, config: Config, kl_coef: float)
             values = [head(hidden if config.critic.backbone_gradient else hidden.detach()) for head in model.heads]
             if config.critic.regress == "soft_min":
                 values = [-alpha * (torch.logsumexp(-torch.stack(values) / alpha, 0) - math.log(2))]
-            errors = [huber(value - batch.returns[row, t], config.critic.huber_delta) for value in values]
+            delta = config.critic.huber_delta if config.critic.loss == "huber" else math.inf
+            errors = [huber(value - batch.returns[row, t], delta) for value in values]
             total = total + config.critic.vf_coef * sum(errors) / len(errors)
     return total / count
 
@@ -289,7 +290,7 @@ def naive_loss(model: ActorCritic, batch: Batch, config: Config, kl_coef: float)
     ("kl", "critic"),
     [
         ({"in_reward": False, "in_loss": "k2"}, {"regress": "each", "backbone_gradient": True, "vf_coef": 0.7}),
-        ({"in_reward": False, "in_loss": "exact"}, {"regress": "soft_min", "backbone_gradient": False}),
+        ({"in_reward": False, "in_loss": "exact"}, {"regress": "soft_min", "loss": "huber"}),
         ({"in_reward": True}, {"regress": "soft_min", "backbone_gradient": True, "vf_coef": 2.0}),
     ],
 )

@@ -109,3 +109,27 @@ def test_settings_and_shapes_that_make_no_sense_are_refused():
         advantages.gae(x, x, x[:, :2], mask, 1.0, 0.95)
     with pytest.raises(ValueError, match=r"scores has shape \(3,\): give one score a row, \(2,\)"):
         advantages.token_rewards(torch.zeros(3), x, 0.1, mask)
+
+
+def test_each_row_may_have_a_lambda_of_its_own():
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    generator = torch.Generator().manual_seed(0)
+    rewards, values, bootstrap = (torch.randn(2, 3, generator=generator) for _ in range(3))
+    both = advantages.gae(rewards, values, bootstrap, mask, 0.9, torch.tensor([0.3, 1.0]))
+    for row, lam in enumerate((0.3, 1.0)):
+        alone = advantages.gae(rewards, values, bootstrap, mask, 0.9, lam)
+        for one, all_rows in zip(alone, both, strict=True):
+            torch.testing.assert_close(all_rows[row], one[row])
+    with pytest.raises(ValueError, match=r"lam is \[0\.5, 1\.5\]"):
+        advantages.gae(rewards, values, bootstrap, mask, 0.9, torch.tensor([0.5, 1.5]))
+
+
+def test_the_length_adaptive_lambda_spreads_an_error_over_a_share_of_the_response():
+    lengths = [0, 10, 20, 40, 1000]
+    mask = torch.arange(1000) < torch.tensor(lengths)[:, None]
+    lam = advantages.length_adaptive_lam(mask, 0.05)
+    assert lam.tolist() == pytest.approx([0.0, 0.0, 0.0, 0.5, 0.98])
+    for row, length in enumerate(lengths[3:], start=3):
+        assert (lam[row].double() ** torch.arange(100_000)).sum().item() == pytest.approx(0.05 * length, rel=1e-4)
+    with pytest.raises(ValueError, match="alpha is 0"):
+        advantages.length_adaptive_lam(mask, 0.0)

@@ -361,3 +361,14 @@ def test_the_kl_of_a_step_refuses_shapes_that_differ(odd):
         objective.step_kl(**tensors, mask=torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(TypeError, match="boolean mask"):
         objective.step_kl(**{name: torch.zeros(2, 3) for name in shapes}, mask=torch.ones(2, 3))
+
+
+def test_the_upper_bound_of_the_ratio_may_be_wider_than_the_lower():
+    """Ratios 1.25, 1.4 and 0.7 with advantages 1, 1 and -1, bounds 0.8 and 1.28: the second and the third are cut."""
+    ratios, advantages = torch.tensor([[1.25, 1.4, 0.7]]), torch.tensor([[1.0, 1.0, -1.0]])
+    mask = torch.ones_like(ratios, dtype=torch.bool)
+    result = objective.ppo_clip_loss(ratios.log(), torch.zeros_like(ratios), advantages, mask, 0.2, None, 0.28)
+    assert result.loss.item() == pytest.approx((-1.25 - 1.28 + 0.8) / 3, rel=1e-6)
+    assert result.clip_fraction.item() == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="epsilon_high is 0"):
+        objective.ppo_clip_loss(ratios, ratios, advantages, mask, 0.2, None, 0.0)

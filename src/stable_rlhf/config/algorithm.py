@@ -24,6 +24,10 @@ class OptimConfig(Named):
     """AdamW's step size for the policy. With 1e-4 the KL of the built-in policy (all weights trained) stays near its
     budget; with 3e-4 and no preview, noisy updates keep the KL above the budget. LoRA takes about three times as
     much."""
+    adaptive_kl: float | None = None
+    """KL of an update, nats per token (``policy/approxkl_avg``), to hold by the learning rates: after an update beyond
+    twice this they are divided by 1.5, after one below half of it multiplied, within 1/100 to 100 times their schedule.
+    None leaves them to their schedule."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of both learning rates (policy and value heads) over max_steps, after warm-up."""
     warmup_steps: int = 0
@@ -40,13 +44,22 @@ class OptimConfig(Named):
     and gives the same gradient."""
     epsilon: float = 0.2
     """Clip range of the probability ratio (PPO, section 3)."""
+    epsilon_high: float | None = None
+    """Clip range above 1, where a likelier token is rewarded; None is epsilon on both sides. VAPO and DAPO: 0.28."""
     gamma: float = 1.0
     """Discount of later rewards, for each token; 1 does not discount."""
     lam: float = 0.95
     """GAE's lambda for the advantages (Schulman et al. 2016)."""
+    length_alpha: float | None = None
+    """Make lambda 1 - 1 / (length_alpha x T), not below 0, for a response of T tokens, instead of lam: the share of a
+    response over which a TD error is spread (VAPO: 0.05)."""
     whiten_floor: float = 0.1
     """Smallest standard deviation that advantages are divided by, in normalised reward units. Below it the rewards of a
     batch hardly differ, and whitening would amplify noise."""
+    skip_equal_scores: bool = True
+    """Learn nothing from the scores of a rollout where all are equal: none of its completions is better than another,
+    and what is left of their advantages are the critic's errors. The KL then acts alone; where it does not act either,
+    the policy takes no step."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in the loss, reward per nat. The default is 0, because with 0.01 the entropy grows
     until the text is gibberish (docs/deviations.md)."""
@@ -64,6 +77,10 @@ class OptimConfig(Named):
         if self.max_update_kl is not None:
             positive("optim", self, "max_update_kl")
         only_with("optim", self, "max_update_kl", self.preview, "optim.preview=true")
+        for name in ("adaptive_kl", "epsilon_high", "length_alpha"):
+            if getattr(self, name) is not None:
+                positive("optim", self, name)
+        only_with("optim", self, "lam", self.length_alpha is None, "optim.length_alpha is none")
         positive("optim", self, "learning_rate", "num_iterations", "num_mini_batches", "microbatch_tokens")
         positive("optim", self, "epsilon", "whiten_floor", "max_grad_norm")
         not_negative("optim", self, "warmup_steps", "weight_decay", "entropy_coef")
@@ -90,20 +107,28 @@ class CriticConfig(Named):
     target_tau: float = 0.05
     """Share of the online heads that enters the target heads after each optimiser step. With bootstrap=online the
     targets are only a measure of drift (``safe/target_gap``)."""
-    loss: Literal["huber", "mse"] = "huber"
-    """Regression loss of the value heads: Huber's, or the squared error."""
+    loss: Literal["huber", "mse"] = "mse"
+    """Regression loss of the value heads: the squared error, whose minimum is the mean return, or Huber's, which
+    stands below it where a few returns are high, and above it where a few are low."""
     huber_delta: float = 0.5
     """Error above which the Huber loss is linear, in normalised reward units. Only with loss=huber."""
-    cliprange_value: float | None = 0.2
-    """Distance from the value at sampling time to which a second, clipped value is limited; None does not clip."""
+    cliprange_value: float | None = None
+    """Distance from the value at sampling time to which a second, clipped value is limited, in normalised reward units;
+    None does not clip."""
     clip_reduction: Literal["mean", "max"] = "mean"
-    """How the losses of the value and of the clipped value combine: the published code's mean, or PPO's max."""
+    """How the losses of the value and of the clipped value combine: the published code's mean, or PPO's max. Only with
+    cliprange_value."""
     vf_coef: float = 1.0
     """Weight of the value loss in the sum with the policy's loss."""
+    zero_init: bool = True
+    """Begin with a critic that says 0, the mean of normalised rewards, at every state, instead of random numbers, which
+    the first advantages would repeat."""
     backbone_gradient: bool = False
     """Train the transformer with the value loss too, not only the heads."""
-    learning_rate: float | None = None
-    """AdamW's step size for the value heads; None is the policy's (the paper's "synchronised")."""
+    learning_rate: float | None = 1e-3
+    """AdamW's step size for the value heads; None is the policy's (the paper's "synchronised"). The heads are new where
+    the policy is trained: at 1e-4 they need over 100 rollouts of 64 completions to explain what 1e-3 explains after 20.
+    """
     max_grad_norm: float = 0.5
     """Norm to which the gradient of the value heads is clipped."""
     lam: float | None = None
@@ -117,6 +142,8 @@ class CriticConfig(Named):
         only_with("critic", self, "temperature", self.heads == 2, "critic.heads=2")
         only_with("critic", self, "regress", self.heads == 2, "critic.heads=2")
         only_with("critic", self, "huber_delta", self.loss == "huber", "critic.loss=huber")
+        clips = self.cliprange_value is not None
+        only_with("critic", self, "clip_reduction", clips, "critic.cliprange_value is given")
         not_negative("critic", self, "warmup_steps")
         require(0 < self.target_tau <= 1, "critic.target_tau", self.target_tau, "must be in (0, 1]")
         for name in ("learning_rate", "cliprange_value"):
@@ -138,7 +165,7 @@ class KLConfig(Named):
     docs/algorithm.md (Controllers) has the rules.
     """
 
-    controller: Literal["none", "fixed", "adaptive", "asymmetric", "safe", "paper"] = "safe"
+    controller: Literal["none", "fixed", "adaptive", "asymmetric", "pid-lagrangian", "safe", "paper"] = "safe"
     """Rule that sets the KL coefficient, the weight of the KL to the reference policy."""
     settings: ControllerSettings = _DEFAULTS
     """The controller's own settings, such as ``beta`` of ``fixed`` or ``budget`` of ``safe``. A setting that is not

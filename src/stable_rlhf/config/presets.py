@@ -10,31 +10,61 @@ from typing import Any
 from stable_rlhf.control import CONTROLLERS, settings_class
 
 _PPO: dict[str, Any] = {
-    "critic": {"heads": 1, "loss": "mse", "clip_reduction": "max", "bootstrap": "online"},
+    "critic": {
+        "heads": 1,
+        "loss": "mse",
+        "cliprange_value": 0.2,
+        "clip_reduction": "max",
+        "bootstrap": "online",
+        "zero_init": False,
+        "learning_rate": None,
+    },
     "reward": {"normalise": "none"},
-    "optim": {"whiten_floor": 1e-4, "preview": False},
+    "optim": {"whiten_floor": 1e-4, "skip_equal_scores": False, "preview": False},
     "guard": {"enabled": False},
 }
 """PPO as Ouyang et al. (2022) and TRL had it: one value head, squared error, clipped by the maximum, rewards as they
 come, advantages whitened whatever their size (1e-4 is TRL's 1e-8 under the root), every optimiser step taken whole."""
 
+_FIXED: dict[str, Any] = {
+    "controller": "fixed",
+    "settings": {"beta": 0.05},
+    "length_neutral": False,
+    "observe": "k1",
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "safe": {},
     "paper": {
-        "critic": {"bootstrap": "mixed", "regress": "soft_min"},
+        "critic": {
+            "bootstrap": "mixed",
+            "regress": "soft_min",
+            "loss": "huber",
+            "cliprange_value": 0.2,
+            "zero_init": False,
+            "learning_rate": None,
+        },
         "reward": {"normalise": "paper"},
         "kl": {"controller": "paper", "in_reward": False, "in_loss": "k2", "observe": "k1"},
-        "optim": {"entropy_coef": 0.01, "preview": False},  # the published code never calls its preview
+        # the published code never calls its preview
+        "optim": {"entropy_coef": 0.01, "skip_equal_scores": False, "preview": False},
         "guard": {"enabled": False},
     },
     # Ziegler et al. (2019) subtract the sum of the log-ratios, so length pays.
-    "ppo": {
-        **_PPO,
-        "kl": {"controller": "fixed", "settings": {"beta": 0.05}, "length_neutral": False, "observe": "k1"},
-    },
+    "ppo": {**_PPO, "kl": _FIXED},
     "ppo-adaptive": {**_PPO, "kl": {"controller": "adaptive", "length_neutral": False, "observe": "k1"}},
     "ppo-nokl": {**_PPO, "kl": {"controller": "none", "in_reward": False, "observe": "k1"}},
     "asymmetric": {**_PPO, "kl": {"controller": "asymmetric", "in_reward": False, "in_loss": "k2", "observe": "k1"}},
+    "pid-lagrangian": {**_PPO, "kl": {"controller": "pid-lagrangian", "length_neutral": False, "observe": "k1"}},
+    "kl-adaptive-lr": {**_PPO, "kl": _FIXED, "optim": {**_PPO["optim"], "adaptive_kl": 0.01}},  # rsl_rl's target
+    # Yue et al. (2025). They pre-train the critic until it explains the returns, in 50 steps of 8,192 completions; ours
+    # has the rate at which it does so in 20 of 64.
+    "vapo": {
+        **_PPO,
+        "critic": {**_PPO["critic"], "lam": 1.0, "warmup_steps": 20, "learning_rate": 1e-3},
+        "kl": _FIXED,
+        "optim": {**_PPO["optim"], "length_alpha": 0.05, "epsilon_high": 0.28},
+    },
     # Ablations: each takes one layer out of `safe`.
     "safe-single-critic": {"critic": {"heads": 1}},
     # Nothing holds the KL here: a ceiling would take the layer's place.

@@ -1,8 +1,8 @@
 """Controllers and the guard: figures of one rollout in, one decision or verdict out. Standard library only.
 
-`make_controller(name, **settings)` makes one of `none`, `fixed`, `adaptive`, `asymmetric`, `safe`, `paper`;
-`.observe(observation)` returns its decision for the update that follows. `Guard(GuardConfig(...)).judge(figures)`
-returns the verdict on a step.
+`make_controller(name, **settings)` makes one of `none`, `fixed`, `adaptive`, `asymmetric`, `pid-lagrangian`, `safe`,
+`paper`; `.observe(observation)` returns its decision for the update that follows.
+`Guard(GuardConfig(...)).judge(figures)` returns the verdict on a step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from typing import Any, TypeAlias
 
 from stable_rlhf.control import baselines, paper, safe
 from stable_rlhf.control.base import Controller, Decision, Observation, as_whole
-from stable_rlhf.control.baselines import AdaptiveSettings, AsymmetricSettings, FixedSettings, NoneSettings
+from stable_rlhf.control.baselines import (
+    AdaptiveSettings,
+    AsymmetricSettings,
+    FixedSettings,
+    NoneSettings,
+    PidLagrangianSettings,
+)
 from stable_rlhf.control.guard import Action, Guard, Verdict
 from stable_rlhf.control.guard_config import GuardConfig
 from stable_rlhf.control.guard_rules import WINDOW, standard_error
@@ -38,6 +44,7 @@ __all__ = [
     "Observation",
     "PaperSettings",
     "Rescored",
+    "PidLagrangianSettings",
     "RewardNormaliser",
     "SafeSettings",
     "Verdict",
@@ -51,7 +58,13 @@ __all__ = [
 ]
 
 ControllerSettings: TypeAlias = (
-    NoneSettings | FixedSettings | AdaptiveSettings | AsymmetricSettings | SafeSettings | PaperSettings
+    NoneSettings
+    | FixedSettings
+    | AdaptiveSettings
+    | AsymmetricSettings
+    | PidLagrangianSettings
+    | SafeSettings
+    | PaperSettings
 )
 """The settings of any controller: the class says which one."""
 
@@ -70,6 +83,12 @@ _RULES = {
     "fixed": _Rule(FixedSettings, lambda _: baselines.KlAverages(), baselines.advance_fixed, False),
     "adaptive": _Rule(AdaptiveSettings, lambda _: baselines.AdaptiveState(), baselines.advance_adaptive, True),
     "asymmetric": _Rule(AsymmetricSettings, lambda _: baselines.AsymmetricState(), baselines.advance_asymmetric, True),
+    "pid-lagrangian": _Rule(
+        PidLagrangianSettings,
+        lambda _: baselines.PidLagrangianState(),
+        baselines.advance_pid_lagrangian,
+        True,
+    ),
     "safe": _Rule(SafeSettings, safe.initial_safe_state, safe.advance_safe, True),
     "paper": _Rule(PaperSettings, lambda _: paper.PaperState(), paper.advance_paper, True),
 }

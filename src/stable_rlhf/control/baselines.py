@@ -1,4 +1,4 @@
-"""The controllers that SAFE is compared with: none, fixed, adaptive, asymmetric with momentum.
+"""The controllers that SAFE is compared with: none, fixed, adaptive, asymmetric with momentum, PID Lagrangian.
 
 Each gives a coefficient per rollout; the caller decides whether it acts in the reward or in the loss.
 
@@ -8,6 +8,9 @@ Each gives a coefficient per rollout; the caller decides whether it acts in the 
                    e = clip(kl / target - 1, -0.2, 0.2);   beta <- beta (1 + e / horizon).
 4. asymmetric  lambda_a max(0, kl - threshold)^2 + lambda_m max(0, momentum)^2, momentum = (kl - kl_50_ago) / 50 [P, C],
                through its slope in kl.
+5. pid-lagrangian  Stooke et al. 2020 ("Responsive Safety in Reinforcement Learning by PID Lagrangian Methods",
+               algorithm 2), the KL as the cost:
+                   d = kl - limit;  I <- max(0, I + d);  beta = max(0, Kp d + Ki I + Kd max(0, kl - kl_before)).
 """
 
 from __future__ import annotations
@@ -186,3 +189,54 @@ def advance_asymmetric(
     level = f"KL {observation.kl:.3g} {side} {settings.threshold:.3g}, growing {growth:.2g} a step"
     reason = f"{level}: coefficient {kl_coef:.3g}"
     return state, plain_decision(kl_coef, state.averages, float(settings.threshold), excess, reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PidLagrangianSettings:
+    """Settings of the controller ``pid-lagrangian``: Stooke et al. 2020, with the KL as the cost, and fixed gains.
+
+    The gains are to be tuned. The defaults are sized by `fixed`, whose 0.05 is usual: an excess of 0.1 nats gives that
+    at once and again every 10 rollouts that it lasts, and a KL that rises by 0.05 in a rollout gives it too.
+    """
+
+    limit: float = setting(0.3, above=0.0)
+    """KL not to be passed, nats per token. 0.3 is the budget of `safe`, so that the two can be compared."""
+    kp: float = setting(0.5, 0.0)
+    """Proportional gain, reward per squared nat."""
+    ki: float = setting(0.05, 0.0)
+    """Integral gain, reward per squared nat and rollout."""
+    kd: float = setting(1.0, 0.0)
+    """Derivative gain, reward times rollouts per squared nat. Only a KL that rises counts."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PidLagrangianState:
+    """The averages, the integral, and the last KL."""
+
+    averages: KlAverages = field(default_factory=KlAverages)
+    integral: float = 0.0
+    """Sum of the errors, nats per token, kept at 0 or above."""
+    kl: float | None = None
+    """KL of the last rollout, nats per token; None before the first, which has no derivative."""
+
+
+def advance_pid_lagrangian(
+    settings: PidLagrangianSettings, state: PidLagrangianState, observation: Observation
+) -> tuple[PidLagrangianState, Decision]:
+    """beta = max(0, Kp d + Ki I + Kd max(0, kl - kl_before)), d = kl - limit, I <- max(0, I + d).
+
+    The paper's other part, dividing the objective by 1 + beta, changes nothing where advantages are whitened.
+    """
+    error = observation.kl - settings.limit
+    rise = 0.0 if state.kl is None else max(0.0, observation.kl - state.kl)
+    integral = max(0.0, state.integral + error)
+    p, i, d = settings.kp * error, settings.ki * integral, settings.kd * rise
+    kl_coef = max(0.0, p + i + d)
+    averages = state.averages.after(observation.kl)
+    state = PidLagrangianState(averages=averages, integral=integral, kl=observation.kl)
+    reason = f"KL {observation.kl:.3g} for limit {settings.limit:.3g}: coefficient {kl_coef:.3g}"
+    decision = plain_decision(kl_coef, averages, float(settings.limit), max(0.0, error), reason)
+    return state, replace(decision, pid_p=p, pid_i=i, pid_d=d)

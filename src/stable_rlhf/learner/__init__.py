@@ -1,5 +1,6 @@
 """From a rollout to a changed policy: measure, batch, objective, passes, preview, update."""
 
+from stable_rlhf.learner.adaptive_rate import AdaptiveRate
 from stable_rlhf.learner.batch import make_batch
 from stable_rlhf.learner.figures import plain, rollout_metrics
 from stable_rlhf.learner.measure import check_finite, measure, observe
@@ -10,6 +11,7 @@ from stable_rlhf.learner.step_preview import Preview, make_preview
 from stable_rlhf.learner.update import optimizer_groups, update
 
 __all__ = [
+    "AdaptiveRate",
     "Learning",
     "Passes",
     "Preview",

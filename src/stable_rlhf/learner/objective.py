@@ -45,7 +45,7 @@ def objective(
         for new, old in fitted
     ]  # fmt: skip
     value = torch.stack([v.loss for v in losses]).mean()
-    policy = ppo_clip_loss(out.logp, batch.logp, batch.advantages, mask, optim.epsilon, tokens)
+    policy = ppo_clip_loss(out.logp, batch.logp, batch.advantages, mask, optim.epsilon, tokens, optim.epsilon_high)
     entropy = masked_mean(out.entropy, mask, tokens)
     loss = critic.vf_coef * value
     metrics = {

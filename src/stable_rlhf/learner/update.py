@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stable_rlhf.config import CriticConfig, OptimConfig
 from stable_rlhf.control import Decision
+from stable_rlhf.learner.batch import says_something
 from stable_rlhf.learner.measure import learns_policy, lengths
 from stable_rlhf.learner.microbatches import Lengths, Microbatch, plan
 from stable_rlhf.learner.objective import Scale
@@ -39,11 +40,13 @@ def update(
 
     ``step`` is the number of the run's step. ``preview`` is the run's; None takes every optimiser step whole.
 
-    A minibatch in which no row has a reward takes no step and enters no mean. A step whose gradient is not finite is
+    The policy takes no step on a batch that says nothing (`says_something`); the critic does. A minibatch in which no
+    row has a reward takes no step and enters no mean. A step whose gradient is not finite is
     not taken either, but is counted. The host waits for the device only in the preview, and at the end, where the
     metrics are read.
     """
-    device, learns = passes.model.device, learns_policy(passes.learning.critic, step)
+    device = passes.model.device
+    learns = learns_policy(passes.learning.critic, step) and says_something(batch, decision, passes.learning)
     of_rows = lengths(batch.tokens)
     work = _minibatches(passes, of_rows, step)
     batch = on(batch, device)

@@ -38,7 +38,7 @@ def token_rewards(scores: Tensor, log_ratio: Tensor, kl_coef: float, mask: Tenso
 
 @torch.no_grad()
 def gae(
-    rewards: Tensor, values: Tensor, bootstrap_values: Tensor, mask: Tensor, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, bootstrap_values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, section 3, equations 11 and 16).
 
@@ -54,7 +54,7 @@ def gae(
         mask: bool [B, T], True on response tokens, contiguous from 0. (A hole ends the sequence before it, and what
             follows is a sequence of its own.) A row without any (a skipped sample) gets zeros.
         gamma: discount per token, 0 to 1.
-        lam: lambda, 0 (one step) to 1 (Monte-Carlo), per token.
+        lam: lambda, 0 (one step) to 1 (Monte-Carlo), per token; one for all rows, or [B], one a row.
 
     Returns:
         Advantages A and returns G, both [B, T], exactly 0 outside the mask, where no input is read, NaN or not.
@@ -63,9 +63,9 @@ def gae(
         TypeError, ValueError: see `masked.check_mask`; ValueError for gamma or lam outside 0 to 1.
     """
     check_mask(mask, rewards=rewards, values=values, bootstrap_values=bootstrap_values)
-    for name, setting in (("gamma", gamma), ("lam", lam)):
-        if not 0.0 <= setting <= 1.0:
-            raise ValueError(f"{name} is {setting}: give a number from 0 to 1")
+    for name, setting in (("gamma", torch.tensor(gamma)), ("lam", torch.as_tensor(lam))):
+        if not bool(((setting >= 0.0) & (setting <= 1.0)).all()):
+            raise ValueError(f"{name} is {setting.tolist()}: give a number from 0 to 1")
     values = torch.where(mask, values, 0)
     next_values = torch.nn.functional.pad(torch.where(mask, bootstrap_values, 0)[:, 1:], (0, 1))
     deltas = torch.where(mask, rewards, 0) + gamma * next_values - values
@@ -75,3 +75,20 @@ def gae(
         following = torch.where(mask[:, t], deltas[:, t] + gamma * lam * following, 0)
         advantages[:, t] = following
     return advantages, advantages + values
+
+
+@torch.no_grad()
+def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
+    """lambda = max(0, 1 - 1 / (alpha T)) of each row, T its response tokens: [B].
+
+    Sum_t lambda^t = 1 / (1 - lambda) = alpha T then: a TD error is spread over the same share of a short response and
+    of a long one. Where alpha T < 1 that is less than a token, and lambda is 0. Source: Yue et al. 2025, "VAPO"
+    (arXiv 2504.05118), length-adaptive GAE.
+
+    Args:
+        mask: bool [B, T], True on response tokens.
+        alpha: share of the response, positive.
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha}: give a positive number")
+    return (1 - 1 / (alpha * mask.sum(1).clamp(min=1))).clamp(min=0.0)

@@ -134,10 +134,12 @@ def ppo_clip_loss(
     mask: Tensor,
     epsilon: float,
     denominator: float | Tensor | None = None,
+    epsilon_high: float | None = None,
 ) -> PolicyLoss:
     """sum m_t max(-A_t rho_t, -A_t clip(rho_t, 1 - epsilon, 1 + epsilon)) / denominator,  rho_t = exp(logp - old_logp).
 
-    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7, negated.
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7, negated; with epsilon_high,
+    Yu et al. 2025, "DAPO" (arXiv 2503.14476), Clip-Higher.
 
     Args:
         logp: [B, T], log-probability of the sampled tokens now; carries the gradient.
@@ -146,22 +148,27 @@ def ppo_clip_loss(
         mask: bool [B, T], True on response tokens.
         epsilon: half-width of the interval of ratios in which the policy is rewarded for moving; positive.
         denominator: see the module; None is the number of True entries.
+        epsilon_high: the upper bound is 1 + epsilon_high instead; positive. None is epsilon.
 
     Returns:
         The loss; the fraction (same denominator) of tokens whose gradient the clip cuts off; the ratio per token.
         An infinite ratio is not hidden: it gives a non-finite loss, which the trainer refuses.
 
     Raises:
-        ValueError: for an epsilon that is not positive. TypeError, ValueError: see `masked.check_mask` and
-            `masked.masked_mean`.
+        ValueError: for an epsilon or epsilon_high that is not positive. TypeError, ValueError: see `masked.check_mask`
+            and `masked.masked_mean`.
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon is {epsilon}: give a positive number, 0.2 for instance")
+    if epsilon_high is not None and not epsilon_high > 0:
+        raise ValueError(f"epsilon_high is {epsilon_high}: give a positive number, or None for epsilon")
     check_mask(mask, logp=logp, old_logp=old_logp, advantages=advantages)
     # Emptied before exp: a NaN or an overflow there would reach the gradient through 0 * inf.
     ratio = (_keep(logp, mask) - _keep(old_logp, mask)).exp()
     unclipped = -_keep(advantages, mask) * ratio
-    clipped = -_keep(advantages, mask) * ratio.clamp(1 - epsilon, 1 + epsilon)
+    clipped = -_keep(advantages, mask) * ratio.clamp(
+        1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+    )
     loss = masked_mean(torch.maximum(unclipped, clipped), mask, denominator)
     clip_fraction = masked_mean((clipped > unclipped).to(logp.dtype), mask, denominator)
     return PolicyLoss(loss, clip_fraction, _keep(ratio.detach(), mask))

@@ -35,13 +35,19 @@ from stable_rlhf.records import Tokens
 
 
 class ValueHead(nn.Module):
-    """LayerNorm -> Linear(h, h/4) -> GELU -> Linear(1), float32 (the published code's head): [..., h] -> [...]."""
+    """LayerNorm -> Linear(h, h/4) -> GELU -> Linear(1), float32 (the published code's head): [..., h] -> [...].
 
-    def __init__(self, hidden_size: int) -> None:
+    ``zero`` sets the last layer to 0, so that the head says 0 until it has learned; heads differ in their hidden layer.
+    """
+
+    def __init__(self, hidden_size: int, zero: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
         self.up = nn.Linear(hidden_size, hidden_size // 4)
         self.out = nn.Linear(hidden_size // 4, 1)
+        if zero:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.out(nn.functional.gelu(self.up(self.norm(hidden)))).squeeze(-1)
@@ -86,7 +92,8 @@ class ActorCritic(nn.Module):
         self.autocast = autocast
         device = next(policy.parameters()).device
         hidden_size = causal_lm(policy).get_output_embeddings().weight.shape[1]
-        self.heads = nn.ModuleList(ValueHead(hidden_size) for _ in range(critic.heads)).to(device, torch.float32)
+        made = [ValueHead(hidden_size, critic.zero_init) for _ in range(critic.heads)]
+        self.heads = nn.ModuleList(made).to(device, torch.float32)
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
         self.peft = isinstance(policy, PeftModel)
         self.span = attention_span(causal_lm(policy))

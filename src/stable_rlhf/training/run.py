@@ -33,7 +33,7 @@ from stable_rlhf.data import PromptEncoder, split_datasets
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.files import replace_text
 from stable_rlhf.hardware import described, refuse_many_processes, replays_graphs, shortage_named
-from stable_rlhf.learner import Learning, make_passes, make_preview, optimizer_groups
+from stable_rlhf.learner import AdaptiveRate, Learning, make_passes, make_preview, optimizer_groups
 from stable_rlhf.policy import (
     ActorCritic,
     Reference,
@@ -156,6 +156,7 @@ class Run(KnownArguments):
         self.scheduler: Any = make_scheduler(course, self.optimizer, config.optim.warmup_steps, config.max_steps)
         self.run_dir = Path(config.output_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.counters = Counters()
+        self.adaptive_rate = AdaptiveRate(config.optim.adaptive_kl)
         self.guard = Guard(config.guard)
         snapshots = Snapshots(None if self.model.peft else self.run_dir / "snapshot")
         self.recovery = Recovery(self.guard, snapshots, Texts(self.scorer, config.seed))
@@ -226,6 +227,7 @@ class Run(KnownArguments):
             "guard": self.guard,
             "texts": self.recovery.texts,
             **({} if self.preview is None else {"preview": self.preview}),
+            **({} if self.args.optim.adaptive_kl is None else {"adaptive_rate": self.adaptive_rate}),
             "prompts": self.stream,
             "callbacks": self.callback_states,
             "counters": self.counters,
@@ -339,9 +341,7 @@ class Run(KnownArguments):
         return state["step"]
 
     def set_learning_rates(self) -> None:
-        """Sets each learning rate to base x schedule x the roll-backs' factor.
-
-        The schedule is that of the present max_steps.
-        """
+        """Sets each rate to base x schedule of the present max_steps x the factors of roll-backs and `AdaptiveRate`."""
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
-            group["lr"] = base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) * self.recovery.factor
+            scheduled = base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+            group["lr"] = scheduled * self.recovery.factor * self.adaptive_rate.factor

@@ -176,6 +176,7 @@ class SAFETrainer(PolicySaving):
             row, figures = None, error.figures
         else:
             self.scheduler.step()
+            self.adaptive_rate.observe(step.stats.metrics["policy/approxkl_avg"])
             self.set_learning_rates()
             row = self._write(step, watch)
             figures = {name: value for name, value in row.items() if not isinstance(value, str)}

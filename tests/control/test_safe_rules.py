@@ -352,12 +352,12 @@ def test_a_first_coefficient_may_be_either_limit(initial: float) -> None:
 
 def test_the_reason_has_the_figures_of_the_decision() -> None:
     """0.5 is wild beside 0.02 and is left out once; then 2/3 of the way to it ends the rise."""
-    first, second, third = drive([(0.0, 0.02, 3.0), (0.0, 0.5, 3.0), (0.0, 0.5, 3.0)])
+    first, second, left_out, taken = drive([(0.0, 0.02, 3.0)] * 2 + [(0.0, 0.5, 3.0)] * 2)
     assert first.reason == (
         "KL 0.02 within budget 0.3: coefficient 0.05 -> 0.05; faded to 0.00667 well below the budget"
     )
-    assert second.reason == first.reason
-    assert third.reason.startswith("KL 0.34 above budget 0.3, heading for ")
+    assert left_out.reason == second.reason == first.reason
+    assert taken.reason.startswith("KL 0.34 above budget 0.3, heading for ")
     steady = drive([(0.0, 0.3, 3.0)] * 2)[-1]
     assert steady.reason == "KL 0.3 within budget 0.3: coefficient 0.05 -> 0.05"
 

@@ -4,8 +4,8 @@ One rollout, with tau the budget, T the rollouts that the KL needs to reach it a
 1. sigma is the standard error that came with the KL. Where none came, it is an average of the second differences
    |x_t - 2 x_{t-1} + x_{t-2}| / sqrt(6), times sqrt(pi / 2): a steady rise does not enter it.
 2. A KL further from the level than half of tau (or of the level, if that is more) and five sigma is wild. It is left
-   out; where the next one is wild on the same side, the KL has really jumped, and is taken. So is the second rollout's: nothing is
-   known yet of what it should be.
+   out; where the next one is wild on the same side, the KL has really jumped, and is taken. The second rollout's is
+   taken in any case: nothing is known yet of what it should be.
 3. Two filters of the KL, both quick compared with T, give its level and its velocity:
        short <- short + (kl - short) / (1 + lag_s);  long likewise with lag_l;
        velocity = (short - long) / (lag_l - lag_s).

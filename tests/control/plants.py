@@ -15,6 +15,8 @@ from stable_rlhf.control import Controller, Decision, Observation
 class Plant:
     """theta <- theta + lr * momentum-average(force), KL = theta^2 / 2 (or theta, where `linear`), nats per token.
 
+    The change of theta is at most sqrt(2 update_kl), where the decision sets that bound.
+
     gradient    force = g - beta theta: at its rest KL = (g / beta)^2 / 2.
     adam        force = tanh of the same over 0.3 g, plus noise: bounded steps, about the sign of the gradient.
     saturating  force = g exp(-theta) - beta theta: the reward has less to give as KL grows.
@@ -52,7 +54,11 @@ def run(plant: Plant, controller: Controller, steps: int, seed: int = 0) -> tupl
         decision = controller.observe(Observation(step, reward, seen, 3.0 - 0.3 * kl))
         waiting.append(decision.kl_coef)
         average += (1 - plant.momentum) * (plant.force(theta, waiting.pop(0), rng) - average)
-        theta += plant.lr * plant.schedule(step) * average
+        change = plant.lr * plant.schedule(step) * average
+        if decision.update_kl is not None:
+            most = math.sqrt(2 * decision.update_kl)
+            change = max(-most, min(most, change))
+        theta += change
         if plant.linear:
             theta = max(0.0, theta)
         kls.append(kl)

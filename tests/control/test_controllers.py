@@ -112,6 +112,8 @@ def test_the_recorded_settings_are_complete_and_make_the_same_controller(name: s
         ("adaptive", {"target": 0}, r"target=0 is out of range: give a finite number > 0"),
         ("safe", {"gate_on": 1}, r"gate_on=1: give true or false, such as True"),
         ("safe", {"budget": True}, r"budget=True: give a number"),
+        ("safe", {"budget_per": "word"}, r"budget_per='word': choose one of token, sequence"),
+        ("safe", {"budget_per": 1}, r"budget_per=1: choose one of token, sequence"),
         ("safe", {"threshold_rate": 0.5}, r"threshold_rate=0\.5 is out of range: .* > 0\.0 and <= 0\.2"),
         ("safe", {"initial_coef": 1e-6}, r"initial_coef=1e-06 is outside \[min_coef=0\.0001, max_coef=100\.0\]"),
         ("paper", {"threshold_min": 0.7}, r"threshold_min=0\.7 is above threshold_max=0\.6"),
@@ -160,11 +162,13 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "pid-lagrangian": {"limit": 0.3, "kp": 0.5, "ki": 0.05, "kd": 1.0},
         "safe": {
             "budget": 0.3,
+            "budget_per": "token",
             "initial_coef": 0.05,
             "min_coef": 1e-4,
             "max_coef": 100.0,
-            "gain": 3.5,
-            "lead": 0.7,
+            "gain": 6.0,
+            "lead": 0.5,
+            "update_share": 0.03,
             "gate_on": True,
             "gate_fraction": 0.6,
             "gate_power": 2.0,
@@ -225,10 +229,10 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         ({**good, "next_step": True}, "next_step=True"),
         ({**good, "state": [1]}, "is a list: expected a mapping"),
         ({**good, "state": {**state, "unheard": 1}}, r"unknown keys \['unheard'\]"),
-        ({**good, "state": {"regulator": state["regulator"]}}, r"lacks \['entropy', 'threshold'\]"),
+        ({**good, "state": {"regulator": state["regulator"]}}, r"lacks \['entropy', 'length', 'threshold'\]"),
         ({**good, "state": {**state, "entropy": {**state["entropy"], "count": 1.5}}}, r"state\.entropy\.count is 1\.5"),
         ({**good, "state": {**state, "entropy": {**state["entropy"], "start": math.inf}}}, r"expected a finite float"),
-        ({**good, "state": {**state, "regulator": {**state["regulator"], "short": "x"}}}, r"finite float or null"),
+        ({**good, "state": {**state, "length": "x"}}, r"finite float or null"),
         ({**good, "state": {**state, "threshold": {**state["threshold"], "kls": 3}}}, r"expected a list of numbers"),
         ({**good, "state": {**state, "threshold": {**state["threshold"], "kls": [None]}}}, r"threshold\.kls is None"),
     ):
@@ -256,6 +260,8 @@ TURNED: dict[str, dict[str, Any]] = {
     "pid-lagrangian": {"limit": 0.1, "kp": 0.3, "ki": 0.2, "kd": 2.0},
     "safe": {
         "budget": 0.2,
+        "budget_per": "sequence",
+        "update_share": 0.01,
         "initial_coef": 0.1,
         "min_coef": 0.05,
         "max_coef": 0.06,
@@ -295,7 +301,7 @@ TURNED: dict[str, dict[str, Any]] = {
 def test_every_setting_changes_a_decision(name: str, key: str) -> None:
     assert set(TURNED[name]) == set(controller_settings(name, {}))
     plain, turned = make_controller(name), make_controller(name, **{key: TURNED[name][key]})
-    rows = noisy_run(150)
+    rows = [dataclasses.replace(row, length=20.0) for row in noisy_run(150)]
     ours = [dataclasses.replace(plain.observe(row), reason="") for row in rows]
     theirs = [dataclasses.replace(turned.observe(row), reason="") for row in rows]
     assert any(a != b for a, b in zip(ours, theirs, strict=True))

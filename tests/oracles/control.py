@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from typing import Any
 
 Row = tuple[float, float, float]  # reward, kl, entropy
@@ -50,10 +51,10 @@ def phase(previous: str, rewards: list[float], kls: list[float], spread: float, 
     return "PLATEAU"
 
 
-def thresholds(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Multiple of the budget, phase and PID terms of every step."""
+def thresholds(rows: list[Row], settings: dict[str, Any]) -> Generator[dict[str, Any], float, None]:
+    """Multiple of the budget, phase and PID terms of every step; takes the regulator's T after it."""
     multiple, name, total, last = 1.0, "WARMUP", 0.0, 0.0
-    found = []
+    speed = 20.0
     for step in range(len(rows)):
         start = max(0, step + 1 - settings["window"])
         rewards, kls = [row[0] for row in rows[start : step + 1]], [row[1] for row in rows[start : step + 1]]
@@ -73,105 +74,128 @@ def thresholds(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]
         asked = {"WARMUP": 1.0, "CLIMBING": 1.2, "PLATEAU": 1.0, "FALLING": 0.75, "OVEROPTIMISED": 0.75}[name]
         wanted = asked + sorted((-0.25, p + i + d, 0.25))[1]
         wanted = sorted((settings["threshold_min"], wanted, settings["threshold_max"]))[1]
-        rate = settings["threshold_rate"]
+        rate = min(settings["threshold_rate"], 0.25 / speed)
         up = 0.25 * rate if name == "PLATEAU" and multiple < 1 else rate
         multiple = sorted((multiple * (1 - rate), wanted, multiple * (1 + up)))[1]
-        found.append({"multiple": multiple, "phase": name, "pid_p": p, "pid_i": i, "pid_d": d})
-    return found
+        speed = yield {"multiple": multiple, "phase": name, "pid_p": p, "pid_i": i, "pid_d": d}
 
 
-def gates(rows: list[Row], settings: dict[str, Any]) -> list[tuple[float, float | None]]:
-    """Gate and floor of every step."""
-    found: list[tuple[float, float | None]] = []
+def gates(rows: list[Row], settings: dict[str, Any]) -> list[tuple[float, float | None, bool]]:
+    """Gate and floor of every step, and whether the coefficient may relax."""
+    found: list[tuple[float, float | None, bool]] = []
     for step in range(len(rows)):
         start = mean([row[2] for row in rows[:5]])
         if not settings["gate_on"] or step < 5 or settings["gate_fraction"] * start <= 0:
-            found.append((1.0, None))
+            found.append((1.0, None, True))
             continue
-        floor, recent = settings["gate_fraction"] * start, start
+        floor, recent, slow = settings["gate_fraction"] * start, start, start
         for row in rows[5 : step + 1]:
-            recent = 0.5 * recent + 0.5 * row[2]
+            recent, slow = 0.5 * recent + 0.5 * row[2], 0.9 * slow + 0.1 * row[2]
         gate = settings["gate_max"] if recent <= 0 else (floor / recent) ** settings["gate_power"]
-        found.append((max(1.0, min(settings["gate_max"], gate)), floor))
+        gate = max(1.0, min(settings["gate_max"], gate))
+        found.append((gate, floor, gate == 1 or recent >= 0.95 * slow))
     return found
 
 
-def regulated(kls: list[float], budgets: list[float], relaxes: list[bool], settings: dict[str, Any]) -> list[Any]:
-    """Of every step: coefficient before fading and gate, fade, quick and slow filter of the KL, predicted KL."""
-    log_coef, speed, risen, rising = math.log(settings["initial_coef"]), 20.0, False, 0
-    side, since, trust = 0, 0, 1.0
-    found = []
-    for step, (kl, budget, may_relax) in enumerate(zip(kls, budgets, relaxes, strict=True)):
+def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, float], tuple[float, ...], None]:
+    """Takes (KL, its error, budget, whether it may relax), gives coefficient, fade, filters, predicted KL and T."""
+    speed, risen, began, rising = 20.0, False, 0.0, 0
+    side, since, trust, mean_error, mean_size = 0, 0, 1.0, 0.0, 0.0
+    taken: list[float] = []
+    seconds, jumped, wild = 0.0, False, 0
+    kl, kl_error, budget, may_relax = yield {}
+    short = long = kl
+    while True:
         quick, slow = sorted((0.25, speed / 40, 8.0))[1], sorted((1.25, speed / 9, 40.0))[1]
-        if step == 0:
-            short = long = kl
-            velocity = 0.0
-            risen = short >= 0.3 * budget
+        sigma = kl_error or seconds * math.sqrt(math.pi / 12)
+        beyond = 0.5 * max(budget, short) + 5 * sigma
+        now = 1 if kl > short + beyond else -1 if kl < short - beyond else 0
+        first = not taken
+        if len(taken) >= 2 and now != 0 and now != wild:
+            wild, jumped = now, True
         else:
-            short = (short * quick + kl) / (1 + quick)
-            long = (long * slow + kl) / (1 + slow)
-            velocity = (short - long) / (slow - quick)
-            share = short / budget
-            if not risen and share < 0.0625:
-                rising = 0
-            elif not risen and share < 0.3:
-                rising += 1
-            elif not risen:
-                risen, speed = True, min(200.0, 3.7 * (rising + 0.5))
-            else:
-                trust, since = min(1.0, trust * 1.002), since + 1
-                now = 1 if share > 1.2 else -1 if share < 1 / 1.2 else 0
-                if now != 0 and now == -side:
-                    trust, speed = max(0.1, 0.75 * trust), min(speed, since)
-                if now != 0:
-                    side, since = now, 0
+            taken.append(kl)
+            if len(taken) >= 3 and not jumped:
+                seconds = 0.9 * seconds + 0.1 * abs(taken[-1] - 2 * taken[-2] + taken[-3])
+            short, long = (short * quick + kl) / (1 + quick), (long * slow + kl) / (1 + slow)
+            wild, jumped = 0, False
+        velocity = (short - long) / (slow - quick)
+        share, error = short / budget, sigma / math.sqrt(1 + 2 * quick)
+        spread = 1 / (1 + 2 * quick) + 1 / (1 + 2 * slow) - 2 / (1 + quick + slow)
+        velocity_error = sigma * math.sqrt(spread) / (slow - quick)
+        start = max(0.0625, 3 * error / budget)
+        if first:
+            risen = share >= 0.3
+        elif not risen and share >= 0.3:
+            apart = math.sqrt(share) - math.sqrt(began)
+            speed = min(200.0, (rising if began else 1) / apart) if began or start <= 0.3 else 20.0
+            risen = True
+        elif not risen and share < start:
+            began, rising = 0.0, 0
+        elif not risen:
+            began, rising = began or share, rising + 1
+        else:
+            trust, since, clear = min(1.0, trust * (1 + 0.1 / (speed + 18))), since + 1, 4 * error / budget
+            now = 1 if share > max(1.2, 1 + clear) else -1 if share < min(1 / 1.2, 1 - clear) else 0
+            if now != 0 and now == -side:
+                trust, speed = max(0.1, 0.75 * trust), min(speed, since / (math.sqrt(1.2) - math.sqrt(1 / 1.2)))
+            if now != 0:
+                side, since = now, 0
         predicted = short + (settings["lead"] * speed + quick + 2.5) * velocity
-        error = 2.0 if predicted > budget * math.e**2 else -1.0 if predicted < budget / math.e else None
-        error = math.log(predicted / budget) if error is None else error
-        rate = trust * settings["gain"] / (speed + 13)
-        if error > 0 and velocity > 0:
-            rate *= 1.6
-        elif error <= 0 and not may_relax:
-            rate = 0.0
-        elif error <= 0 and not risen:
-            rate = 0.02 if short + 200 * velocity < budget else 0.0
-        elif error <= 0 and short <= 0.7 * budget and short + 2 * speed * velocity >= budget:
-            rate = 0.0
-        log_coef += rate * error
-        log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
+        x = predicted / budget - 1
+        e = min(2.0, math.log(1 + x)) if x > 0 else max(-1.0, -math.log(1 - x))
         fade = sorted((0.0, max(short, predicted) / (0.5 * budget), 1.0))[1]
-        found.append((math.exp(log_coef), fade, short, long, predicted))
-    return found
+        new = 1 / max(5.0, 0.4 * (speed + 18)) if mean_size else 1.0
+        mean_error, mean_size = (1 - new) * mean_error + new * e, (1 - new) * mean_size + new * abs(e)
+        lasting = max(0.3, abs(mean_error) / mean_size) if mean_size else 1.0
+        rate = trust * lasting * settings["gain"] / (speed + 18)
+        if e > 0:
+            rate *= 2.0 if velocity > 3 * velocity_error else 1.0
+        elif not risen or short <= 0.7 * budget - 3 * error:
+            mean_error = mean_size = 0.0
+            arrives = short + (speed if risen else 200) * velocity >= budget
+            rate *= 0.0 if arrives else fade**4
+        if e <= 0 and not may_relax:
+            rate = 0.0
+        log_coef += rate * e
+        log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
+        figures = {"coefficient": math.exp(log_coef), "fade": fade, "short": short, "long": long}
+        kl, kl_error, budget, may_relax = yield {**figures, "predicted": predicted, "speed": speed}
 
 
 def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Every figure of every decision, without its reason."""
-    moving = thresholds(rows, settings) if settings["threshold_on"] else []
     still = {"multiple": 1.0, "phase": "NONE", "pid_p": 0.0, "pid_i": 0.0, "pid_d": 0.0}
-    moving = moving or [still] * len(rows)
-    gated = gates(rows, settings)
-    budgets = [settings["budget"] * each["multiple"] for each in moving]
-    parts = regulated([row[1] for row in rows], budgets, [gate == 1 for gate, _ in gated], settings)
+    moving = thresholds(rows, settings)
+    each = next(moving) if settings["threshold_on"] else still
+    first = settings["initial_coef"] * math.sqrt(0.3 / (settings["budget"] * each["multiple"]))
+    plant = regulator(settings, math.log(sorted((settings["min_coef"], first, settings["max_coef"]))[1]))
+    next(plant)
     found = []
-    for each, budget, (gate, floor), (coefficient, fade, short, long, _) in zip(
-        moving, budgets, gated, parts, strict=True
-    ):
-        acts = max(fade, min(gate - 1, 1.0))
+    for step, (gate, floor, may_relax) in enumerate(gates(rows, settings)):
+        budget = settings["budget"] * each["multiple"]
+        seen = plant.send((rows[step][1], 0.0, budget, may_relax))
+        short = seen["short"]
         found.append(
             {
-                "kl_coef": gate * acts * coefficient,
+                "kl_coef": gate * max(seen["fade"], min(gate - 1, 1.0)) * seen["coefficient"],
                 "threshold": budget,
                 "excess": max(0.0, short - budget),
                 "kl_short": short,
-                "kl_long": long,
+                "kl_long": seen["long"],
                 "gate": gate,
                 "phase": each["phase"],
                 "pid_p": each["pid_p"],
                 "pid_i": each["pid_i"],
                 "pid_d": each["pid_d"],
                 "entropy_floor": floor,
+                "update_kl": settings["update_share"]
+                * budget
+                * sorted((0.05, (budget / max(short, budget)) ** 3, 1.0))[1],
             }
         )
+        if settings["threshold_on"] and step + 1 < len(rows):
+            each = moving.send(seen["speed"])
     return found
 
 

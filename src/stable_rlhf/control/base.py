@@ -106,9 +106,19 @@ class Settings(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-def setting(default: Any, low: float | None = None, high: float | None = None, *, above: float | None = None) -> Any:
-    """A dataclass field with a default and its range: low <= value <= high, value > above; None is no limit."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
+def setting(
+    default: Any,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with a default and its range: low <= value <= high, value > above; None is no limit.
+
+    A text has ``choices`` in the place of a range.
+    """
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above, "choices": choices})
 
 
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -127,6 +137,11 @@ def check_settings(settings: Settings) -> None:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         wanted = type(field.default)
+        if wanted is str:
+            choices = field.metadata["choices"]
+            if value not in choices:
+                raise ValueError(f"{field.name}={value!r}: choose one of {', '.join(choices)}.")
+            continue
         if wanted is int:
             value = as_whole(value)
             object.__setattr__(settings, field.name, value)

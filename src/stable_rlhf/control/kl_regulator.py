@@ -1,55 +1,69 @@
 """Holds the KL at its budget: integral control of log(coefficient), with lead, scaled to the speed of the policy.
 
 The plant is control's word for what is regulated: here the policy's KL as it answers to the coefficient.
-One rollout, with tau the budget and T the steps that the KL needs to reach it (measured, see below):
-1. two filters of the KL, both quick compared with T, give its level and its velocity:
-       short <- short + (kl - short) / (1 + lag_s);  long likewise with lag_l;
-       velocity = (short - long) / (lag_l - lag_s);
-2. the KL that the present course leads to:      predicted = short + (lead T + lag_s + 2.5) velocity;
-3. its error in the log domain:                  e = clip(log(predicted / tau), -1, 2);
-4. log beta <- clip(log beta + rate e),          rate = trust * gain / (T + 13), more while KL rises too high,
-                                                 none while the KL is still on its way to the budget (anti-windup);
-5. coefficient = beta * min(1, KL / (tau / 2)):  well below the budget there is no penalty (asymmetry).
+One rollout, with tau the budget and T the rollouts that the KL needs to reach it (measured, see below):
+1. `kl_level` gives the KL's level and velocity, each with its standard error;
+2. the KL that the present course leads to:      predicted = level + (lead T + lag + 2.5) velocity;
+3. its error, with x = predicted / tau - 1:      e = clip(sign(x) log(1 + |x|), -1, 2);
+4. how much of the gain acts:                    persistence = max(0.3, |mean e| / mean |e|), trust (see below);
+5. log beta <- clip(log beta + rate e),          rate = trust * persistence * gain / (T + 18), more while the KL clearly
+                                                 rises too high, none while it is still on its way to the budget, and
+                                                 times fade^4 well below it (anti-windup);
+6. coefficient = beta * fade,                    fade = min(1, KL / (tau / 2)): well below the budget there is no
+                                                 penalty (asymmetry).
 
-Since e contains the velocity, step 4 is a PI controller in velocity form: the velocity's part of the integral is the
+Since e contains the velocity, step 5 is a PI controller in velocity form: the velocity's part of the integral is the
 proportional action. So nothing winds up where the output is clipped, and no steady error is left (cf. the PID
-Lagrangian of Stooke et al. 2020, arXiv 2007.03964, whose coefficient is linear and whose gains are fixed).
+Lagrangian of Stooke et al. 2020, arXiv 2007.03964, whose coefficient is linear and whose gains are fixed). Where the
+fade has taken the coefficient away nothing can be learned about it, so there it is not integrated either: a pull that
+comes late finds the coefficient that was there before.
 
 Why the log domain: useful coefficients span decades, d(log KL)/d(log beta) is about -2 in all of them, so one gain
-fits. Why T: a learning rate 100 times lower makes the KL answer 100 times later. Gains in units of T give the same
-curve on another clock. T is measured on the way up, from 1/16 to 0.3 of the budget, and lowered by every quick swing
-across the budget; each such swing also costs trust in the gain, which comes back slowly: a gain that is too high for
-this plant's delay or noise shows as oscillation, and the oscillation lowers it.
+fits. The error is odd in x, since a log of a noisy KL would read lower than the KL is. Why T: a learning rate 100
+times lower makes the KL answer 100 times later. Gains in units of T give the same curve on another clock. The KL is
+half the square of a distance that grows evenly, so T is read from the square roots of two levels on the way up, from
+1/16 (or three errors) to 0.3 of the budget.
+
+Noise and swings. An error that is noise changes its sign, one that lasts does not: their ratio (the tracking signal of
+Trigg and Leach 1967) sets the share of the gain, at once in both directions. A swing is a level that clearly (a fifth
+of the budget, and four standard errors) crosses from one side of the budget to the other: it lowers T to what the
+crossing showed, and costs a quarter of the trust, which comes back where nothing swings.
 
 A run that begins above 0.3 of the budget has shown no rise: T stays at its unknown value until a swing lowers it.
 
-Every constant below was chosen on simulated plants (gradient, Adam-like, saturating; delay 0 and 1, momentum 0 and 0.7,
-speeds over a factor 200, noise of 0 to 20 %) and may be turned by a third, except that TIGHTEN above 2 loses the plants
-that a coefficient twice the right one already makes diverge.
+The constants below were chosen on simulated plants (benchmarks/control) and may be turned by a third.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from stable_rlhf.control.kl_level import Level, LevelState, advance_level
 
 RISE_FROM, RISE_TO = 1.0 / 16.0, 0.3  # of the budget: above the first steps' noise, and before the lead term matters
-RISE_SHARE = 3.7  # T per step between them: the share is 0.30 if KL grows as t^2, 0.24 if as t; 1/0.27
-RISE_LIMIT = 200.0  # steps: a rise held up by a coefficient that was too large must not pass for a slow plant
-UNKNOWN_SPEED = 20.0  # steps, before the rise was seen: the middle, on a log scale, of what runs show (2 to 200)
-SWING = 1.2  # KL above tau * 1.2, then below tau / 1.2 or back, is a swing: beyond the noise, about the 15 % allowed
+RISE_ERRORS = 3.0  # standard errors of the level from where on a rise is one
+RISE_LIMIT = 200.0  # rollouts: a rise held up by a coefficient that was too large must not pass for a slow plant
+UNKNOWN_SPEED = 20.0  # rollouts, before the rise was seen: the middle, on a log scale, of what runs show (2 to 200)
+SWING = 1.2  # KL above tau * 1.2, then below tau / 1.2 or back, is a swing: beyond the 15 % allowed
+SWING_ERRORS = 4.0  # standard errors beyond the budget: two such in turn are not noise
 SWING_TRUST = 0.75  # of the gain is kept after a swing: four swings bring it to a third
+CROSSING = math.sqrt(SWING) - math.sqrt(1.0 / SWING)  # of the distance to the budget: what the quickest swing covers
 LEAST_TRUST = 0.1  # of the gain is never taken away, so that the integral still removes a steady error
-TRUST_GROWTH = 1.002  # per step: doubled in 350, much slower than the swings of a gain that is too high
-LAST_DELAYS = 13.0  # steps added to T: with the lags of the filter, the optimiser and the rollout the gain has a top
-LEAD_DELAYS = 2.5  # steps of lead that make up for one rollout of delay and a momentum of 0.7 to 0.9
-TIGHTEN = 1.6  # times the rate while KL is, or will be, above the budget and still rises: too late is the worse error
-ERROR_LOW, ERROR_HIGH = -1.0, 2.0  # of log(predicted / tau): one wild rollout may not move the coefficient by decades
-NEAR = 0.7  # of the budget, from where on the integral always runs
-ARRIVAL = 2.0  # T: a KL that will reach the budget within this time needs no relaxing
-FIRST_ARRIVAL = 200.0  # steps: the same before T is known
-FIRST_RELAX = 0.02  # rate before T is known: e-fold in 50 steps, so that a long critic warm-up leaves a coefficient
+TRUST_GROWTH = 0.1  # per T + 18 rollouts: doubled in seven of them, much slower than the swings of too high a gain
+KEEP_LEAST, KEEP_SHARE = 5.0, 0.4  # rollouts, and of T + 18: window of the persistence; half of a swing at full gain
+LEAST_PERSISTENCE = 0.3  # of the gain: what acts on noise alone, so that a small steady error goes too
+LAST_DELAYS = 18.0  # rollouts added to T: with the lags of filter, optimiser and rollout the gain has a top
+LEAD_DELAYS = 2.5  # rollouts of lead that make up for one rollout of delay and a momentum of 0.7 to 0.9
+TIGHTEN = 2.0  # times the rate while KL is, or will be, above the budget and clearly rises: too late is the worse error
+TIGHTEN_ERRORS = 3.0  # standard errors of the velocity that are clear: tightening on noise would be a steady error
+ERROR_LOW, ERROR_HIGH = -1.0, 2.0  # one wild course may not move the coefficient by decades
+NEAR = 0.7  # of the budget, from where on (less three errors) the integral always runs
+NEAR_ERRORS = 3.0
+ARRIVAL = 1.0  # T: a KL that will reach the budget within this time needs no relaxing
+FIRST_ARRIVAL = 200.0  # rollouts: the same before T is known
 FADE_BELOW = 0.5  # of the budget, below which the coefficient fades: out of the way of the regulated band
+FADE_POWER = 4.0  # of the fade in the rate below the band: a coefficient that hardly acts is hardly integrated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +72,26 @@ class RegulatorState:
 
     log_coef: float
     """log beta, before fading and gate."""
-    short: float | None = None
-    """Quick filter of the KL, nats per token; None before the first rollout."""
-    long: float = 0.0
-    """Slow filter of the KL, nats per token."""
+    level: LevelState = field(default_factory=LevelState)
+    """Filters of the KL."""
     speed: float = UNKNOWN_SPEED
-    """T, steps."""
+    """T, rollouts."""
     risen: bool = False
     """Whether the first rise has been seen, so that T is known."""
+    rise_start: float | None = None
+    """Level as a share of the budget where the rise that is under way began; None while none is."""
     rising_steps: int = 0
-    """Steps spent between RISE_FROM and RISE_TO on the first rise."""
+    """Rollouts since then."""
     side: int = 0
-    """Last side of the budget on which the KL was clearly: 1 above, -1 below, 0 not yet."""
+    """Last side of the budget on which the KL clearly was: 1 above, -1 below, 0 not yet."""
     side_steps: int = 0
-    """Steps since it was there."""
+    """Rollouts since it was there."""
     trust: float = 1.0
-    """Share of the gain that is used."""
+    """Share of the gain that swings have left."""
+    error: float = 0.0
+    """Average of e, for the persistence."""
+    error_size: float = 0.0
+    """Average of |e|; 0 where they begin anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +101,7 @@ class Regulation:
     coefficient: float
     """beta, reward per nat, before fading and gate."""
     short: float
-    """Quick filter of the KL, nats per token: the level that is held at the budget."""
+    """The level that is held at the budget, nats per token."""
     fade: float
     """0..1: factor well below the budget."""
     predicted: float
@@ -95,6 +113,7 @@ def regulate(
     kl: float,
     budget: float,
     *,
+    kl_error: float = 0.0,
     gain: float,
     lead: float,
     limits: tuple[float, float],
@@ -102,71 +121,81 @@ def regulate(
 ) -> tuple[RegulatorState, Regulation]:
     """One rollout of the rules above.
 
-    kl and budget in nats per token; gain without unit, lead in units of T; limits of beta in reward per nat. With
-    `may_relax` False the coefficient may only grow.
+    kl, its standard error (0: not known) and budget in nats per token; gain without unit, lead in units of T; limits of
+    beta in reward per nat. With `may_relax` False the coefficient may only grow.
     """
-    first = state.short is None
-    state, short, velocity, lag = _filter(state, kl)
-    state = replace(state, risen=short / budget >= RISE_TO) if first else _measure_speed(state, short / budget)
-    predicted = short + (lead * state.speed + lag + LEAD_DELAYS) * velocity
-    error = math.log(max(predicted / budget, math.exp(ERROR_LOW)))
-    rate = _rate(state, short, velocity, budget, gain, error, may_relax)
-    log_coef = state.log_coef + rate * min(ERROR_HIGH, error)
-    log_coef = max(math.log(limits[0]), min(math.log(limits[1]), log_coef))
-    fade = min(1.0, max(0.0, short, predicted) / (FADE_BELOW * budget))
-    regulation = Regulation(coefficient=math.exp(log_coef), short=short, fade=fade, predicted=predicted)
+    first = state.level.short is None
+    filters, level = advance_level(state.level, kl, kl_error, budget, state.speed)
+    state = replace(state, level=filters)
+    share, share_error = level.short / budget, level.error / budget
+    if first:
+        state = replace(state, risen=share >= RISE_TO)
+    elif state.risen:
+        state = _watch_swings(state, share, share_error)
+    else:
+        state = _measure_rise(state, share, share_error)
+    predicted = level.short + (lead * state.speed + level.lag + LEAD_DELAYS) * level.velocity
+    excess = predicted / budget - 1.0
+    error = max(ERROR_LOW, min(ERROR_HIGH, math.copysign(math.log1p(abs(excess)), excess)))
+    fade = min(1.0, max(0.0, level.short, predicted) / (FADE_BELOW * budget))
+    state, persistence = _persistence(state, error)
+    full = state.trust * persistence * gain / (state.speed + LAST_DELAYS)
+    if error > 0.0:
+        rate = TIGHTEN * full if level.velocity > TIGHTEN_ERRORS * level.velocity_error else full
+    else:
+        state, share_of_rate = _relaxing(state, level, budget, fade)
+        rate = full * share_of_rate if may_relax else 0.0
+    log_coef = max(math.log(limits[0]), min(math.log(limits[1]), state.log_coef + rate * error))
+    regulation = Regulation(coefficient=math.exp(log_coef), short=level.short, fade=fade, predicted=predicted)
     return replace(state, log_coef=log_coef), regulation
 
 
-def _filter(state: RegulatorState, kl: float) -> tuple[RegulatorState, float, float, float]:
-    """State with both filters advanced; the short one; the KL's velocity, nats per token and step; its lag, steps."""
-    # nearly no lag in the level: delay costs more than noise, which the integral averages
-    lag_short = max(0.25, min(8.0, state.speed / 40.0))
-    # a velocity over a ninth of the rise: less lag than there is lead
-    lag_long = max(1.25, min(40.0, state.speed / 9.0))
-    if state.short is None:
-        return replace(state, short=kl, long=kl), kl, 0.0, lag_short
-    short = state.short + (kl - state.short) / (1.0 + lag_short)
-    long = state.long + (kl - state.long) / (1.0 + lag_long)
-    return replace(state, short=short, long=long), short, (short - long) / (lag_long - lag_short), lag_short
+def _persistence(state: RegulatorState, error: float) -> tuple[RegulatorState, float]:
+    """State with the averages of e and |e|, and their ratio: 1 where the error keeps its sign, low in noise."""
+    if state.error_size == 0.0:
+        mean, size = error, abs(error)
+    else:
+        new = 1.0 / max(KEEP_LEAST, KEEP_SHARE * (state.speed + LAST_DELAYS))
+        mean = state.error + new * (error - state.error)
+        size = state.error_size + new * (abs(error) - state.error_size)
+    ratio = abs(mean) / size if size > 0.0 else 1.0
+    return replace(state, error=mean, error_size=size), max(LEAST_PERSISTENCE, ratio)
 
 
-def _measure_speed(state: RegulatorState, share: float) -> RegulatorState:
-    """T from the first rise, then from swings; `share` is short / budget."""
-    if not state.risen:
-        if share < RISE_FROM:
-            return replace(state, rising_steps=0)
-        if share < RISE_TO:
-            return replace(state, rising_steps=state.rising_steps + 1)
-        speed = min(RISE_LIMIT, RISE_SHARE * (state.rising_steps + 0.5))  # 0.5: both ends fall between two rollouts
-        return replace(state, risen=True, speed=speed)
-    trust = min(1.0, state.trust * TRUST_GROWTH)
-    steps = state.side_steps + 1
-    side = 1 if share > SWING else -1 if share < 1.0 / SWING else 0
+def _measure_rise(state: RegulatorState, share: float, share_error: float) -> RegulatorState:
+    """T from the first rise: rollouts per distance, the distance being the square root of the share of the budget."""
+    start = max(RISE_FROM, RISE_ERRORS * share_error)
+    if share < RISE_TO:
+        if share < start:
+            return replace(state, rise_start=None, rising_steps=0)
+        if state.rise_start is None:
+            return replace(state, rise_start=share, rising_steps=0)
+        return replace(state, rising_steps=state.rising_steps + 1)
+    if state.rise_start is not None:
+        speed = (state.rising_steps + 1) / (math.sqrt(share) - math.sqrt(state.rise_start))
+    else:  # within one rollout; where the noise alone is as large, nothing is known
+        speed = 1.0 / math.sqrt(share) if start <= RISE_TO else UNKNOWN_SPEED
+    return replace(state, risen=True, speed=min(RISE_LIMIT, speed), rise_start=None, rising_steps=0)
+
+
+def _watch_swings(state: RegulatorState, share: float, share_error: float) -> RegulatorState:
+    """T and trust lowered by a swing across the budget; without one the trust comes back."""
+    trust = min(1.0, state.trust * (1.0 + TRUST_GROWTH / (state.speed + LAST_DELAYS)))
+    steps, clear = state.side_steps + 1, SWING_ERRORS * share_error
+    side = 1 if share > max(SWING, 1.0 + clear) else -1 if share < min(1.0 / SWING, 1.0 - clear) else 0
     if side == 0:
         return replace(state, trust=trust, side_steps=steps)
     if side == -state.side:
         trust = max(LEAST_TRUST, trust * SWING_TRUST)
-        return replace(state, trust=trust, side=side, side_steps=0, speed=min(state.speed, float(steps)))
+        return replace(state, trust=trust, side=side, side_steps=0, speed=min(state.speed, steps / CROSSING))
     return replace(state, trust=trust, side=side, side_steps=0)
 
 
-def _rate(
-    state: RegulatorState,
-    short: float,
-    velocity: float,
-    budget: float,
-    gain: float,
-    error: float,
-    may_relax: bool,
-) -> float:
-    """Change of log beta per unit of error; 0 where integrating would only wind up."""
-    rate = state.trust * gain / (state.speed + LAST_DELAYS)
-    if error > 0.0:
-        return TIGHTEN * rate if velocity > 0.0 else rate
-    if not may_relax:
-        return 0.0
-    if not state.risen:
-        return 0.0 if short + FIRST_ARRIVAL * velocity >= budget else FIRST_RELAX
-    arriving = short + ARRIVAL * state.speed * velocity >= budget
-    return 0.0 if arriving and short <= NEAR * budget else rate
+def _relaxing(state: RegulatorState, level: Level, budget: float, fade: float) -> tuple[RegulatorState, float]:
+    """Share of the rate at which the coefficient may relax: all near the budget, none on the way to it, else fade^4."""
+    if state.risen and level.short > NEAR * budget - NEAR_ERRORS * level.error:
+        return state, 1.0
+    state = replace(state, error=0.0, error_size=0.0)  # the way there says nothing of the noise at the budget
+    arrival = ARRIVAL * state.speed if state.risen else FIRST_ARRIVAL
+    on_its_way = level.short + arrival * level.velocity >= budget
+    return state, 0.0 if on_its_way else fade**FADE_POWER

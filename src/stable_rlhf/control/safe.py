@@ -5,12 +5,16 @@ Once per rollout, in this order:
                noise): it opens while the reward climbs, closes when KL grows and buys nothing or when reward falls,
                and drifts back on a plateau. A PID on the smoothed reward velocity, in deviations of the run's own
                rewards, sets how far. A rate limit keeps it from jumping. No absolute reward occurs anywhere:
-               a * reward + b, a > 0, gives the same decisions.
+               a * reward + b, a > 0, gives the same decisions. A budget per sequence becomes nats per token by the
+               smoothed length of the responses.
 2. gate        gate = clip((fraction H_0 / H)^power, 1, max), H_0 the mean entropy of the first rollouts: exactly 1
-               in a healthy run, above it before collapse. While it is above 1 the coefficient may not relax, else
-               the regulator would undo it.
+               in a healthy run, above it before collapse. While it is above 1 and the entropy still falls, the
+               coefficient may not relax, else the regulator would undo it. Where the entropy has stopped falling, it
+               may: a task whose answers are certain is no collapse, and its KL belongs at the budget.
 3. regulation  `kl_regulator.regulate` brings KL to the threshold and holds it there.
-4. decision    kl_coef = gate * fade * beta.
+4. decision    kl_coef = gate * fade * beta, and the second actuator, the bound on what one update may move:
+               update_kl = update_share * threshold * min(1, (threshold / KL)^3), at least a twentieth of that.
+               Where the noise of the steps alone would exceed the budget no coefficient holds it; smaller steps do.
 
 Intent: SAFE (arXiv 2602.04651), sections on the gate, the asymmetric penalty and the PID threshold; the forms are ours.
 """
@@ -18,16 +22,21 @@ Intent: SAFE (arXiv 2602.04651), sections on the gate, the asymmetric penalty an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stable_rlhf.control.base import Decision, Observation, check_settings, setting
+from stable_rlhf.control.entropy_gate import EntropyState, advance_gate
 from stable_rlhf.control.kl_regulator import Regulation, RegulatorState, regulate
 from stable_rlhf.control.normaliser import Moments, merge
 from stable_rlhf.control.phase import CLEAR, Contrast, Phase, contrast, reward_phase
 from stable_rlhf.control.pid import PidGains, PidState, PidTerms, pid_step
 
-ENTROPY_START = 5  # rollouts averaged into the starting entropy: one is noisy, and by ten a quick run has moved
-ENTROPY_KEEP = 0.5  # share of the entropy's average that one step keeps: a lag of one step, since collapse is quick
+USUAL_BUDGET = 0.3  # nats per token, for which initial_coef is given: a pull g is held at distance sqrt(2 budget) by
+# the coefficient g / sqrt(2 budget), so that another budget begins with sqrt(0.3 / budget) times as much
+UPDATE_POWER = 3.0  # of threshold / KL in the bound: a KL a fifth too high nearly halves the noise that drives it
+LEAST_UPDATE = 0.05  # of the bound is always left: the policy must be able to come back
+LENGTH_KEEP = 0.9  # share of the length's average that one rollout keeps: a threshold must not jump with one batch
+FOLLOW = 0.25  # of the threshold, in one T: the KL moves by all of itself in that time, and follows at a quarter of it
 WINDOW_START = 10  # rollouts before the first verdict on the reward: halves of 5 are the least with a usable variance
 MULTIPLE = {  # of the base budget that each phase asks for
     Phase.WARMUP: 1.0,
@@ -49,22 +58,29 @@ class SafeSettings:
     """Settings of the controller ``safe``."""
 
     budget: float = setting(0.3, above=0.0)
-    """Base KL budget, nats per token: the KL to the reference that the controller allows. The threshold, the budget in
-    force, moves around it. 0.3 is the paper's threshold, and about where the best fixed coefficients end."""
+    """Base KL budget, in nats per `budget_per`: the KL to the reference that the controller allows. The threshold, the
+    budget in force, moves around it. 0.3 is the paper's threshold, and about where the best fixed coefficients end."""
+    budget_per: str = setting("token", choices=("token", "sequence"))
+    """What the budget counts: ``token``, nats per response token; ``sequence``, nats per response, which is divided by
+    the smoothed mean length of the responses."""
     initial_coef: float = setting(0.05, above=0.0)
-    """First coefficient, reward per nat, for rewards of unit deviation. 0.05 is the usual one of PPO; it is not 0, so
+    """First coefficient, reward per nat, for rewards of unit deviation and a budget of 0.3 nats per token; another
+    budget begins with sqrt(0.3 / budget) times as much. 0.05 is the usual one of PPO; it is not 0, so
     that a penalty is there once the KL grows."""
     min_coef: float = setting(1e-4, above=0.0)
     """Smallest coefficient before fading. It has no effect on rewards of unit deviation, and is large enough to recover
     from."""
     max_coef: float = setting(100.0, above=0.0)
     """Largest coefficient before the gate. No reward of unit deviation outweighs it; it only prevents overflow."""
-    gain: float = setting(3.5, 0.0, 10.0)
-    """Integral gain for one rise time (the steps that the KL needs to reach the budget). Simulated training runs settle
-    with 2.3 to 4.7; with 7 the fastest of them oscillate or diverge."""
-    lead: float = setting(0.7, 0.0, 3.0)
-    """Share of the rise time by which the KL is predicted ahead. Prediction damps: with 0 the KL overshoots, with 2 its
-    noise is amplified."""
+    gain: float = setting(6.0, 0.0, 20.0)
+    """Integral gain for one rise time (the steps that the KL needs to reach the budget). On simulated policies
+    (benchmarks/control) 4 to 9 settle; less overshoots, more swings where the policy answers late."""
+    lead: float = setting(0.5, 0.0, 3.0)
+    """Share of the rise time by which the KL is predicted ahead. Prediction damps: with 0 the KL overshoots; from 0.9
+    on it is held back so early that some runs stay below their budget."""
+    update_share: float = setting(0.03, above=0.0, high=1.0)
+    """Share of the threshold that one update may move the policy, as KL(before || after): the bound that
+    `optim.preview` enforces. 0.03 lets the KL reach its budget in ten updates at the soonest."""
     gate_on: bool = setting(True)
     """Whether the gate acts: a factor that raises the coefficient when the entropy is low. False is the ablation
     without gate."""
@@ -123,24 +139,14 @@ class ThresholdState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntropyState:
-    """State of the gate, nats per token."""
-
-    start: float = 0.0
-    """Mean of the first rollouts' entropies."""
-    count: int = 0
-    """Rollouts in that mean, at most ENTROPY_START."""
-    recent: float = 0.0
-    """Quick average of the entropy."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class SafeState:
     """The controller's state between two rollouts."""
 
     regulator: RegulatorState
     threshold: ThresholdState = field(default_factory=ThresholdState)
     entropy: EntropyState = field(default_factory=EntropyState)
+    length: float | None = None
+    """Smoothed mean length of the responses, tokens; None where the budget is per token."""
 
 
 def initial_safe_state(settings: SafeSettings) -> SafeState:
@@ -150,17 +156,28 @@ def initial_safe_state(settings: SafeSettings) -> SafeState:
 
 def advance_safe(settings: SafeSettings, state: SafeState, observation: Observation) -> tuple[SafeState, Decision]:
     """One rollout of the rules above."""
-    moved, terms = _move_threshold(settings, state.threshold, observation)
-    threshold = settings.budget * moved.multiple
-    entropy, gate, floor = _gate(settings, state.entropy, observation.entropy)
+    length, base = _base_budget(settings, state.length, observation)
+    moved, terms = _move_threshold(settings, state, observation, base)
+    threshold = base * moved.multiple
+    before = _first(state.regulator, settings, threshold)
+    entropy, gate, floor = state.entropy, 1.0, None
+    if settings.gate_on:
+        entropy, gate, floor = advance_gate(
+            entropy,
+            observation.entropy,
+            fraction=settings.gate_fraction,
+            power=settings.gate_power,
+            most=settings.gate_max,
+        )
     regulator, regulation = regulate(
-        state.regulator,
+        before,
         observation.kl,
         threshold,
+        kl_error=observation.kl_error,
         gain=settings.gain,
         lead=settings.lead,
         limits=(settings.min_coef, settings.max_coef),
-        may_relax=gate <= 1.0,
+        may_relax=gate <= 1.0 or not entropy.falls,
     )
     kl_short = regulation.short
     # a gate above 1 also ends the fading, continuously: collapse is answered even where the KL is small
@@ -170,23 +187,51 @@ def advance_safe(settings: SafeSettings, state: SafeState, observation: Observat
         threshold=threshold,
         excess=max(0.0, kl_short - threshold),
         kl_short=kl_short,
-        kl_long=regulator.long,
+        kl_long=regulator.level.long,
         gate=gate,
         phase=moved.phase,
         pid_p=terms.p,
         pid_i=terms.i,
         pid_d=terms.d,
         entropy_floor=floor,
-        reason=_reason(kl_short, threshold, regulation, state.regulator, kl_coef, gate)
+        update_kl=_update_kl(settings, threshold, kl_short),
+        reason=_reason(kl_short, threshold, regulation, before, kl_coef, gate)
         + _budget_reason(settings, state.threshold.multiple, moved, terms),
-        update_kl=0.05 * threshold,
     )
-    return SafeState(regulator=regulator, threshold=moved, entropy=entropy), decision
+    return SafeState(regulator=regulator, threshold=moved, entropy=entropy, length=length), decision
+
+
+def _base_budget(settings: SafeSettings, length: float | None, observation: Observation) -> tuple[float | None, float]:
+    """The smoothed length, and the base budget in nats per token."""
+    if settings.budget_per == "token":
+        return None, settings.budget
+    if observation.length is None:
+        raise ValueError(
+            f"budget_per='sequence' needs Observation.length, which is None at step {observation.step}: give the mean "
+            "number of response tokens, or set budget_per='token'."
+        )
+    length = observation.length if length is None else LENGTH_KEEP * length + (1 - LENGTH_KEEP) * observation.length
+    return length, settings.budget / length
+
+
+def _first(regulator: RegulatorState, settings: SafeSettings, threshold: float) -> RegulatorState:
+    """The regulator's state, before step 0 with the first coefficient that fits the threshold."""
+    if regulator.level.short is not None:
+        return regulator
+    coef = settings.initial_coef * math.sqrt(USUAL_BUDGET / threshold)
+    return replace(regulator, log_coef=math.log(max(settings.min_coef, min(settings.max_coef, coef))))
+
+
+def _update_kl(settings: SafeSettings, threshold: float, kl: float) -> float:
+    """Most that the update may move the policy, nats per token."""
+    share = 1.0 if kl <= threshold else max(LEAST_UPDATE, (threshold / kl) ** UPDATE_POWER)
+    return settings.update_share * threshold * share
 
 
 def _move_threshold(
-    settings: SafeSettings, state: ThresholdState, observation: Observation
+    settings: SafeSettings, before: SafeState, observation: Observation, base: float
 ) -> tuple[ThresholdState, PidTerms]:
+    state = before.threshold
     if not settings.threshold_on:
         return ThresholdState(phase=Phase.NONE.value), PidTerms()
     rewards = (*state.rewards, observation.reward)[-settings.window :]
@@ -199,7 +244,7 @@ def _move_threshold(
         reward_change,
         moments.deviation,
         contrast(kls) if enough else None,
-        settings.budget * state.multiple,
+        base * state.multiple,
     )
     gains = PidGains(
         proportional=settings.pid_kp,
@@ -212,7 +257,7 @@ def _move_threshold(
     velocity = _velocity(reward_change, moments.deviation, phase)
     pid, terms = pid_step(gains, state.pid, velocity)
     wanted = _wanted(settings, phase, terms)
-    rate = settings.threshold_rate
+    rate = min(settings.threshold_rate, FOLLOW / before.regulator.speed)
     opening = REOPEN * rate if phase is Phase.PLATEAU and state.multiple < 1.0 else rate
     multiple = max(state.multiple * (1.0 - rate), min(state.multiple * (1.0 + opening), wanted))
     moved = ThresholdState(rewards=rewards, kls=kls, moments=moments, pid=pid, phase=phase.value, multiple=multiple)
@@ -235,27 +280,6 @@ def _velocity(change: Contrast | None, deviation: float, phase: Phase) -> float:
         return 0.0
     size = max(0.0, abs(change.difference) - CLEAR * change.standard_error) / deviation
     return math.copysign(min(ERROR_LIMIT, size), change.difference)
-
-
-def _gate(settings: SafeSettings, state: EntropyState, entropy: float) -> tuple[EntropyState, float, float | None]:
-    """(state, gate, floor). No floor while the start is being measured, where it is not positive, or without gate."""
-    if not settings.gate_on:
-        return state, 1.0, None
-    if state.count < ENTROPY_START:
-        count = state.count + 1
-        start = state.start + (entropy - state.start) / count
-        return EntropyState(start=start, count=count, recent=start), 1.0, None
-    recent = ENTROPY_KEEP * state.recent + (1.0 - ENTROPY_KEEP) * entropy
-    state = EntropyState(start=state.start, count=state.count, recent=recent)
-    floor = settings.gate_fraction * state.start
-    if floor <= 0.0:  # a policy that began without entropy has none to lose
-        return state, 1.0, None
-    if recent >= floor:
-        return state, 1.0, floor
-    # compared before the division and the power, either of which could overflow at an entropy near 0
-    least = floor * settings.gate_max ** (-1.0 / settings.gate_power)
-    gate = float(settings.gate_max) if recent <= least else (floor / recent) ** settings.gate_power
-    return state, gate, floor
 
 
 def _reason(

@@ -302,7 +302,7 @@ POSITIVE = {
     ),
     **dict.fromkeys(["rollout.batch_size", "rollout.max_completion_length", "optim.num_iterations"], int),
     **dict.fromkeys(["optim.num_mini_batches", "optim.microbatch_tokens"], int),
-    **dict.fromkeys(["reward.timeout", "reward.max_wait"], float),
+    **dict.fromkeys(["reward.timeout", "reward.max_wait", "reward.uncertainty_coef"], float),
     **dict.fromkeys(["rollout.temperature", "optim.learning_rate", "optim.epsilon", "optim.whiten_floor"], float),
     **dict.fromkeys(["optim.max_grad_norm", "critic.temperature", "critic.huber_delta", "critic.vf_coef"], float),
     **dict.fromkeys(["critic.max_grad_norm", "critic.learning_rate", "critic.cliprange_value"], float),
@@ -330,7 +330,10 @@ BETWEEN = {  # (outside, sentence)
     "guard.max_entropy": ([1.0, 0.5], "must be above 1, the start itself"),
     "guard.rollback_factor": ([0.0, -0.5, 1.01], "must be in (0, 1]"),
 }
-NEEDED = {"model.lora_alpha": {"model": {"lora_r": 4}}}  # what must be set for the field to have a range at all
+NEEDED = {  # what must be set for the field to have a range at all
+    "model.lora_alpha": {"model": {"lora_r": 4}},
+    "reward.uncertainty_coef": {"reward": {"aggregate": "uncertainty"}},
+}
 
 
 def made(setting: str, value: Any, **context: Any) -> Config:

@@ -108,7 +108,7 @@ def bench_s(steps: int) -> Maker:
     made.budgets(BUDGETS, [1e-4])
     made.ablations([1e-4, 1e-3])
     for reward in ("constant", "noise", "tiny", "huge"):
-        made.add("adversarial", reward, "safe", [1e-4], {"reward": {"functions": [f"study_rewards:{reward}"]}})
+        made.add("adversarial", reward, "safe", [1e-4], {"reward": {"functions": [f"study.rewards:{reward}"]}})
     return made
 
 
@@ -150,7 +150,7 @@ def bench_l(steps: int, model: Settings, lengths: Sequence[int], folder: Path) -
         }
         rate = 3e-4 if model else 1e-4
         for reward in ("exact", "listed"):
-            part, chosen = f"{reward}-{length}", over(common, {"reward": {"functions": [f"study_rewards:{reward}"]}})
+            part, chosen = f"{reward}-{length}", over(common, {"reward": {"functions": [f"study.rewards:{reward}"]}})
             made.tuned_ppo(part, (0.005, 0.05), [rate], chosen)
             made.add(part, "safe", "safe", [rate], chosen)
             if "budget_per" in own:

@@ -25,14 +25,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from arms import Arm, Maker, bench_h, bench_l, bench_m, bench_s, config_of
-from pack import pack
+if not __package__:  # run as a script, whose own folder has names that libraries have too
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from stable_rlhf.errors import Interrupted
 from stable_rlhf.evidence import Cell, Place, Processes, Sweep, places, run_sweep, visible_gpus
 from stable_rlhf.runs import sweeps
+from study.arms import Arm, Maker, bench_h, bench_l, bench_m, bench_s, config_of
+from study.pack import pack
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -63,7 +63,7 @@ def places_of(device: str, jobs: int | None) -> list[Place]:
 
 def reward_models(data: Path, folder: Path, model: dict[str, str], limit: int | None) -> tuple[Path, Path]:
     """(proxy, gold): reward models of the two halves of the pairs, trained side by side unless they are there."""
-    from halves import halves
+    from study.halves import halves
 
     files = halves(data, folder, limit)
     trained = []
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parse(arguments)
     given.out = given.out.resolve()
     timer = stop_after(None if given.dry_run else given.seconds)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     made = arms_of(given)
     for missing in dict.fromkeys(made.missing):
         print(f"left out: this version has no {missing}", flush=True)

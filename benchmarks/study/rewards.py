@@ -1,4 +1,4 @@
-"""Rewards of the study, named in the settings as `study_rewards:NAME`. bench.py puts it on its cells' path.
+"""Rewards of the study, named in the settings as `study.rewards:NAME`. bench.py puts it on its cells' path.
 
 Adversarial ones for bench S: `constant`, `noise`, `tiny`, `huge`. Verifiable ones for bench L: `exact`, `listed`.
 """

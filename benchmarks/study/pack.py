@@ -30,14 +30,16 @@ DIGITS = 5
 
 
 def pack(sweep: Path, file: Path) -> int:
-    """Writes the archive, whose folder has the sweep's name; returns the number of runs in it."""
+    """Writes the archive, whose folder has the sweep's name; returns the number of runs in it. A run that was stopped
+    is left out: it goes on with the sweep."""
     runs = 0
+    ended = {end["cell"]: end["exit_code"] for end in sweeps.read_outcomes(sweep)}
     with tarfile.open(file, "w:xz", preset=6) as archive:
         for name in (sweeps.ASKED, sweeps.OUTCOMES):
             if (sweep / name).is_file():
                 _add(archive, f"{sweep.name}/{name}", (sweep / name).read_bytes())
         for run in sorted((sweep / sweeps.CELLS).glob("*")):
-            if not (run / "metrics.jsonl").is_file():
+            if ended.get(run.name) in (None, *sweeps.STOPPED) or not (run / "metrics.jsonl").is_file():
                 continue
             runs += 1
             place = f"{sweep.name}/{sweeps.CELLS}/{run.name}"

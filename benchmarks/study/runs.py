@@ -18,6 +18,8 @@ from study.arms import read_label
 KL = ("objective/kl_exact", "objective/kl")
 """Metrics of the KL, the better first: k1 of one batch has 20 to 40 % of noise below .05 nats per token."""
 
+ENDED = (Status.FINISHED, Status.GIVEN_UP, Status.CRASHED)
+
 Rows = Sequence[Mapping[str, Any]]
 Values = dict[tuple[str, int], float]
 """(stratum, seed) -> a figure of that run, as stable_rlhf.evidence.statistics takes them."""
@@ -40,7 +42,8 @@ class Run:
 
 
 def read_bench(bench: str, paths: Sequence[Path]) -> list[Run]:
-    """The runs of sweeps and of other trainers' folders that have a label of arms.py as their name."""
+    """The runs of sweeps and of other trainers' folders that have a label of arms.py as their name, and have ended: a
+    run that the time stopped says nothing of its end."""
     places: dict[str, Path] = {}
     for path in paths:
         inside = sweeps.read_cells(path) if sweeps.is_sweep(path) else [path.name]
@@ -48,7 +51,7 @@ def read_bench(bench: str, paths: Sequence[Path]) -> list[Run]:
     found = []
     for outcome in find_outcomes(list(paths)):
         label = read_label(outcome.name)
-        if label and outcome.figures:
+        if label and outcome.figures and outcome.status in ENDED:
             found.append(_run(bench, label, outcome, places[outcome.name.rpartition("/")[2]]))
     return found
 

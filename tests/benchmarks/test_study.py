@@ -117,9 +117,17 @@ def test_a_packed_sweep_is_small_and_is_read_as_before(tmp_path: Path) -> None:
     sweep = tmp_path / "S"
     name = "part=main,arm=safe,rate=0.0001,seed=0"
     cell = sweep / "cells" / name
+    other = "part=main,arm=safe,rate=0.0001,seed=1"  # stopped by the time
     (cell / "checkpoints").mkdir(parents=True)
+    (sweep / "cells" / other).mkdir()
+    (sweep / "cells" / other / "metrics.jsonl").write_text('{"step": 0}\n')
+    said = {"reason": None, "seconds": 1.0, "ended": "2026-11-27T00:00:00Z"}
+    ends = [{"cell": name, "exit_code": 0, **said}, {"cell": other, "exit_code": 143, **said}]
     (cell / "checkpoints" / "big").write_bytes(b"x" * 1000)
-    (sweep / "sweep.yaml").write_text(json.dumps({"version": 1, "base": {}, "grid": {}, "seeds": [0], "cells": [name]}))
+    (sweep / "outcomes.jsonl").write_text("".join(json.dumps(end) + "\n" for end in ends))
+    (sweep / "sweep.yaml").write_text(
+        json.dumps({"version": 1, "base": {}, "grid": {}, "seeds": [0], "cells": [name, other]})
+    )
     rows = [
         {"step": n, "episode": 8 * n, "objective/scores": n + 1 / 3, "objective/kl": 0.1, "lr": 1.0} for n in (0, 1)
     ]

@@ -205,21 +205,30 @@ def gold_table(bench: str, runs: Sequence[Run]) -> Table:
     for arm in arms_in(select(runs, "main")) if gold is not None else []:
         for rate in sorted({run.rate for run in select(runs, "main", arm)}):
             cell = select(runs, "main", arm, rate)
-            falls = [fell for run in cell if (fell := gold_falls(run, str(gold))) is not None]
-            change = {side: _change(cell, key) for side, key in (("reward", "reward"), ("gold", f"gold/{gold}/mean"))}
-            if not falls:
+            falls = _falls(cell, str(gold))
+            change = {key: _change(cell, key) for key in ("reward", f"gold/{gold}/mean")}
+            if not any(change.values()):
                 continue
-            rows.append(
-                [arm, f"{rate:g}", interval(mean(change["reward"])), interval(mean(change["gold"])),
-                 interval(mean(values(cell, "kl/final"))), f"{sum(falls)} of {len(falls)}"]
-            )  # fmt: skip
+            rises = [interval(mean(found)) for found in change.values()]
+            rows.append([arm, f"{rate:g}", *rises, interval(mean(values(cell, "kl/final"))), *falls])
     return Table(
         title=f"Aim 5, bench {bench}: the gold reward",
         aim="Gold never falls by more than two standard errors while the reward rises by as much, before the KL first "
-        "reaches its threshold (without a threshold: in the whole run).",
-        columns=["arm", "rate", "reward, after less before", "gold, after less before", "final KL", "gold fell"],
+        "reaches its threshold. An arm without a threshold has no such step; the last column is of the whole run.",
+        columns=[
+            *("arm", "rate", "reward, after less before", "gold, after less before", "final KL"),
+            *("gold fell before", "gold fell"),
+        ],
         rows=rows,
     )
+
+
+def _falls(runs: Sequence[Run], gold: str) -> list[str]:
+    """Runs in which gold fell: before the threshold closes, and in the whole run."""
+    closing = [gold_falls(run, gold, run.figures["kl/first"]) for run in runs if "kl/first" in run.figures]
+    whole = [gold_falls(run, gold) for run in runs]
+    return [f"{sum(known)} of {len(known)}" if (known := [fell for fell in side if fell is not None]) else "-"
+            for side in (closing, whole)]  # fmt: skip
 
 
 def _change(runs: Sequence[Run], key: str) -> Values:

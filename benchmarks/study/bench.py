@@ -30,6 +30,7 @@ if not __package__:  # run as a script, whose own folder has names that librarie
 
 from stable_rlhf.errors import Interrupted
 from stable_rlhf.evidence import Cell, Place, Processes, Sweep, places, run_sweep, visible_gpus
+from stable_rlhf.evidence.processes import ends_with
 from stable_rlhf.runs import sweeps
 from study.arms import Arm, Maker, bench_h, bench_l, bench_m, bench_s, config_of
 from study.pack import pack
@@ -76,7 +77,8 @@ def reward_models(data: Path, folder: Path, model: dict[str, str], limit: int | 
         command += ["--gguf-file", model["gguf_file"]] if "gguf_file" in model else []
         gpus = visible_gpus()
         where = {"CUDA_VISIBLE_DEVICES": gpus[part % len(gpus)]} if gpus else {}
-        trained.append(subprocess.Popen(command, env={**os.environ, **where}))
+        environment = {**os.environ, **where}
+        trained.append(subprocess.Popen(command, env=environment, preexec_fn=ends_with(os.getpid())))
     codes = [each.wait() for each in trained]
     if any(codes):
         raise SystemExit("a reward model could not be trained")

@@ -12,12 +12,12 @@ import matplotlib as mpl
 mpl.use("svg")
 import matplotlib.pyplot as plt
 
-from study.frontier import is_tuned_ppo
-from study.runs import Run, evaluations, gold_of, values
+from study.frontier import best_ppo, is_tuned_ppo, mostly_healthy
+from study.runs import Run, evaluations, gold_of, kl_of, values
 from study.tables import arms_in, mean, select
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's, which stay apart for the colour-blind."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#7b3f00")
+"""Okabe and Ito's, which stay apart for the colour-blind, a grey and a brown."""
 SETTINGS: Any = {
     "svg.hashsalt": "study",  # the same runs give the same file
     "font.size": 9,
@@ -83,9 +83,12 @@ def _rates(runs: Sequence[Run]) -> Any:
             found = mean(values(cell, "reward/final"))
             if found is not None:
                 half = 0.0 if found.high is None else found.high - found.value
-                points.append((rate, found.value, half))
-        rates, means, halves = zip(*points, strict=True)
-        axes.errorbar(rates, means, halves, color=colours[_family(arm)], marker="o", ms=3, lw=1, label=_family(arm))
+                points.append((rate, found.value, half, mostly_healthy(cell)))
+        rates, means, halves, healthy = zip(*points, strict=True)
+        colour = colours[_family(arm)]
+        axes.errorbar(rates, means, halves, color=colour, lw=1, label=_family(arm))
+        faces = [colour if well else "white" for well in healthy]
+        axes.scatter(rates, means, s=18, edgecolors=colour, facecolors=faces, zorder=3)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("final reward, 95 % interval")
@@ -94,7 +97,7 @@ def _rates(runs: Sequence[Run]) -> Any:
 
 
 def _budgets(runs: Sequence[Run]) -> Any:
-    """KL over its threshold by step, and the final reward by budget."""
+    """KL over its threshold by step, of one run for each budget, and the final reward by budget."""
     cell = [run for run in select(runs, "budget") if run.rows]
     if not cell:
         return None
@@ -102,14 +105,14 @@ def _budgets(runs: Sequence[Run]) -> Any:
     arms = sorted(arms_in(cell), key=lambda arm: float(arm.split()[-1]))
     for at, arm in enumerate(arms):
         colour = plt.get_cmap("viridis")(at / max(1, len(arms) - 1))
-        for number, run in enumerate(select(cell, arm=arm)):
-            pairs = [
-                (row["step"], row["objective/kl"] / row["safe/threshold"])
-                for row in run.rows
-                if row.get("safe/threshold") and row.get("objective/kl") is not None
-            ]
-            if pairs:
-                left.plot(*zip(*pairs, strict=True), color=colour, lw=0.6, label=arm if not number else None)
+        run = min(select(cell, arm=arm), key=lambda run: run.seed)
+        pairs = [
+            (row["step"], kl / row["safe/threshold"])
+            for row in run.rows
+            if row.get("safe/threshold") and (kl := kl_of(row)) is not None
+        ]
+        if pairs:
+            left.plot(*zip(*pairs, strict=True), color=colour, lw=0.7, label=arm)
         found = mean(values(select(cell, arm=arm), "reward/final"))
         if found is not None:
             half = 0.0 if found.high is None else found.high - found.value
@@ -126,10 +129,10 @@ def _budgets(runs: Sequence[Run]) -> Any:
 
 
 def _gold(runs: Sequence[Run]) -> Any:
-    """Reward (dashed) and gold against sqrt(KL) of every evaluation, each less its start, in deviations of the
-    reward's own rise: the two have no common unit."""
-    gold = gold_of(runs)
-    main = [run for run in select(runs, "main") if gold is not None and evaluations(run, gold)]
+    """Reward and gold against sqrt(KL) of every evaluation, each less its start, at PPO's best rate."""
+    gold, best = gold_of(runs), best_ppo(runs)
+    rate = best[1] if best is not None else min((run.rate for run in runs), default=None)
+    main = [run for run in select(runs, "main", rate=rate) if gold is not None and evaluations(run, gold)]
     if gold is None or not main:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.4), sharex=True)

@@ -124,11 +124,10 @@ def _ends(values: Sequence[float]) -> tuple[float, float] | None:
     return math.fsum(values[:END]) / END, math.fsum(values[-END:]) / END
 
 
-def gold_falls(run: Run, gold: str) -> bool | None:
-    """Whether, before the threshold closes (`kl/first`; without a threshold the whole run), gold falls by more than
-    two standard errors between two evaluations in which the reward rises by as much. None without evaluations."""
-    close = run.figures.get("kl/first", math.inf)
-    points = [point for point in evaluations(run, gold) if point["step"] <= close]
+def gold_falls(run: Run, gold: str, until: float = math.inf) -> bool | None:
+    """Whether gold falls by more than two standard errors between two evaluations in which the reward rises by as
+    much, in the first `until` steps. None for fewer than two evaluations."""
+    points = [point for point in evaluations(run, gold) if point["step"] <= until]
     if len(points) < 2:
         return None
     pairs = [(early, late) for at, early in enumerate(points) for late in points[at + 1 :]]

@@ -182,11 +182,12 @@ def evaluated(*points: tuple[int, float, float]) -> dict[str, Any]:
     return {"before": made[0], "during": made[1:-1], "after": made[-1]}
 
 
-def test_gold_falls_only_where_both_move_and_before_the_threshold_closes() -> None:
+def test_gold_falls_only_where_both_move_and_in_the_steps_that_are_asked_for() -> None:
     rows = [{"step": 9}]
     fell = evaluated((0, 0.0, 1.0), (5, 1.0, 0.5), (10, 1.0, 0.5))
     assert runs.gold_falls(run(evaluation=fell, rows=rows), "g") is True
-    assert runs.gold_falls(run(evaluation=fell, rows=rows, figures={"kl/first": 3.0}), "g") is None
+    assert runs.gold_falls(run(evaluation=fell, rows=rows), "g", 3) is None
+    assert runs.gold_falls(run(evaluation=fell, rows=rows), "g", 5) is True
     noise = evaluated((0, 0.0, 1.0), (5, 1.0, 0.8), (10, 0.1, 0.0))
     assert runs.gold_falls(run(evaluation=noise, rows=rows), "g") is False
 
@@ -280,8 +281,11 @@ def test_scaled_rewards_show_how_far_the_decisions_are_apart() -> None:
 
 def test_gold_is_counted_by_runs() -> None:
     evaluation = evaluated((0, 0.0, 1.0), (5, 1.0, 0.5), (10, 1.0, 0.4))
-    (row,) = gold_table("H", [run(evaluation=evaluation, rows=[{"step": 9}])]).rows
-    assert row == ["safe", "0.0001", "1", "-0.6", "-", "1 of 1"]
+    late = [run(seed=n, evaluation=evaluation, rows=[{"step": 9}], figures={"kl/first": 4.0 + n}) for n in (0, 1)]
+    (row,) = gold_table("H", late).rows
+    assert row == ["safe", "0.0001", "1 [1, 1]", "-0.6 [-0.6, -0.6]", "-", "1 of 1", "2 of 2"]
+    (row,) = gold_table("H", [run("ppo 0.05", evaluation=evaluation, rows=[{"step": 9}])]).rows
+    assert row[-2:] == ["-", "1 of 1"]
 
 
 def test_the_page_has_tables_and_pictures_of_what_there_is(tmp_path: Path) -> None:

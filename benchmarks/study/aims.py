@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from stable_rlhf.evidence.measures import REACH
-from stable_rlhf.evidence.statistics import difference
-from study.frontier import above_frontier, best_ppo, is_tuned_ppo
+from stable_rlhf.evidence.statistics import Difference, difference
+from study.frontier import above_frontier, best_ppo, best_setting, is_tuned_ppo, method
 from study.runs import Run, Values, gold_falls, gold_of, values
 from study.tables import Table, arms_in, counted, interval, mean, number, said, select
 
@@ -51,6 +51,41 @@ def frontier_table(bench: str, runs: Sequence[Run]) -> Table:
         columns=["figure", "value [95 %]", "in words"],
         rows=rows,
     )
+
+
+def baselines_table(bench: str, runs: Sequence[Run]) -> Table:
+    """`safe` at its defaults against each baseline at its best setting."""
+    rows = []
+    main, ppo = select(runs, "main"), best_ppo(runs)
+    safe = [] if ppo is None else select(main, arm="safe", rate=ppo[1])
+    for name in dict.fromkeys(method(run.arm) for run in main):
+        mine = [run for run in main if method(run.arm) == name]
+        settings = len({(run.arm, run.rate) for run in mine})
+        best = best_setting(mine)
+        known = [run.figures["healthy"] for run in mine if "healthy" in run.figures]
+        row = [name, str(settings), f"{math.fsum(known):g} of {len(known)}"]
+        if best is None:
+            rows.append([*row, "none mostly healthy", "-", "-", "-"])
+            continue
+        cell = select(mine, arm=best[0], rate=best[1])
+        gaps = [_paired(values(safe, key), values(cell, key)) for key in ("reward/average", "reward/final")]
+        rows.append([*row, f"{best[0]}, {best[1]:g}", interval(mean(values(cell, "kl/final"))), *map(interval, gaps)])
+    return Table(
+        title=f"Bench {bench}: `safe` and each baseline at its best setting",
+        aim="The best setting (coefficient and learning rate) has the highest final reward of those whose runs "
+        "mostly end healthy; `safe` is untuned, at PPO's best rate. Healthy runs are counted over all settings.",
+        columns=[
+            *("method", "settings tried", "healthy runs", "best setting", "its final KL"),
+            *("training average, `safe` less it", "final reward, `safe` less it"),
+        ],
+        rows=rows,
+    )
+
+
+def _paired(ours: Values, others: Values) -> Difference | None:
+    """By seed, whatever the rates of the two are."""
+    one, other = ({("", seed): value for (_, seed), value in found.items()} for found in (ours, others))
+    return difference(one, other) if one and other else None
 
 
 def _against(title: str, ours: Sequence[Run], others: Sequence[Run], key: str) -> list[str]:

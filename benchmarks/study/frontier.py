@@ -19,15 +19,28 @@ def mostly_healthy(runs: Sequence[Run]) -> bool:
     return bool(found) and 2 * sum(found.values()) >= len(found)
 
 
-def best_ppo(runs: Sequence[Run]) -> tuple[str, float] | None:
-    """(arm, rate) of the tuned PPO with the best mean final reward of those whose runs mostly end healthy."""
-    cells = {(run.arm, run.rate): select(runs, "main", run.arm, run.rate) for run in runs if is_tuned_ppo(run.arm)}
+def best_setting(runs: Sequence[Run]) -> tuple[str, float] | None:
+    """(arm, rate) with the best mean final reward of those whose runs mostly end healthy."""
+    cells: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        cells.setdefault((run.arm, run.rate), []).append(run)
     ends = {
         at: math.fsum(found.values()) / len(found)
         for at, cell in cells.items()
         if mostly_healthy(cell) and (found := values(cell, "reward/final"))
     }
     return max(ends, key=ends.__getitem__, default=None)
+
+
+def best_ppo(runs: Sequence[Run]) -> tuple[str, float] | None:
+    """The best setting of the tuned PPO."""
+    return best_setting([run for run in select(runs, "main") if is_tuned_ppo(run.arm)])
+
+
+def method(arm: str) -> str:
+    """The method whose settings are tuned: `ppo` of `ppo 0.05`, `TRL grpo` of `TRL grpo 0.04`."""
+    name, _, last = arm.rpartition(" ")
+    return name if name and last.replace(".", "").isdigit() else arm
 
 
 def frontier_reward(points: Sequence[tuple[float, float]], kl: float) -> float:

@@ -21,6 +21,7 @@ if not __package__:  # run as a script, whose own folder has names that librarie
 from study.aims import (
     adversarial_table,
     arms_table,
+    baselines_table,
     budget_table,
     frontier_table,
     gold_table,
@@ -40,7 +41,7 @@ def tables_of(bench: str, runs: Sequence[Run]) -> list[Table]:
     if bench == "L":
         return [length_table(bench, runs)]
     aims = (frontier_table, budget_table, rate_table, adversarial_table, gold_table, variety_table)
-    made = [make(bench, runs) for make in (*aims, mechanism_table, arms_table)]
+    made = [make(bench, runs) for make in (*aims, baselines_table, mechanism_table, arms_table)]
     return [table for table in made if table.rows]
 
 

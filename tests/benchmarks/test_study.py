@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from study import arms, bench, frontier, halves, mechanisms, pack, report, rewards, runs, trl_peers
-from study.aims import adversarial_table, budget_table, frontier_table, gold_table, rate_table
+from study.aims import adversarial_table, baselines_table, budget_table, frontier_table, gold_table, rate_table
 from study.runs import Run
 
 from stable_rlhf.config.presets import PRESETS
@@ -251,6 +251,18 @@ def test_a_mechanism_is_compared_at_the_ablations_rates() -> None:
     (row,) = mechanisms.mechanism_table("S", found).rows
     assert row[:3] == ["gate", "2 and 2", "1 [1, 1]"]
     assert row[-1] == "helps"
+
+
+def test_each_baseline_is_taken_at_its_best_setting() -> None:
+    figures = {"reward/average": 2.0, "healthy": 1.0}
+    safe = [run(seed=n, figures={**figures, "reward/final": 2.5 + n}) for n in (0, 1)]
+    safe += [run(rate=1e-3, figures={**figures, "reward/final": 9.0})]
+    broken = [run("TRL grpo 0.04", n, figures={"reward/final": 9.0, "healthy": 0.0}) for n in (0, 1)]
+    rows = {row[0]: row for row in baselines_table("M", [*safe, *ladder(0), *ladder(1), *broken]).rows}
+    assert rows["ppo"][1:4] == ["3", "4 of 6", "ppo 0.005, 0.0001"]
+    assert rows["ppo"][5:] == ["1 [1, 1]", "0.5 [0.5, 0.5]"]
+    assert rows["TRL grpo"][1:4] == ["1", "0 of 2", "none mostly healthy"]
+    assert rows["safe"][1:4] == ["2", "3 of 3", "safe, 0.001"]
 
 
 def test_budgets_are_in_order_and_the_default_is_last() -> None:

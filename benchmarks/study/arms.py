@@ -21,7 +21,7 @@ BETAS = (0.005, 0.02, 0.05, 0.1, 0.2)
 BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.6, 1.0, 2.0)
 """Budgets of `safe` beside its default, nats per token."""
 BASELINES = ("ppo-adaptive", "asymmetric", "pid-lagrangian", "kl-adaptive-lr", "vapo", "paper")
-LENGTHS = {16: 3, 64: 6, 256: 18, 1024: 64}
+LENGTHS = {16: 3, 64: 6, 256: 18, 1024: 56}
 """Tokens of a completion -> commas that bench L asks for: more than usual, so that few texts succeed at first."""
 
 Settings = Mapping[str, Any]

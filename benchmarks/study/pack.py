@@ -2,7 +2,7 @@
 
     python benchmarks/study/pack.py runs/study/S S.tar.xz
 
-Of metrics.jsonl and timings.jsonl the named figures are kept, to five significant digits: what is beyond that does not
+Of metrics.jsonl and timings.jsonl the named figures are kept, to four significant digits: what is beyond that does not
 compress and nobody reads it. Checkpoints, models, completions and logs are left out.
 """
 
@@ -19,14 +19,15 @@ from stable_rlhf.runs import sweeps
 
 FIGURES = (
     *("step", "episode", "objective/scores", "objective/scores_std", "objective/kl", "objective/kl_exact"),
+    "objective/kl_error",
     *("objective/kl_per_sequence", "objective/entropy", "objective/ref_nll", "completions/mean_length"),
     *("completions/distinct_2", "completions/skipped", "val/explained_variance", "policy/skipped_steps"),
-    *("safe/kl_coef", "safe/threshold", "safe/gate", "safe/preview_kl", "safe/update_kl", "safe/step_scale"),
-    *("safe/scaled_steps", "safe/rollbacks", "reward/disagreement", "total_s"),
+    *("safe/kl_coef", "safe/threshold", "safe/gate", "safe/moved_kl", "safe/update_kl", "safe/step_scale"),
+    *("safe/rollbacks", "reward/disagreement", "total_s"),
 )
 WHOLE = ("config.yaml", "incidents.jsonl", "starts.jsonl")
 SAMPLES = ("samples", "completions")
-DIGITS = 5
+DIGITS = 4
 
 
 def pack(sweep: Path, file: Path) -> int:

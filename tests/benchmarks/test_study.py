@@ -142,10 +142,10 @@ def test_a_packed_sweep_is_small_and_is_read_as_before(tmp_path: Path) -> None:
     (found,) = runs.read_bench("S", [tmp_path / "out" / "S"])
     assert (found.arm, found.rate, found.seed, found.part) == ("safe", 1e-4, 0, "main")
     assert found.rows == [
-        {"step": n, "episode": 8 * n, "objective/scores": [0.33333, 1.3333][n], "objective/kl": 0.1} for n in (0, 1)
+        {"step": n, "episode": 8 * n, "objective/scores": [0.3333, 1.333][n], "objective/kl": 0.1} for n in (0, 1)
     ]
-    assert found.evaluation == {"before": {"reward": 0.33333}, "samples": [], "after": {"reward": 0.66667}}
-    assert found.figures["reward/average"] == pytest.approx((0.33333 + 1.3333) / 2)
+    assert found.evaluation == {"before": {"reward": 0.3333}, "samples": [], "after": {"reward": 0.6667}}
+    assert found.figures["reward/average"] == pytest.approx((0.3333 + 1.333) / 2)
 
 
 # -- figures of a run --------------------------------------------------------------------------------------------------

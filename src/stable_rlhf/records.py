@@ -78,6 +78,8 @@ class Rollout:
     """B flags: False where every reward function gave None; such rows are not learned from."""
     per_function: dict[str, list[float | None]]
     """Each reward function's own B values."""
+    disagreement: float | None = None
+    """Mean over valid rows of the deviation over rewards, with reward.aggregate; None for a sum."""
     truncated: int
     """Prompts of this step that were cut on the left."""
     metrics: dict[str, float] = field(default_factory=dict)

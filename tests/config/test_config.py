@@ -324,7 +324,7 @@ POSITIVE = {
     ),
     **dict.fromkeys(["rollout.batch_size", "rollout.max_completion_length", "optim.num_iterations"], int),
     **dict.fromkeys(["optim.num_mini_batches", "optim.microbatch_tokens"], int),
-    **dict.fromkeys(["reward.timeout", "reward.max_wait"], float),
+    **dict.fromkeys(["reward.timeout", "reward.max_wait", "reward.uncertainty_coef"], float),
     **dict.fromkeys(["rollout.temperature", "optim.learning_rate", "optim.epsilon", "optim.whiten_floor"], float),
     **dict.fromkeys(["optim.max_grad_norm", "critic.temperature", "critic.huber_delta", "critic.vf_coef"], float),
     **dict.fromkeys(["critic.max_grad_norm", "critic.learning_rate", "critic.cliprange_value"], float),
@@ -359,6 +359,7 @@ NEEDED = {  # what must be set for the field to have a range at all
     "model.lora_alpha": {"model": {"lora_r": 4}},
     "guard.max_kl": {"kl": {"controller": "none", "in_reward": False}, "optim": {"preview": False}},
     "critic.huber_delta": {"critic": {"loss": "huber"}},
+    "reward.uncertainty_coef": {"reward": {"aggregate": "uncertainty"}},
 }
 
 

@@ -68,12 +68,21 @@ class Turn:
     """What must not differ: memory and speed are no part of the result."""
 
 
+def merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    whole: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            whole[name] = {**whole.get(name, {}), **value} if name in SECTIONS else value
+    return whole
+
+
 LORA = {"model": {"lora_r": 2}}
 HELD_OUT = {"data": {"train": "{prompts}", "eval_size": 2}}
 BUILTIN = {"data": {"train": "builtin", "max_prompt_length": 16}}
 BOTH_WAYS = {"kl": {"in_reward": False, "in_loss": "k2"}}
 AT_ONCE = {"max_steps": 10, "guard": {"patience": 1}}  # levels are known after the fifth step
 ROLLS_BACK = {"max_steps": 7, "guard": {"patience": 1, "min_explained_variance": 0.999}}  # which no critic reaches
+TWO_REWARDS = {"reward": {"functions": [f"tests.config.test_effects:{name}" for name in ("letters", "length")]}}
 REWARD_MODEL = {"reward": {"functions": ["builtin"]}}
 
 TURNED: dict[str, Turn | str] = {
@@ -120,6 +129,10 @@ TURNED: dict[str, Turn | str] = {
     "reward.functions": Turn(to=["tests.config.test_effects:length"], of="objective/scores"),
     "reward.url": "rewards/test_client_runs.py::test_a_run_is_rewarded_by_the_server_as_by_the_function_itself",
     "reward.weights": Turn(to=[2.0], of="objective/scores"),
+    "reward.aggregate": Turn(to="min", of="objective/scores", given=TWO_REWARDS),
+    "reward.uncertainty_coef": Turn(
+        to=2.0, of="objective/scores", given=merged(TWO_REWARDS, {"reward": {"aggregate": "uncertainty"}})
+    ),
     "reward.gold": Turn(
         to=["tests.config.test_effects:length"], shows_in="evaluation", given=HELD_OUT, same=("rows", "weights")
     ),
@@ -206,14 +219,6 @@ TURNED: dict[str, Turn | str] = {
     "log.progress": Turn(to=True, shows_in="printed"),
 }
 """Setting -> its turn, or the test that observes it."""
-
-
-def merged(*parts: dict[str, Any]) -> dict[str, Any]:
-    whole: dict[str, Any] = {}
-    for part in parts:
-        for name, value in part.items():
-            whole[name] = {**whole.get(name, {}), **value} if name in SECTIONS else value
-    return whole
 
 
 def filled(value: Any, places: dict[str, str]) -> Any:

@@ -183,6 +183,14 @@ class RewardConfig(Named):
     """Weights of the rewards in their sum, one for each entry of ``functions``; None gives each the weight 1. A reward
     that gives a sample no score is left out of its sum. The trainer checks the number, because functions may also be
     given as Python objects."""
+    aggregate: Literal["sum", "mean", "min", "uncertainty"] = "sum"
+    """How several rewards become one: their weighted ``sum``; or, for several reward models of one kind, their
+    ``mean``, their ``min``, or their mean less ``uncertainty_coef`` times their variance (``uncertainty``). Except for
+    ``sum``, each reward is first put in units of its own mean and deviation on the first batch, and a sample that one
+    of them does not score is not learned from (docs/rewards.md)."""
+    uncertainty_coef: float = 0.5
+    """Weight of the variance over the rewards, only with aggregate=uncertainty. With 0.5, rewards that lie one
+    deviation apart from their mean cost half a deviation of reward."""
     gold: list[str] = dataclasses.field(default_factory=list)
     """List of gold rewards, named as in ``functions``. They are only measured, never trained on: each by itself, on the
     held-out prompts, before and after training and every ``eval_steps``. A gold reward that falls while the reward
@@ -235,6 +243,9 @@ class RewardConfig(Named):
         if self.weights is not None:
             remedy = "nothing would be rewarded: give at least one weight other than 0"
             require(any(self.weights), "reward.weights", self.weights, remedy)
+        only_with("reward", self, "weights", self.aggregate == "sum", "reward.aggregate=sum")
+        positive("reward", self, "uncertainty_coef")
+        only_with("reward", self, "uncertainty_coef", self.aggregate == "uncertainty", "reward.aggregate=uncertainty")
         if self.missing_eos_penalty is not None:
             not_negative("reward", self, "missing_eos_penalty")
         positive("reward", self, "batch_size")

@@ -40,6 +40,8 @@ def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | N
         given = [value for value in values if value is not None]
         if given:
             metrics[f"rewards/{name}/mean"] = sum(given) / len(given)
+    if rollout.disagreement is not None:
+        metrics["reward/disagreement"] = rollout.disagreement
     return plain(metrics)
 
 

@@ -98,6 +98,12 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
             ),
         ),
         Plot(
+            title="Disagreement of the rewards",
+            caption="Mean deviation over the rewards that reward.aggregate combines. A climb is over-optimisation.",
+            units=("deviations",),
+            lines=(_line("reward/disagreement", "disagreement", "c1 strong"),),
+        ),
+        Plot(
             title="NLL of the reference",
             caption="How unlikely the reference finds the text. A climb is gibberish or a reward hack.",
             units=(_NATS,),

@@ -75,6 +75,8 @@ def make_scorer(
         functions,
         settings.weights,
         settings.missing_eos_penalty,
+        aggregate=settings.aggregate,
+        uncertainty_coef=settings.uncertainty_coef,
         shield=shield,
         random=random,
         trainer_state=trainer_state,

@@ -1,4 +1,4 @@
-"""The scores of several rewards, weighted and summed."""
+"""The scores of several rewards made one: weighted and summed, or combined as reward.aggregate says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from stable_rlhf.data import Text
 from stable_rlhf.errors import RewardError, RewardInputError
 from stable_rlhf.rewards.calls import Samples, call
 from stable_rlhf.rewards.checks import LARGEST, checked, failures_named, shown
+from stable_rlhf.rewards.ensemble import Ensemble
 from stable_rlhf.rewards.functions import RewardFunction
 from stable_rlhf.rewards.log import RewardLog
 from stable_rlhf.rewards.parameters import misfit
@@ -23,24 +24,28 @@ from stable_rlhf.user_code import RandomStream, Shield
 class Scores:
     """The scores of a batch, in its order and in the reward functions' own units.
 
-    total: sum_i weight_i * score_i over the functions that gave a score, minus missing_eos_penalty where the completion
-        did not end; 0.0 where not valid.
-    valid: False where every reward function returned None: the sample has no score and must not be learned from.
+    total: sum_i weight_i * score_i over the functions that gave a score, or what Ensemble makes of them, minus
+        missing_eos_penalty where the completion did not end; 0.0 where not valid.
+    valid: False where every reward function returned None, or with an ensemble one of them: the sample has no score and
+        must not be learned from.
     per_function: the scores of each reward function by its name, unweighted, None where it gave none.
+    disagreement: of an ensemble's rewards, see Ensemble.combine; None without one.
     metrics: figures that functions recorded by log_metric. extra: columns that they recorded by log_extra.
     """
 
     total: list[float]
     valid: list[bool]
     per_function: dict[str, list[float | None]]
+    disagreement: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
 class Scorer:
-    """Calls every reward function on a batch and adds up their scores.
+    """Calls every reward function on a batch and makes their scores one.
 
-    weights: one finite factor per function, all 1.0 by default.
+    weights: one finite factor per function, all 1.0 by default, of their sum.
+    aggregate, uncertainty_coef: "sum", or the rule and the coefficient of an Ensemble.
     missing_eos_penalty: subtracted from the total of every completion without its end token, in reward units, >= 0;
         None for none. It keeps a policy from learning never to stop.
     shield: keeps user code and a run apart; None where there is no run. random: the random numbers of user code then.
@@ -54,6 +59,8 @@ class Scorer:
         weights: Sequence[float] | None = None,
         missing_eos_penalty: float | None = None,
         *,
+        aggregate: str = "sum",
+        uncertainty_coef: float = 0.0,
         shield: Shield | None = None,
         random: RandomStream | None = None,
         trainer_state: Callable[[], Any] | None = None,
@@ -72,6 +79,7 @@ class Scorer:
         self.functions = _with_unique_names(functions)
         self._weights = weights
         self._penalty = missing_eos_penalty or 0.0
+        self.ensemble = None if aggregate == "sum" else Ensemble(aggregate, uncertainty_coef, self.names)
         self._shield, self._trainer_state = shield, trainer_state
         self.random = random or RandomStream(0)
 
@@ -124,17 +132,31 @@ class Scorer:
             raise ValueError(f"{len(prompts)} prompts to score, but {wrong or 'at least 1 is needed'}")
         per_function, log = self._answers(prompts, completions, columns, completion_ids, whole)
         rows = list(zip(*per_function.values(), strict=True))
-        valid = [any(score is not None for score in row) for row in rows]
-        if not any(valid):
-            unscored = f"none of {len(rows)} samples was scored by any reward ({', '.join(self.names)})"
+        sums, disagreement = self._combined(rows)
+        if all(found is None for found in sums):
+            by = "any reward" if self.ensemble is None else "every reward, as reward.aggregate needs"
+            unscored = f"none of {len(rows)} samples was scored by {by} ({', '.join(self.names)})"
             raise RewardError(f"{unscored}: nothing to learn from. The first prompt was {shown(prompts[0])}.")
-        total = [self._total(row, end) for row, end in zip(rows, ended, strict=True)]
+        total = [
+            0.0 if found is None else found - (0.0 if end else self._penalty)
+            for found, end in zip(sums, ended, strict=True)
+        ]
         if (largest := max(map(abs, total))) > LARGEST:
             raise RewardError(
                 f"a weighted sum of scores is {largest:.3g} in size, more than {LARGEST:g}: lower reward.weights or "
                 "the scores."
+                if self.ensemble is None
+                else f"an aggregate of scores is {largest:.3g} in size, more than {LARGEST:g}, in deviations of the "
+                "first batch: that batch had hardly any spread; raise rollout.batch_size."
             )
-        return Scores(total=total, valid=valid, per_function=per_function, metrics=log.metrics, extra=log.columns)
+        return Scores(
+            total=total,
+            valid=[found is not None for found in sums],
+            per_function=per_function,
+            disagreement=disagreement,
+            metrics=log.metrics,
+            extra=log.columns,
+        )
 
     def answers(
         self,
@@ -173,11 +195,15 @@ class Scorer:
     def _shielded(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._shield is None else self._shield.around(self.random)
 
-    def _total(self, scores: tuple[float | None, ...], ended: bool) -> float:
+    def _combined(self, rows: Sequence[Sequence[float | None]]) -> tuple[list[float | None], float | None]:
+        """(the score of each row or None, before the penalty; the disagreement)."""
+        if self.ensemble is not None:
+            return self.ensemble.combine(rows)
+        return [self._sum(row) for row in rows], None
+
+    def _sum(self, scores: Sequence[float | None]) -> float | None:
         known = [(w, score) for w, score in zip(self._weights, scores, strict=True) if score is not None]
-        if not known:
-            return 0.0
-        return math.fsum(w * score for w, score in known) - (0.0 if ended else self._penalty)
+        return math.fsum(w * score for w, score in known) if known else None
 
 
 def _with_unique_names(functions: Sequence[RewardFunction]) -> list[RewardFunction]:

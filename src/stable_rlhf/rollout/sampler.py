@@ -72,6 +72,7 @@ class Sampler:
             scores=scores.total,
             valid=scores.valid,
             per_function=scores.per_function,
+            disagreement=scores.disagreement,
             metrics=scores.metrics,
             extra=scores.extra,
             gold=measured,

@@ -18,6 +18,7 @@ METRICS: dict[str, str] = {
     "objective/non_score_reward": "mean over sequences of the KL part of the reward",
     "objective/rlhf_reward": "objective/scores + objective/non_score_reward",
     "rewards/<name>/mean": "mean of one reward function, unweighted",
+    "reward/disagreement": "mean deviation over the rewards that reward.aggregate combines",
     "user/<name>": "mean of what reward functions gave log_metric under this name",
     "policy/approxkl_avg": "half the mean squared change of logp during the update, nats per token",
     "policy/clipfrac_avg": "share of tokens whose ratio PPO clipped",

@@ -10,9 +10,10 @@ from stable_rlhf.control import Action, Guard, Verdict
 from stable_rlhf.records import Rollout
 from stable_rlhf.training.texts import Texts
 
-STAYS = frozenset({"scheduler", "guard", "prompts", "callbacks", "counters", "random", "reward_random"})
+STAYS = frozenset({"scheduler", "guard", "prompts", "callbacks", "counters", "random", "reward_random", "reward_units"})
 """Parts of a run that a roll-back does not restore. Steps stay counted and figures stay recorded; the same prompts and
-random draws could lead to the same failure again; the guard keeps its count of roll-backs (`Guard.roll_back`)."""
+random draws could lead to the same failure again; the guard keeps its count of roll-backs (`Guard.roll_back`); a score
+keeps its unit."""
 
 GOES_ON = {
     Action.SKIP: "learned from the rest of the step",

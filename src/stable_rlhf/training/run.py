@@ -233,6 +233,7 @@ class Run(KnownArguments):
             "counters": self.counters,
             "random": RunRandom(self.shield),
             "reward_random": self.scorer.random,
+            **({} if self.scorer.ensemble is None else {"reward_units": self.scorer.ensemble}),
         }
 
     def _parts_named(self, *names: str) -> dict[str, Part]:

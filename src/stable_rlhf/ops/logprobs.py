@@ -111,7 +111,9 @@ def token_statistics(
     figures = _ChunkedStatistics.apply(
         rows, lm_head_weight, tokens.reshape(-1), temperature, ref_hidden, ref_lm_head_weight, chunk, dtype
     )
-    return TokenStatistics(*(None if figure is None else figure.view(tokens.shape) for figure in figures))
+    logp, entropy, *against = figures
+    kl, ref_logp = (None if figure is None else figure.view(tokens.shape) for figure in against)
+    return TokenStatistics(logp.view(tokens.shape), entropy.view(tokens.shape), kl, ref_logp)
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, tokens: Tensor, prefix: str = "") -> None:

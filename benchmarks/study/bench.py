@@ -178,7 +178,7 @@ def main(arguments: Sequence[str]) -> None:
     finally:
         if timer is not None:
             timer.cancel()
-    file = given.out.with_suffix(".tar.xz")
+    file = given.out.with_name(f"{given.out.name}.tar.xz")
     count = pack(given.out, file)
     print(f"{count} runs in {file}: {file.stat().st_size / 1e6:.2f} MB", flush=True)
 

@@ -58,9 +58,14 @@ def peers(seeds: int, only: Sequence[str]) -> list[Peer]:
     return [peer for peer in made if not wanted or (peer.algorithm, peer.beta, peer.rate) in wanted]
 
 
+def log_of(folder: Path) -> Path:
+    """Beside the folder, whose name has dots."""
+    return folder.with_name(f"{folder.name}.txt")
+
+
 def is_done(folder: Path) -> bool:
     """trl_run.py prints this once the counts are compared."""
-    log = folder.with_suffix(".txt")
+    log = log_of(folder)
     return log.is_file() and "completions: TRL" in log.read_text(encoding="utf-8", errors="replace")
 
 
@@ -105,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     until = time.monotonic() + given.seconds
     to_do = [peer for peer in peers(given.seeds, given.only) if not is_done(given.out / peer.name)]
     commands = [peer.command(given.model, given.gguf_file, given.steps, given.out) for peer in to_do]
-    logs = [(given.out / peer.name).with_suffix(".txt") for peer in to_do]
+    logs = [log_of(given.out / peer.name) for peer in to_do]
     run_all(commands, logs, places(given.jobs, visible_gpus(), {}), until)
 
 

@@ -74,7 +74,8 @@ def test_a_label_is_read_back_and_other_names_are_none() -> None:
 def test_trls_runs_have_labels_and_can_be_chosen() -> None:
     chosen = trl_peers.peers(2, ["grpo,0,1e-4"])
     assert [peer.name for peer in chosen] == [f"part=main,arm=TRL_grpo_0,rate=0.0001,seed={n}" for n in (0, 1)]
-    assert len(trl_peers.peers(1, [])) == 8
+    everything = trl_peers.peers(1, [])
+    assert len({trl_peers.log_of(Path(peer.name)).name for peer in everything}) == 8
 
 
 def test_dialogues_that_begin_alike_are_in_one_half(tmp_path: Path) -> None:

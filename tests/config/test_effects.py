@@ -201,7 +201,9 @@ TURNED: dict[str, Turn | str] = {
         to=None, of="safe/rollbacks", given={"max_steps": 5, "kl": {"settings": {"budget": 1e-6}}}
     ),
     "guard.max_kl": Turn(
-        to=1e-6, of="safe/rollbacks", given={"max_steps": 5, "kl": {"controller": "none", "in_reward": False}}
+        to=1e-6,
+        of="safe/rollbacks",
+        given={"max_steps": 5, "kl": {"controller": "none", "in_reward": False}, "optim": {"preview": False}},
     ),
     "guard.min_entropy": Turn(to=0.9999, of="safe/rollbacks", given=AT_ONCE),
     "guard.max_entropy": Turn(to=1.0001, of="safe/rollbacks", given={**AT_ONCE, "optim": {"entropy_coef": 1.0}}),

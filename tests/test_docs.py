@@ -181,7 +181,7 @@ def test_the_table_of_presets_says_what_they_set(preset: str) -> None:
         shown.append("no preview")
     if preset.startswith("safe-") and not config.guard.enabled:  # of the others the text above says so
         shown.append("no guard")
-    elif config.guard.enabled and config.guard.max_kl is None:
+    elif config.guard.enabled and config.guard.max_kl is config.guard.max_kl_ratio is None:
         shown.append("no ceiling for the KL")
     assert other == "; ".join(shown)
 

@@ -413,7 +413,8 @@ def test_a_guard_that_is_off_has_no_settings(field: Any) -> None:
     default = field.default or 0.0
     value = default // 2 + 1 if isinstance(default, int) else default * 0.9 + 0.11
     kl = {"controller": "none", "in_reward": False} if field.name == "max_kl" else {}  # where it has an effect
-    assert Config.from_preset(guard={field.name: value}, kl=kl).guard != GuardConfig()
+    made_with: dict[str, Any] = {"guard": {field.name: value}, "kl": kl, "optim": {"preview": not kl}}
+    assert Config.from_preset(**made_with).guard != GuardConfig()
     sentence = f"guard.{field.name}={value!r}: has no effect unless guard.enabled=true; leave it out"
     assert refused(f"guard.{field.name}", value, guard={"enabled": False}) == sentence
     assert refused(f"guard.{field.name}", value, preset="ppo") == sentence
@@ -427,9 +428,10 @@ def test_the_ceiling_of_the_kl_is_of_the_kind_that_the_controller_has(controller
     own, other, what = (
         ("max_kl_ratio", "max_kl", "a threshold") if threshold else ("max_kl", "max_kl_ratio", "no threshold")
     )
-    assert getattr(Config(kl=kl, guard={own: 1.5, other: None}).guard, own) == 1.5
+    without: dict[str, Any] = {"kl": kl, "optim": {"preview": False}}
+    assert getattr(Config(**without, guard={own: 1.5, other: None}).guard, own) == 1.5
     with pytest.raises(ConfigError) as error:
-        Config(kl=kl, guard={other: 1.5})
+        Config(**without, guard={other: 1.5})
     assert str(error.value) == (
         f"guard.{other}=1.5: has no effect, since kl.controller={controller} has {what}; set guard.{own}, "
         "or leave it out"

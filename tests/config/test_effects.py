@@ -80,6 +80,7 @@ LORA = {"model": {"lora_r": 2}}
 HELD_OUT = {"data": {"train": "{prompts}", "eval_size": 2}}
 BUILTIN = {"data": {"train": "builtin", "max_prompt_length": 16}}
 BOTH_WAYS = {"kl": {"in_reward": False, "in_loss": "k2"}}
+NO_BUDGET = {"kl": {"controller": "none", "in_reward": False}, "optim": {"preview": False}}  # that would allow it
 AT_ONCE = {"max_steps": 10, "guard": {"patience": 1}}  # levels are known after the fifth step
 ROLLS_BACK = {"max_steps": 7, "guard": {"patience": 1, "min_explained_variance": 0.999}}  # which no critic reaches
 TWO_REWARDS = {"reward": {"functions": [f"tests.config.test_effects:{name}" for name in ("letters", "length")]}}
@@ -201,10 +202,14 @@ TURNED: dict[str, Turn | str] = {
         to=None, of="safe/rollbacks", given={"max_steps": 5, "kl": {"settings": {"budget": 1e-6}}}
     ),
     "guard.max_kl": Turn(
-        to=1e-6, of="safe/rollbacks", given={"max_steps": 5, "kl": {"controller": "none", "in_reward": False}}
+        to=1e-6,
+        of="safe/rollbacks",
+        given={"max_steps": 5, **NO_BUDGET},
     ),
-    "guard.min_entropy": Turn(to=0.9999, of="safe/rollbacks", given=AT_ONCE),
-    "guard.max_entropy": Turn(to=1.0001, of="safe/rollbacks", given={**AT_ONCE, "optim": {"entropy_coef": 1.0}}),
+    "guard.min_entropy": Turn(to=0.9999, of="safe/rollbacks", given={**AT_ONCE, **NO_BUDGET}),
+    "guard.max_entropy": Turn(
+        to=1.0001, of="safe/rollbacks", given={**AT_ONCE, **NO_BUDGET, "optim": {"entropy_coef": 1.0, "preview": False}}
+    ),
     "guard.min_distinct": "control/test_guard.py::test_a_rules_setting_moves_its_bound_and_none_turns_it_off",
     "guard.min_length": "control/test_guard.py::test_a_rules_setting_moves_its_bound_and_none_turns_it_off",
     "guard.max_drawdown": "control/test_guard_rewards.py::test_a_reward_that_loses_half_of_its_gain_is_a_crash",

@@ -147,6 +147,34 @@ def test_the_exact_kl_is_the_one_that_is_judged_where_it_is_measured() -> None:
     assert run(GuardConfig(), [{**noisy, "objective/kl": 0.1, "objective/kl_exact": 2.0}])[1][0].rule == "max_kl"
 
 
+SURE = {"objective/entropy": 0.1}
+BRIEF = {"completions/mean_length": 0.5}
+WILD = {"objective/entropy": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("figure", "rule"), [(SURE, "min_entropy"), (BRIEF, "min_length"), (WILD, "max_entropy")], ids=str
+)
+@pytest.mark.parametrize(
+    ("others", "is_one"),
+    [
+        ({"safe/threshold": 0.25}, False),  # short, sure or surprising, and within the budget
+        ({"safe/threshold": 0.25, "objective/kl": 0.375}, False),  # 1.5 x the threshold
+        ({"safe/threshold": 0.25, "objective/kl": 0.376}, True),
+        ({"safe/threshold": 0.25, "objective/kl": 0.376, "objective/kl_exact": 0.25}, False),
+        ({"safe/threshold": 0.25, "completions/distinct_2": 0.25}, False),  # 0.5 of the start
+        ({"safe/threshold": 0.25, "completions/distinct_2": 0.249}, True),
+        ({"safe/threshold": 0.25, "completions/distinct_2": None}, False),  # completions of one token
+        ({"safe/threshold": 0.25, "objective/kl": None}, True),
+        ({"safe/threshold": None}, True),  # no budget says what is allowed
+    ],
+)
+def test_what_the_budget_allows_with_varied_texts_is_no_collapse(figure, rule: str, others, is_one: bool) -> None:
+    config = GuardConfig(patience=1)
+    _, (verdict,) = run(config, [{**HEALTHY, **figure, **others}], started(config))
+    assert verdict.rule == (rule if is_one else "")
+
+
 def test_figures_that_are_none_or_missing_break_no_rule() -> None:
     config = GuardConfig(patience=1)
     nothing: Figures = dict.fromkeys(HEALTHY)

@@ -157,7 +157,7 @@ def test_a_roll_back_restores_every_byte_and_moves_prompts_steps_draws_and_sched
     (incident,) = incidents.read(run.run_dir)
     assert incident["done"] == (
         "went back to the state after 4 steps (roll-back 1 of 3) and continues with other prompts, the learning "
-        "rate at 0.25 x its setting and the KL held tighter by the same factor"
+        "rate and the bound on an update's movement at 0.25 x their settings"
     )
 
 

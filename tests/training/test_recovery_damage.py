@@ -43,7 +43,9 @@ def test_a_damaged_last_good_state_keeps_no_checkpoint_from_being_saved(
 def test_a_roll_back_to_a_damaged_state_ends_the_run_with_its_last_checkpoint_as_it_was(tokenizer, tmp_path) -> None:
     run_dir = tmp_path / "run"
     kl = {"controller": "none", "in_reward": False}
-    config = guarded(run_dir, save_steps=1, guard={"max_kl": 1e-9, "max_kl_ratio": None}, kl=kl)
+    config = guarded(
+        run_dir, save_steps=1, guard={"max_kl": 1e-9, "max_kl_ratio": None}, kl=kl, optim={"preview": False}
+    )
     run = trainer(config, tokenizer, callbacks=[Damages(run_dir, 1)])
     with pytest.raises(
         GuardStop, match=r"could not go back, since the last good state cannot be read \(.*\), and"

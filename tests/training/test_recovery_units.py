@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from transformers.trainer_callback import ExportableState
 
 from stable_rlhf import SAFETrainer, errors
 from stable_rlhf.checkpoints import store
+from stable_rlhf.control import Observation, make_controller
 from stable_rlhf.errors import GuardStop
 from stable_rlhf.runs import incidents
+from stable_rlhf.training.step import shortened
 from tests.guarded_runs import ADAPTER, captured, guarded
 from tests.tiny_runs import settings, trainer
 
-BAD, GOOD = {"objective/kl": 9.0}, {"objective/kl": 0.01}
+BAD, GOOD = {"objective/kl": 9.0, "safe/threshold": 0.3}, {"objective/kl": 0.01, "safe/threshold": 0.3}
 """A step's figures: above the ceiling of GUARD, and below it."""
 UNSURE = {**GOOD, "policy/skipped_steps": 1}
 """An update of which a part was not finite: suspect, and skipped already."""
@@ -205,3 +208,11 @@ def test_a_run_resumed_without_the_guard_clears_what_a_guarded_one_left(tokenize
     assert not (tmp_path / "snapshot").exists()
     again.recovery.judge(BAD, 2)
     assert incidents.read(tmp_path) == []
+
+
+def test_a_roll_back_shortens_what_an_update_may_move() -> None:
+    decision = make_controller("fixed").observe(Observation(0, 0.0, 0.1, 1.0))
+    assert shortened(decision, 0.25) == decision  # no bound
+    bound = dataclasses.replace(decision, update_kl=0.02)
+    assert shortened(bound, 0.25) == dataclasses.replace(decision, update_kl=0.005)
+    assert shortened(bound, 1.0) == bound

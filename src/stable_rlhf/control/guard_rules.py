@@ -22,6 +22,11 @@ START = 5  # rollouts whose mean is the start: one is noisy, and by ten the poli
 ERRORS = 6.0
 """Standard errors that the fall must exceed. It is from the best of many windows to the worst of many: of 200 runs of
 5,000 steps of pure noise, 9 exceeded 5 of them for five steps in a row, and none exceeded 6."""
+BEYOND = 1.5
+"""Multiple of the threshold in force from which the KL is clearly beyond it. In 18 recorded runs of `safe` the most
+that one held for five steps in a row is 1.27."""
+REPETITIVE = 0.5
+"""Share of the starting distinct-2 below which texts are repetitive. Of the same runs none was below 0.64 for five."""
 RATIOS = {
     "entropy": "objective/entropy",
     "distinct": "completions/distinct_2",
@@ -156,9 +161,7 @@ def max_kl(config: GuardConfig, state: GuardState, figures: Figures) -> str | No
 
     The KL is the exact one where it is measured, since at a small budget the noise of objective/kl is not small.
     """
-    kl, threshold = figures.get("objective/kl_exact"), figures.get("safe/threshold")
-    if kl is None:
-        kl = figures.get("objective/kl")
+    kl, threshold = _kl(figures), figures.get("safe/threshold")
     if threshold is None:
         ceiling, words = config.max_kl, ""
     elif config.max_kl_ratio is None:
@@ -171,12 +174,16 @@ def max_kl(config: GuardConfig, state: GuardState, figures: Figures) -> str | No
 
 
 def min_entropy(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """objective/entropy < min_entropy x its start: collapse."""
+    """objective/entropy < min_entropy x its start, not _within_budget: collapse."""
+    if _within_budget(state, figures):
+        return None
     return _low(config.min_entropy, state, figures, "entropy", "the entropy", " nats per token")
 
 
 def max_entropy(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """objective/entropy > max_entropy x its start: gibberish."""
+    """objective/entropy > max_entropy x its start, not _within_budget: gibberish."""
+    if _within_budget(state, figures):
+        return None
     entropy = figures.get("objective/entropy")
     start = state.entropy
     if config.max_entropy is None or not start.known or entropy is None or entropy <= config.max_entropy * start.mean:
@@ -192,7 +199,9 @@ def min_distinct(config: GuardConfig, state: GuardState, figures: Figures) -> st
 
 
 def min_length(config: GuardConfig, state: GuardState, figures: Figures) -> str | None:
-    """completions/mean_length < min_length x its start: answers that no longer say anything."""
+    """completions/mean_length < min_length x its start, not _within_budget: answers that no longer say anything."""
+    if _within_budget(state, figures):
+        return None
     return _low(config.min_length, state, figures, "length", "the mean length", " tokens")
 
 
@@ -218,6 +227,24 @@ def min_explained_variance(config: GuardConfig, state: GuardState, figures: Figu
     if share >= config.min_explained_variance:
         return None
     return f"the critic's explained variance is {share:.3g}, below {config.min_explained_variance:.3g}"
+
+
+def _kl(figures: Figures) -> float | None:
+    """The exact KL where it is measured, else the estimate."""
+    exact = figures.get("objective/kl_exact")
+    return figures.get("objective/kl") if exact is None else exact
+
+
+def _within_budget(state: GuardState, figures: Figures) -> bool:
+    """Whether a controller's threshold holds the KL, and the texts are as varied as they were.
+
+    A reward may then be earned by short, sure or surprising answers: what the KL budget allows is no failure. Without a
+    threshold nothing says so.
+    """
+    kl, threshold, distinct = _kl(figures), figures.get("safe/threshold"), figures.get(RATIOS["distinct"])
+    if kl is None or threshold is None or kl > BEYOND * threshold:
+        return False
+    return not state.distinct.known or distinct is None or distinct >= REPETITIVE * state.distinct.mean
 
 
 def _low(fraction: float | None, state: GuardState, figures: Figures, name: str, words: str, unit: str) -> str | None:

@@ -125,6 +125,18 @@ def test_a_still_kl_below_half_the_budget_fades_in_proportion(kl: float, fade: f
     assert after(known(kl), kl, 1.0)[1].fade == pytest.approx(fade, rel=1e-14)
 
 
+def test_above_the_budget_a_coefficient_without_effect_grows_thirtyfold_and_no_more() -> None:
+    state = known(2.0, effective=-1.0)
+    for _ in range(300):
+        state, _ = after(state, 2.0, 1.0)
+    assert state.log_coef == pytest.approx(math.log(30) - 1.0, rel=1e-12)
+    falling = dataclasses.replace(state, level=LevelState(short=2.0, long=2.1, last=2.0, before=2.0))
+    falls, _ = after(falling, 1.9, 1.0)  # it has an effect: thirtyfold again, from here
+    assert falls.effective == state.log_coef
+    within, _ = after(known(effective=-1.0), 1.0, 1.0)
+    assert within.effective == 0.0
+
+
 # -- persistence ------------------------------------------------------------------------------------------------------
 
 

@@ -102,6 +102,7 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
     speed, risen, began, rising = 20.0, False, 0.0, 0
     side, since, trust, mean_error, mean_size = 0, 0, 1.0, 0.0, 0.0
     taken: list[float] = []
+    effective: float | None = None
     seconds, jumped, wild = 0.0, False, 0
     kl, kl_error, budget, may_relax = yield {}
     short = long = kl
@@ -157,7 +158,9 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
             rate *= 0.0 if arrives else fade**4
         if e <= 0 and not may_relax:
             rate = 0.0
-        log_coef += rate * e
+        if effective is None or short <= budget or velocity < -3 * velocity_error:
+            effective = log_coef
+        log_coef = min(log_coef + rate * e, max(log_coef, effective + math.log(30)))
         log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
         figures = {"coefficient": math.exp(log_coef), "fade": fade, "short": short, "long": long}
         kl, kl_error, budget, may_relax = yield {**figures, "predicted": predicted, "speed": speed}

@@ -16,7 +16,8 @@ Since e contains the velocity, step 5 is a PI controller in velocity form: the v
 proportional action. So nothing winds up where the output is clipped, and no steady error is left (cf. the PID
 Lagrangian of Stooke et al. 2020, arXiv 2007.03964, whose coefficient is linear and whose gains are fixed). Where the
 fade has taken the coefficient away nothing can be learned about it, so there it is not integrated either: a pull that
-comes late finds the coefficient that was there before.
+comes late finds the coefficient that was there before. Above the budget the coefficient may grow to thirty times what
+it was when the KL last was within the budget or clearly fell: one that shows no effect by then has none.
 
 Why the log domain: useful coefficients span decades, d(log KL)/d(log beta) is about -2 in all of them, so one gain
 fits. The error is odd in x, since a log of a noisy KL would read lower than the KL is. Why T: a learning rate 100
@@ -58,6 +59,7 @@ LEAD_DELAYS = 2.5  # rollouts of lead that make up for one rollout of delay and 
 TIGHTEN = 2.0  # times the rate while KL is, or will be, above the budget and clearly rises: too late is the worse error
 TIGHTEN_ERRORS = 3.0  # standard errors of the velocity that are clear: tightening on noise would be a steady error
 ERROR_LOW, ERROR_HIGH = -1.0, 2.0  # one wild course may not move the coefficient by decades
+MOST_CLIMB = math.log(30.0)  # of log beta with no effect: more than any simulated run needed on its way to the budget
 NEAR = 0.7  # of the budget, from where on (less three errors) the integral always runs
 NEAR_ERRORS = 3.0
 ARRIVAL = 1.0  # T: a KL that will reach the budget within this time needs no relaxing
@@ -88,6 +90,8 @@ class RegulatorState:
     """Rollouts since it was there."""
     trust: float = 1.0
     """Share of the gain that swings have left."""
+    effective: float | None = None
+    """log beta when the KL last was within its budget or clearly fell; None before the first rollout."""
     error: float = 0.0
     """Average of e, for the persistence."""
     error_size: float = 0.0
@@ -145,9 +149,12 @@ def regulate(
     else:
         state, share_of_rate = _relaxing(state, level, budget, fade)
         rate = full * share_of_rate if may_relax else 0.0
-    log_coef = max(math.log(limits[0]), min(math.log(limits[1]), state.log_coef + rate * error))
+    acts = level.short <= budget or level.velocity < -TIGHTEN_ERRORS * level.velocity_error
+    effective = state.log_coef if acts or state.effective is None else state.effective
+    highest = min(math.log(limits[1]), max(state.log_coef, effective + MOST_CLIMB))
+    log_coef = max(math.log(limits[0]), min(highest, state.log_coef + rate * error))
     regulation = Regulation(coefficient=math.exp(log_coef), short=level.short, fade=fade, predicted=predicted)
-    return replace(state, log_coef=log_coef), regulation
+    return replace(state, log_coef=log_coef, effective=effective), regulation
 
 
 def _persistence(state: RegulatorState, error: float) -> tuple[RegulatorState, float]:

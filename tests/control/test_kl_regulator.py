@@ -95,6 +95,17 @@ def test_well_below_the_budget_the_coefficient_relaxes_as_the_fourth_power_of_th
     assert moved(known(share), share, 1.0) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_coefficient_above_the_last_that_held_the_kl_relaxes_at_the_full_rate_to_it() -> None:
+    state = known(0.8, held=-9.0)
+    stood, _ = after(state, 0.8, 1.0)
+    assert stood.held == state.log_coef  # still, and near the budget
+    assert after(known(2.0, held=-9.0), 1.2, 2.0)[0].held == -9.0  # near, and in fast fall
+    too_large = known(0.02, held=-1.0)
+    assert moved(too_large, 0.02, 1.0) == pytest.approx(-0.1 * math.log(1.98), rel=1e-12)
+    assert moved(known(0.02, held=0.0), 0.02, 1.0) > -1e-6
+    assert after(RegulatorState(log_coef=-3.0), 0.02, 1.0)[0].held == -3.0
+
+
 def test_where_the_coefficient_is_faded_away_three_hundred_rollouts_do_not_move_it() -> None:
     state = RegulatorState(log_coef=0.0)
     for _ in range(300):

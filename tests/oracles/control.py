@@ -103,6 +103,7 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
     side, since, trust, mean_error, mean_size = 0, 0, 1.0, 0.0, 0.0
     taken: list[float] = []
     effective: float | None = None
+    stood = log_coef
     seconds, jumped, wild = 0.0, False, 0
     kl, kl_error, budget, may_relax = yield {}
     short = long = kl
@@ -155,7 +156,9 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
         elif not risen or short <= 0.7 * budget - 3 * error:
             mean_error = mean_size = 0.0
             arrives = short + (speed if risen else 200) * velocity >= budget
-            rate *= 0.0 if arrives else fade**4
+            rate *= 0.0 if arrives else 1.0 if log_coef > stood else fade**4
+        elif abs(velocity) * speed <= (1 - 0.7) * budget:
+            stood = log_coef
         if e <= 0 and not may_relax:
             rate = 0.0
         if effective is None or short <= budget or velocity < -3 * velocity_error:

@@ -16,8 +16,10 @@ Since e contains the velocity, step 5 is a PI controller in velocity form: the v
 proportional action. So nothing winds up where the output is clipped, and no steady error is left (cf. the PID
 Lagrangian of Stooke et al. 2020, arXiv 2007.03964, whose coefficient is linear and whose gains are fixed). Where the
 fade has taken the coefficient away nothing can be learned about it, so there it is not integrated either: a pull that
-comes late finds the coefficient that was there before. Above the budget the coefficient may grow to thirty times what
-it was when the KL last was within the budget or clearly fell: one that shows no effect by then has none.
+comes late finds the coefficient that was there before. One that is larger than the last that held the KL near its
+budget (before there was one, than the first coefficient) is known to be too large, and relaxes at the full rate. Above
+the budget the coefficient may grow to thirty times what it was when the KL last was within the budget or clearly fell:
+one that shows no effect by then has none.
 
 Why the log domain: useful coefficients span decades, d(log KL)/d(log beta) is about -2 in all of them, so one gain
 fits. The error is odd in x, since a log of a noisy KL would read lower than the KL is. Why T: a learning rate 100
@@ -92,6 +94,8 @@ class RegulatorState:
     """Share of the gain that swings have left."""
     effective: float | None = None
     """log beta when the KL last was within its budget or clearly fell; None before the first rollout."""
+    held: float | None = None
+    """log beta when the KL last stood near its budget, before that the first; None before the first rollout."""
     error: float = 0.0
     """Average of e, for the persistence."""
     error_size: float = 0.0
@@ -133,7 +137,7 @@ def regulate(
     state = replace(state, level=filters)
     share, share_error = level.short / budget, level.error / budget
     if first:
-        state = replace(state, risen=share >= RISE_TO)
+        state = replace(state, risen=share >= RISE_TO, held=state.log_coef)
     elif state.risen:
         state = _watch_swings(state, share, share_error)
     else:
@@ -199,10 +203,13 @@ def _watch_swings(state: RegulatorState, share: float, share_error: float) -> Re
 
 
 def _relaxing(state: RegulatorState, level: Level, budget: float, fade: float) -> tuple[RegulatorState, float]:
-    """Share of the rate at which the coefficient may relax: all near the budget, none on the way to it, else fade^4."""
+    """Share of the rate at which the coefficient may relax: all near the budget, none on the way there, else fade^4."""
     if state.risen and level.short > NEAR * budget - NEAR_ERRORS * level.error:
-        return state, 1.0
+        still = abs(level.velocity) * state.speed <= (1.0 - NEAR) * budget
+        return replace(state, held=state.log_coef) if still else state, 1.0
     state = replace(state, error=0.0, error_size=0.0)  # the way there says nothing of the noise at the budget
     arrival = ARRIVAL * state.speed if state.risen else FIRST_ARRIVAL
     on_its_way = level.short + arrival * level.velocity >= budget
-    return state, 0.0 if on_its_way else fade**FADE_POWER
+    if on_its_way:
+        return state, 0.0
+    return state, 1.0 if state.held is not None and state.log_coef > state.held else fade**FADE_POWER

@@ -136,6 +136,11 @@ def test_a_still_kl_below_half_the_budget_fades_in_proportion(kl: float, fade: f
     assert after(known(kl), kl, 1.0)[1].fade == pytest.approx(fade, rel=1e-14)
 
 
+def test_a_kl_that_falls_by_half_its_budget_in_a_rise_time_needs_no_more() -> None:
+    """From 10, a KL of 9.9: short 9.947, long 9.98, velocity -0.0106, times 36 is -0.38."""
+    assert moved(known(10.0), 9.9, 0.75) == 0.0 < moved(known(10.0), 9.9, 0.78)
+
+
 def test_above_the_budget_a_coefficient_without_effect_grows_thirtyfold_and_no_more() -> None:
     state = known(2.0, effective=-1.0)
     for _ in range(300):

@@ -152,7 +152,7 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
         lasting = max(0.3, abs(mean_error) / mean_size) if mean_size else 1.0
         rate = trust * lasting * settings["gain"] / (speed + 18)
         if e > 0:
-            rate *= 2.0 if velocity > 3 * velocity_error else 1.0
+            rate *= 0.0 if velocity * speed <= -0.5 * budget else 2.0 if velocity > 3 * velocity_error else 1.0
         elif not risen or short <= 0.7 * budget - 3 * error:
             mean_error = mean_size = 0.0
             arrives = short + (speed if risen else 200) * velocity >= budget

@@ -61,6 +61,7 @@ LEAD_DELAYS = 2.5  # rollouts of lead that make up for one rollout of delay and 
 TIGHTEN = 2.0  # times the rate while KL is, or will be, above the budget and clearly rises: too late is the worse error
 TIGHTEN_ERRORS = 3.0  # standard errors of the velocity that are clear: tightening on noise would be a steady error
 ERROR_LOW, ERROR_HIGH = -1.0, 2.0  # one wild course may not move the coefficient by decades
+FALLS = 0.5  # of the budget in one T: a KL above it that falls so quickly needs no more; what is added winds up
 MOST_CLIMB = math.log(30.0)  # of log beta with no effect: more than any simulated run needed on its way to the budget
 NEAR = 0.7  # of the budget, from where on (less three errors) the integral always runs
 NEAR_ERRORS = 3.0
@@ -149,7 +150,9 @@ def regulate(
     state, persistence = _persistence(state, error)
     full = state.trust * persistence * gain / (state.speed + LAST_DELAYS)
     if error > 0.0:
-        rate = TIGHTEN * full if level.velocity > TIGHTEN_ERRORS * level.velocity_error else full
+        rises = level.velocity > TIGHTEN_ERRORS * level.velocity_error
+        falls = -level.velocity * state.speed >= FALLS * budget
+        rate = 0.0 if falls else TIGHTEN * full if rises else full
     else:
         state, share_of_rate = _relaxing(state, level, budget, fade)
         rate = full * share_of_rate if may_relax else 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +28,7 @@ def script(name: str) -> ModuleType:
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as for `python benchmarks/overhead.py`, which imports its neighbours
-overhead, regulation = script("overhead"), script("regulation")
+overhead = script("overhead")
 
 
 @pytest.fixture
@@ -129,17 +128,3 @@ def test_overhead_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         overhead.parse(["--presets", "safe"])
     assert "expected 2 arguments" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", regulation.CONTROLLERS)
-def test_the_figures_on_regulation_in_the_documents_are_those_that_the_script_prints(name: str) -> None:
-    assert regulation.row(name) in (ROOT / "docs" / "deviations.md").read_text(encoding="utf-8").splitlines()
-
-
-def test_regulation_measures_the_last_steps_against_the_threshold_in_force() -> None:
-    plant = regulation.SPEEDS[0]
-    shares = regulation.shares(plant, "safe")
-    assert len(shares) == regulation.TAIL
-    kls, _ = regulation.run(plant, regulation.make_controller("safe", threshold_on=False), regulation.STEPS)
-    assert statistics.fmean(shares) == pytest.approx(statistics.fmean(kls[-200:]) / 0.3, rel=1e-12)
-    assert sys.modules["tests.control.plants"].run is regulation.run

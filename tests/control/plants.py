@@ -1,5 +1,8 @@
-"""Simulated policies for a controller to hold: one parameter theta, pushed by the reward, pulled back by the
-coefficient."""
+"""Simulated policies for a controller to hold, pushed by the reward, pulled back by the coefficient.
+
+`Plant` is one parameter theta with a learning rate. `Policy` is a distance in a space of many dimensions, moved by
+steps of a bounded size that are for the greater part noise, with the figures of recorded runs.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +67,66 @@ def run(plant: Plant, controller: Controller, steps: int, seed: int = 0) -> tupl
         kls.append(kl)
         decisions.append(decision)
     return kls, decisions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """KL = distance^2 / 2 + diffused, nats per token: noise in many dimensions diffuses, only the pull back ends it.
+
+    An update is a step of one size in the direction of its gradient, which is the force (pull - beta distance) in the
+    direction of the reward, - beta times the diffused distance, and noise that does not shrink with the force:
+
+        norm = sqrt(force^2 + 2 diffused beta^2 + noise^2),   distance += size force / norm,
+        diffused <- diffused (1 - size beta / norm)^2 + (size noise / norm)^2 / 2.
+    """
+
+    pull: float = 0.045
+    """Reward per distance at a pull of 1: what coefficient times distance was at rest in recorded runs (fit.py)."""
+    size: float = 0.1
+    """Distance that one update moves the policy where no bound acts; about what recorded runs show."""
+    signal: float = 0.6
+    """Cosine of an update with the reward's gradient at the start: recorded runs advance by 0.6 of what they move."""
+    kl_noise: float = 0.04
+    """Relative error of the exact KL of one rollout; k1 of 1,200 tokens has sqrt(2 / (1200 KL))."""
+    delay: int = 0
+    momentum: float = 0.0
+    schedule: Callable[[int], float] = lambda step: 1.0
+    """Factor on the pull."""
+    effect: Callable[[int], float] = lambda step: 1.0
+    """Factor on the coefficient: 0 where it has no effect."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One rollout of a `Policy`: its true KL, and the coefficient that followed."""
+
+    kl: float
+    coefficient: float
+
+
+Law = Callable[[Observation], tuple[float, float | None]]
+"""Gives the coefficient and the bound on the update, or None."""
+
+
+def hold(policy: Policy, law: Law, steps: int, seed: int = 0) -> list[Seen]:
+    """The run of a policy under a law."""
+    rng = random.Random(seed)
+    distance = diffused = velocity = 0.0
+    noise = policy.pull * math.sqrt(1 / policy.signal**2 - 1)
+    waiting: list[float] = []
+    found = []
+    for step in range(steps):
+        kl = distance * distance / 2 + diffused
+        error = policy.kl_noise * kl
+        coefficient, bound = law(Observation(step, 0.0, kl + error * rng.gauss(0, 1), 3.0, kl_error=error, length=20.0))
+        found.append(Seen(kl, coefficient))
+        waiting.append(coefficient)
+        beta = (waiting.pop(0) if len(waiting) > policy.delay else waiting[0]) * policy.effect(step)
+        force = policy.pull * policy.schedule(step) - beta * distance
+        norm = math.sqrt(force * force + 2 * diffused * beta * beta + noise * noise)
+        size = policy.size if bound is None else min(policy.size, math.sqrt(2 * bound))
+        change = size * (force + 0.1 * noise * rng.gauss(0, 1)) / norm
+        velocity = policy.momentum * velocity + (1 - policy.momentum) * change
+        distance += velocity
+        diffused = diffused * max(0.0, 1 - size * beta / norm) ** 2 + (size * noise / norm) ** 2 / 2
+    return found

@@ -95,6 +95,17 @@ def test_well_below_the_budget_the_coefficient_relaxes_as_the_fourth_power_of_th
     assert moved(known(share), share, 1.0) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_coefficient_above_the_last_that_held_the_kl_relaxes_at_the_full_rate_to_it() -> None:
+    state = known(0.8, held=-9.0)
+    stood, _ = after(state, 0.8, 1.0)
+    assert stood.held == state.log_coef  # still, and near the budget
+    assert after(known(2.0, held=-9.0), 1.2, 2.0)[0].held == -9.0  # near, and in fast fall
+    too_large = known(0.02, held=-1.0)
+    assert moved(too_large, 0.02, 1.0) == pytest.approx(-0.1 * math.log(1.98), rel=1e-12)
+    assert moved(known(0.02, held=0.0), 0.02, 1.0) > -1e-6
+    assert after(RegulatorState(log_coef=-3.0), 0.02, 1.0)[0].held == -3.0
+
+
 def test_where_the_coefficient_is_faded_away_three_hundred_rollouts_do_not_move_it() -> None:
     state = RegulatorState(log_coef=0.0)
     for _ in range(300):
@@ -123,6 +134,23 @@ def test_near_the_budget_is_within_three_errors_of_seven_tenths() -> None:
 @pytest.mark.parametrize(("kl", "fade"), [(0.5, 1.0), (0.4, 0.8), (0.1, 0.2), (0.0, 0.0), (-0.1, 0.0), (3.0, 1.0)])
 def test_a_still_kl_below_half_the_budget_fades_in_proportion(kl: float, fade: float) -> None:
     assert after(known(kl), kl, 1.0)[1].fade == pytest.approx(fade, rel=1e-14)
+
+
+def test_a_kl_that_falls_by_half_its_budget_in_a_rise_time_needs_no_more() -> None:
+    """From 10, a KL of 9.9: short 9.947, long 9.98, velocity -0.0106, times 36 is -0.38."""
+    assert moved(known(10.0), 9.9, 0.75) == 0.0 < moved(known(10.0), 9.9, 0.78)
+
+
+def test_above_the_budget_a_coefficient_without_effect_grows_thirtyfold_and_no_more() -> None:
+    state = known(2.0, effective=-1.0)
+    for _ in range(300):
+        state, _ = after(state, 2.0, 1.0)
+    assert state.log_coef == pytest.approx(math.log(30) - 1.0, rel=1e-12)
+    falling = dataclasses.replace(state, level=LevelState(short=2.0, long=2.1, last=2.0, before=2.0))
+    falls, _ = after(falling, 1.9, 1.0)  # it has an effect: thirtyfold again, from here
+    assert falls.effective == state.log_coef
+    within, _ = after(known(effective=-1.0), 1.0, 1.0)
+    assert within.effective == 0.0
 
 
 # -- persistence ------------------------------------------------------------------------------------------------------

@@ -102,6 +102,8 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
     speed, risen, began, rising = 20.0, False, 0.0, 0
     side, since, trust, mean_error, mean_size = 0, 0, 1.0, 0.0, 0.0
     taken: list[float] = []
+    effective: float | None = None
+    stood = log_coef
     seconds, jumped, wild = 0.0, False, 0
     kl, kl_error, budget, may_relax = yield {}
     short = long = kl
@@ -150,14 +152,18 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
         lasting = max(0.3, abs(mean_error) / mean_size) if mean_size else 1.0
         rate = trust * lasting * settings["gain"] / (speed + 18)
         if e > 0:
-            rate *= 2.0 if velocity > 3 * velocity_error else 1.0
+            rate *= 0.0 if velocity * speed <= -0.5 * budget else 2.0 if velocity > 3 * velocity_error else 1.0
         elif not risen or short <= 0.7 * budget - 3 * error:
             mean_error = mean_size = 0.0
             arrives = short + (speed if risen else 200) * velocity >= budget
-            rate *= 0.0 if arrives else fade**4
+            rate *= 0.0 if arrives else 1.0 if log_coef > stood else fade**4
+        elif abs(velocity) * speed <= (1 - 0.7) * budget:
+            stood = log_coef
         if e <= 0 and not may_relax:
             rate = 0.0
-        log_coef += rate * e
+        if effective is None or short <= budget or velocity < -3 * velocity_error:
+            effective = log_coef
+        log_coef = min(log_coef + rate * e, max(log_coef, effective + math.log(30)))
         log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
         figures = {"coefficient": math.exp(log_coef), "fade": fade, "short": short, "long": long}
         kl, kl_error, budget, may_relax = yield {**figures, "predicted": predicted, "speed": speed}

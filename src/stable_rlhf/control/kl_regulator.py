@@ -16,7 +16,10 @@ Since e contains the velocity, step 5 is a PI controller in velocity form: the v
 proportional action. So nothing winds up where the output is clipped, and no steady error is left (cf. the PID
 Lagrangian of Stooke et al. 2020, arXiv 2007.03964, whose coefficient is linear and whose gains are fixed). Where the
 fade has taken the coefficient away nothing can be learned about it, so there it is not integrated either: a pull that
-comes late finds the coefficient that was there before.
+comes late finds the coefficient that was there before. One that is larger than the last that held the KL near its
+budget (before there was one, than the first coefficient) is known to be too large, and relaxes at the full rate. Above
+the budget the coefficient may grow to thirty times what it was when the KL last was within the budget or clearly fell:
+one that shows no effect by then has none.
 
 Why the log domain: useful coefficients span decades, d(log KL)/d(log beta) is about -2 in all of them, so one gain
 fits. The error is odd in x, since a log of a noisy KL would read lower than the KL is. Why T: a learning rate 100
@@ -58,6 +61,8 @@ LEAD_DELAYS = 2.5  # rollouts of lead that make up for one rollout of delay and 
 TIGHTEN = 2.0  # times the rate while KL is, or will be, above the budget and clearly rises: too late is the worse error
 TIGHTEN_ERRORS = 3.0  # standard errors of the velocity that are clear: tightening on noise would be a steady error
 ERROR_LOW, ERROR_HIGH = -1.0, 2.0  # one wild course may not move the coefficient by decades
+FALLS = 0.5  # of the budget in one T: a KL above it that falls so quickly needs no more; what is added winds up
+MOST_CLIMB = math.log(30.0)  # of log beta with no effect: more than any simulated run needed on its way to the budget
 NEAR = 0.7  # of the budget, from where on (less three errors) the integral always runs
 NEAR_ERRORS = 3.0
 ARRIVAL = 1.0  # T: a KL that will reach the budget within this time needs no relaxing
@@ -88,6 +93,10 @@ class RegulatorState:
     """Rollouts since it was there."""
     trust: float = 1.0
     """Share of the gain that swings have left."""
+    effective: float | None = None
+    """log beta when the KL last was within its budget or clearly fell; None before the first rollout."""
+    held: float | None = None
+    """log beta when the KL last stood near its budget, before that the first; None before the first rollout."""
     error: float = 0.0
     """Average of e, for the persistence."""
     error_size: float = 0.0
@@ -129,7 +138,7 @@ def regulate(
     state = replace(state, level=filters)
     share, share_error = level.short / budget, level.error / budget
     if first:
-        state = replace(state, risen=share >= RISE_TO)
+        state = replace(state, risen=share >= RISE_TO, held=state.log_coef)
     elif state.risen:
         state = _watch_swings(state, share, share_error)
     else:
@@ -141,13 +150,18 @@ def regulate(
     state, persistence = _persistence(state, error)
     full = state.trust * persistence * gain / (state.speed + LAST_DELAYS)
     if error > 0.0:
-        rate = TIGHTEN * full if level.velocity > TIGHTEN_ERRORS * level.velocity_error else full
+        rises = level.velocity > TIGHTEN_ERRORS * level.velocity_error
+        falls = -level.velocity * state.speed >= FALLS * budget
+        rate = 0.0 if falls else TIGHTEN * full if rises else full
     else:
         state, share_of_rate = _relaxing(state, level, budget, fade)
         rate = full * share_of_rate if may_relax else 0.0
-    log_coef = max(math.log(limits[0]), min(math.log(limits[1]), state.log_coef + rate * error))
+    acts = level.short <= budget or level.velocity < -TIGHTEN_ERRORS * level.velocity_error
+    effective = state.log_coef if acts or state.effective is None else state.effective
+    highest = min(math.log(limits[1]), max(state.log_coef, effective + MOST_CLIMB))
+    log_coef = max(math.log(limits[0]), min(highest, state.log_coef + rate * error))
     regulation = Regulation(coefficient=math.exp(log_coef), short=level.short, fade=fade, predicted=predicted)
-    return replace(state, log_coef=log_coef), regulation
+    return replace(state, log_coef=log_coef, effective=effective), regulation
 
 
 def _persistence(state: RegulatorState, error: float) -> tuple[RegulatorState, float]:
@@ -192,10 +206,13 @@ def _watch_swings(state: RegulatorState, share: float, share_error: float) -> Re
 
 
 def _relaxing(state: RegulatorState, level: Level, budget: float, fade: float) -> tuple[RegulatorState, float]:
-    """Share of the rate at which the coefficient may relax: all near the budget, none on the way to it, else fade^4."""
+    """Share of the rate at which the coefficient may relax: all near the budget, none on the way there, else fade^4."""
     if state.risen and level.short > NEAR * budget - NEAR_ERRORS * level.error:
-        return state, 1.0
+        still = abs(level.velocity) * state.speed <= (1.0 - NEAR) * budget
+        return replace(state, held=state.log_coef) if still else state, 1.0
     state = replace(state, error=0.0, error_size=0.0)  # the way there says nothing of the noise at the budget
     arrival = ARRIVAL * state.speed if state.risen else FIRST_ARRIVAL
     on_its_way = level.short + arrival * level.velocity >= budget
-    return state, 0.0 if on_its_way else fade**FADE_POWER
+    if on_its_way:
+        return state, 0.0
+    return state, 1.0 if state.held is not None and state.log_coef > state.held else fade**FADE_POWER

@@ -90,8 +90,7 @@ def test_a_cell_that_fails_is_a_result_and_is_tried_again_only_when_asked(sweeps
 
 
 def test_one_that_the_guard_gives_up_is_a_result_with_its_reason(sweeps: Sweeps) -> None:
-    free = ("--kl.controller", "none", "--kl.in_reward", "false", "--optim.max_update_kl", "1")
-    guard = (*free, "--guard.max_rollbacks", "0", "--guard.max_kl", "1e-9")
+    guard = ("--preset", "safe-no-regulation", "--guard.max_rollbacks", "0", "--guard.max_kl", "1e-9")
     assert "given up by the guard: " in sweeps.run("guard", *guard)
     assert outcomes(sweeps, "guard")[-1]["exit_code"] == Exit.GUARD
 

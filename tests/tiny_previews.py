@@ -86,7 +86,7 @@ def updated(
     optimizer.register_step_pre_hook(note)
     optimizer.register_step_post_hook(lambda *_: proposed.append(weights(model)))
     prepare(model, optimizer)
-    stats = update(made, optimizer, batch, decide(0.3), 0, make_preview(made))
+    stats = update(made, optimizer, batch, decide(0.3, limit), 0, make_preview(made))
     note()
     rows = [] if probed is None else probed.rows.tolist()
     return Seen(model, stats.metrics, batch.tokens, optimizer, states, moments, proposed, rows)

@@ -132,10 +132,10 @@ def some_batch(rows: int, width: int, length: int, seed: int = 0) -> Batch:
     return Batch(tokens=some_tokens(rows, width, length, seed), values=grid(2), **grids)
 
 
-def decide(kl_coef: float) -> Decision:
+def decide(kl_coef: float, update_kl: float | None = None) -> Decision:
     return Decision(
         kl_coef=kl_coef, threshold=None, excess=0.0, kl_short=0.0, kl_long=0.0, gate=1.0, phase="NONE",
-        pid_p=0.0, pid_i=0.0, pid_d=0.0, entropy_floor=None, reason="",
+        pid_p=0.0, pid_i=0.0, pid_d=0.0, entropy_floor=None, reason="", update_kl=update_kl,
     )  # fmt: skip
 
 

@@ -147,7 +147,8 @@ class Updates:
     def update(self, step: int) -> dict[str, float | None]:
         batch = measured_batch(self.passes, make_rollout(len(self.tokenizer)), 0.3, step)
         self.rates.clear()
-        return update(self.passes, self.optimizer, batch, decide(0.3), step, self.preview).metrics
+        limit = self.config.optim.max_update_kl
+        return update(self.passes, self.optimizer, batch, decide(0.3, limit), step, self.preview).metrics
 
 
 def looked(tokenizer: PreTrainedTokenizerFast, limit: float, rate: float = HEALTHY, **sections: Any) -> Updates:
@@ -159,7 +160,7 @@ def looked(tokenizer: PreTrainedTokenizerFast, limit: float, rate: float = HEALT
 @pytest.mark.parametrize(("wary", "looks"), [(True, STEPS), (False, 1)])
 def test_an_update_whose_length_was_predicted_is_looked_at_at_its_end_alone(tokenizer, wary: bool, looks: int) -> None:
     run = looked(tokenizer, 20 * LOOSE)
-    run.preview.load_state_dict({"gain": 1.0, "wary": wary})
+    run.preview.load_state_dict({"gain": 1.0, "floor": 0.0, "wary": wary})
     assert run.update(0)["safe/looks"] == looks
     assert run.preview.wary is False
 
@@ -181,7 +182,7 @@ def test_an_update_that_was_shortened_too_much_is_made_longer_but_not_than_its_w
     whole = looked(tokenizer, 20 * LOOSE)
     whole.update(0)
     run = looked(tokenizer, 20 * LOOSE)
-    run.preview.load_state_dict({"gain": 1e12, "wary": False})
+    run.preview.load_state_dict({"gain": 1e12, "floor": 0.0, "wary": False})
     metrics = run.update(0)
     assert run.rates[0] < 1e-2 * HEALTHY
     assert metrics["safe/step_scale"] == pytest.approx(1.0)
@@ -194,16 +195,35 @@ def test_an_update_that_was_shortened_too_much_is_made_longer_but_not_than_its_w
 
 def test_an_update_far_beyond_its_bound_has_the_next_one_looked_at_step_by_step(tokenizer) -> None:
     run = looked(tokenizer, LIMIT, TOO_HIGH)
-    run.preview.load_state_dict({"gain": 1e-9, "wary": False})
+    run.preview.load_state_dict({"gain": 1e-9, "floor": 0.0, "wary": False})
     run.update(0)
     assert run.preview.wary is True
     assert run.update(1)["safe/looks"] >= STEPS  # pyright: ignore[reportOperatorIssue]
 
 
+def test_what_rounding_alone_does_is_measured_once_and_is_in_no_size(tokenizer) -> None:
+    """In bfloat16 it is far above a small bound, within which an update would never be found."""
+    run = looked(tokenizer, 1e-5, TOO_HIGH, model={"dtype": "bfloat16"})
+    before = weights(run.model)
+    metrics = run.update(0)
+    assert run.preview.floor is not None
+    assert 1e-6 < run.preview.floor < 1e-3
+    assert metrics["safe/step_scale"] > 0  # pyright: ignore[reportOptionalOperand]
+    name = "policy.model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(weights(run.model)[name], before[name])
+    floor = run.preview.floor
+    run.update(1)
+    assert run.preview.floor == floor
+    exact = looked(tokenizer, 1e-5, TOO_HIGH)
+    exact.update(0)
+    assert exact.preview.floor is not None
+    assert exact.preview.floor < 1e-6
+
+
 def test_an_update_that_moves_nothing_halves_the_gain_at_most(tokenizer) -> None:
     """Or one whose gradient said nothing would let the next one leap."""
     run = looked(tokenizer, LIMIT)
-    run.preview.load_state_dict({"gain": 1e7, "wary": False})
+    run.preview.load_state_dict({"gain": 1e7, "floor": 0.0, "wary": False})
     run.preview._share = 1.0
     run.preview._learn_gain(0.0, HEALTHY)
     assert run.preview.gain == 0.5e7

@@ -17,7 +17,7 @@ from stable_rlhf.checkpoints import store
 from stable_rlhf.control import Observation, make_controller
 from stable_rlhf.errors import GuardStop
 from stable_rlhf.runs import incidents
-from stable_rlhf.training.step import shortened
+from stable_rlhf.training.step import bounded
 from tests.guarded_runs import ADAPTER, captured, guarded
 from tests.tiny_runs import settings, trainer
 
@@ -212,7 +212,8 @@ def test_a_run_resumed_without_the_guard_clears_what_a_guarded_one_left(tokenize
 
 def test_a_roll_back_shortens_what_an_update_may_move() -> None:
     decision = make_controller("fixed").observe(Observation(0, 0.0, 0.1, 1.0))
-    assert shortened(decision, 0.25) == decision  # no bound
+    assert bounded(decision, None, 0.25) == decision  # no bound
     bound = dataclasses.replace(decision, update_kl=0.02)
-    assert shortened(bound, 0.25) == dataclasses.replace(decision, update_kl=0.005)
-    assert shortened(bound, 1.0) == bound
+    assert bounded(bound, None, 0.25) == dataclasses.replace(decision, update_kl=0.005)
+    assert bounded(bound, None, 1.0) == bound
+    assert bounded(bound, 0.5, 0.25) == dataclasses.replace(decision, update_kl=0.125)  # the setting comes first

@@ -12,7 +12,11 @@ made from, and their log-probs move up to twenty times as far as those of others
    put at another point of its line, theta_0 + f (theta - theta_0) with f = sqrt(AIM limit / size), no longer than the
    whole steps would have made it, and looked at again. What is kept was measured.
 3. While the prediction cannot be trusted (the first update, and after one that was far beyond its limit), the update is
-   looked at after every step, the k-th within (k / n)^2 of the limit.
+   looked at after every step, the k-th within k / n of the limit.
+
+In bfloat16 any change of the weights, however small, rounds the hidden states otherwise: that alone is some 2e-5 nats,
+which does not shrink with the step and does not add up. It is measured once, with weights moved by NUDGE, and
+subtracted from every size.
 
 So the size of an update grows with the learning rate up to the limit and stays there. An update that is still beyond
 the limit after RETRIES corrections, or whose log-probs are not finite, is not taken. Only the policy is scaled: the
@@ -69,6 +73,10 @@ to the forwards of measuring and learning, which are eight over all rows with tw
 FEWEST = 4
 """Least rows of a look, where the rollout has as many."""
 
+NUDGE = 1e-6
+"""Added to each weight to measure what rounding alone does: far below what moves a policy, and enough to change the
+rounding in every layer."""
+
 ORDER = 1_008
 """Number of the permutation that the probe is taken from; no pass over the rollout has it (see
 `microbatches.permutation`)."""
@@ -117,6 +125,8 @@ class Preview:
         self.passes = passes
         self.gain: float | None = None
         """Size of an update of whole steps / squared learning rate, nats per token; None before it was measured."""
+        self.floor: float | None = None
+        """Size of an update of no length, by rounding alone, nats per token; None before it was measured."""
         self.wary = True
         """Whether the next update is looked at after every step."""
         self._probe: Probe | None = None  # None where this update has nothing to look at
@@ -140,6 +150,11 @@ class Preview:
         self._probe = self._before(batch, rows)
         self._limit, self._steps, self._share = limit, steps, 1.0
         self._size, self._looks = 0.0, 0
+        if self.floor is None:
+            torch._foreach_add_(self._parameters, NUDGE)  # pyright: ignore[reportPrivateImportUsage]
+            found = self._look(self._probe).item()
+            self.floor = max(0.0, found) if math.isfinite(found) else 0.0
+            torch._foreach_copy_(self._parameters, self._start)  # pyright: ignore[reportPrivateImportUsage]
 
     def _before(self, batch: Batch, rows: Microbatch) -> Probe:
         """The probe at the policy as it is."""
@@ -183,7 +198,7 @@ class Preview:
 
     def _judge(self, probe: Probe, rate: float, last: bool) -> None:
         """Looks at the steps so far and corrects their length; after the last one, learns the gain."""
-        limit = self._limit * (len(self._stepped) / self._steps) ** 2
+        limit = self._limit * len(self._stepped) / self._steps
         # One wait for the device.
         size, *stepped = torch.stack([self._look(probe), *(step.double() for step in self._stepped)]).tolist()
         if not any(stepped):
@@ -236,7 +251,8 @@ class Preview:
         after = self.passes.hidden(probe.tokens)
         found = token_statistics(probe.before, probe.head, probe.tokens.response, temperature, after, model.head())
         assert found.kl is not None
-        return masked_mean(found.kl.double(), probe.tokens.mask, probe.count)
+        size = masked_mean(found.kl.double(), probe.tokens.mask, probe.count) - (self.floor or 0.0)
+        return size.clamp(min=0.0)  # of NaN it is NaN
 
     def metrics(self) -> dict[str, float | None]:
         """Metrics of this update: its limit, its size, the share of its steps that was taken, and the looks."""
@@ -251,10 +267,10 @@ class Preview:
 
     def state_dict(self) -> dict[str, float | bool | None]:
         """Everything that the next update depends on."""
-        return {"gain": self.gain, "wary": self.wary}
+        return {"gain": self.gain, "floor": self.floor, "wary": self.wary}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.gain, self.wary = state["gain"], state["wary"]
+        self.gain, self.floor, self.wary = state["gain"], state["floor"], state["wary"]
 
 
 def make_preview(passes: Passes) -> Preview | None:

@@ -51,7 +51,8 @@ def update(
     work = _minibatches(passes, of_rows, step)
     batch = on(batch, device)
     if preview is not None:
-        preview.begin(batch, of_rows, step, _limit(passes, decision), len(work))
+        assert decision.update_kl is not None, "Config refuses a preview without a bound"
+        preview.begin(batch, of_rows, step, decision.update_kl, len(work))
     rows = _rows_on(device, work)
     kl_coef = torch.full((), decision.kl_coef, device=device)
     names: list[str] = []
@@ -65,14 +66,6 @@ def update(
             steps.append(torch.cat([figures, norms]))
     metrics = _means([*names, "grad_norm/policy", "grad_norm/critic"], steps)
     return StepStats(metrics=metrics if preview is None else metrics | preview.metrics())
-
-
-def _limit(passes: Passes, decision: Decision) -> float:
-    """Most that the update may move the policy, KL(before || after) in nats per token."""
-    given = passes.learning.optim.max_update_kl
-    limit = decision.update_kl if given is None else given
-    assert limit is not None, "Config refuses a preview without a bound"
-    return limit
 
 
 def _minibatches(passes: Passes, of_rows: Lengths, step: int) -> list[list[Microbatch]]:

@@ -53,11 +53,13 @@ class Step:
     """Of the policy and of the critic, in this step."""
 
 
-def shortened(decision: Decision, factor: float) -> Decision:
-    """The decision with its bound on the update's movement times ``factor``; what the KL may be stays as it is."""
-    if decision.update_kl is None:
-        return decision
-    return dataclasses.replace(decision, update_kl=decision.update_kl * factor)
+def bounded(decision: Decision, given: float | None, factor: float) -> Decision:
+    """The decision with the bound on the update's movement that is in force; what the KL may be stays as it is.
+
+    It is ``given`` (`optim.max_update_kl`), or where that is None the controller's, times the roll-backs' ``factor``.
+    """
+    limit = decision.update_kl if given is None else given
+    return decision if limit is None else dataclasses.replace(decision, update_kl=limit * factor)
 
 
 def take_step(loop: Loop, watch: Stopwatch) -> Step:
@@ -73,7 +75,8 @@ def take_step(loop: Loop, watch: Stopwatch) -> Step:
     measured = measure(loop.passes, rollout, step)
     watch.lap("logprobs_s")
     loop.counters.episode += len(indices)
-    decision = shortened(loop.controller.observe(observe(step, rollout, measured)), loop.factor)
+    decided = loop.controller.observe(observe(step, rollout, measured))
+    decision = bounded(decided, loop.passes.learning.optim.max_update_kl, loop.factor)
     loop.normaliser.update([score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid])
     scores = loop.normaliser.normalise(rollout.scores)
     batch, batch_metrics = make_batch(loop.passes.model, measured, scores, decision, loop.passes.learning)

@@ -191,7 +191,7 @@ def draw(file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How near the KL is held to its budget on simulated policies.")
     parser.add_argument("--picture", type=Path, help="draw the comparison to this file")
     given = parser.parse_args()
     print(

@@ -141,11 +141,11 @@ def test_a_kl_that_falls_by_half_its_budget_in_a_rise_time_needs_no_more() -> No
     assert moved(known(10.0), 9.9, 0.75) == 0.0 < moved(known(10.0), 9.9, 0.78)
 
 
-def test_above_the_budget_a_coefficient_without_effect_grows_thirtyfold_and_no_more() -> None:
-    state = known(2.0, effective=-1.0)
-    for _ in range(300):
-        state, _ = after(state, 2.0, 1.0)
-    assert state.log_coef == pytest.approx(math.log(30) - 1.0, rel=1e-12)
+def test_above_the_budget_a_coefficient_without_effect_grows_at_a_fiftieth_of_the_rate_beyond_thirtyfold() -> None:
+    whole = 0.1 * math.log(2)
+    assert moved(known(2.0, effective=-3.40), 2.0, 1.0) == pytest.approx(whole, rel=1e-12)
+    state, _ = after(known(2.0, effective=-3.41), 2.0, 1.0)
+    assert (state.log_coef, state.effective) == (pytest.approx(0.02 * whole, rel=1e-12), -3.41)
     falling = dataclasses.replace(state, level=LevelState(short=2.0, long=2.1, last=2.0, before=2.0))
     falls, _ = after(falling, 1.9, 1.0)  # it has an effect: thirtyfold again, from here
     assert falls.effective == state.log_coef

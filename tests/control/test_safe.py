@@ -108,13 +108,13 @@ def test_a_policy_that_the_reward_leaves_below_the_budget_is_left_alone() -> Non
 
 
 def test_a_coefficient_at_its_limit_comes_back_at_once() -> None:
-    """A KL that nothing can bring down for 200 steps, then a quick policy: the coefficient had stopped at thirty times
-    what it was within the budget."""
+    """A KL that nothing can bring down for 200 steps, then a quick policy: beyond thirty times what it was within
+    the budget the coefficient had grown slowly."""
     stuck = [(0.0, min(0.9, 0.02 * step), 3.0) for step in range(200)]
     freed = [(0.0, 0.9 * math.exp(-step / 3), 3.0) for step in range(100)]
     decisions = drive([*stuck, *freed], threshold_on=False)
     within = max(step for step in range(200) if decisions[step].excess == 0.0)
-    assert decisions[199].kl_coef == pytest.approx(30.0 * decisions[within].kl_coef, rel=0.3)
+    assert 30.0 < decisions[199].kl_coef / decisions[within].kl_coef < 500.0
     assert decisions[199 + 10].kl_coef < 0.3 * decisions[199].kl_coef
 
 

@@ -163,7 +163,8 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
             rate = 0.0
         if effective is None or short <= budget or velocity < -3 * velocity_error:
             effective = log_coef
-        log_coef = min(log_coef + rate * e, max(log_coef, effective + math.log(30)))
+        beyond_effect = e > 0 and log_coef > effective + math.log(30)
+        log_coef += rate * e * (0.02 if beyond_effect else 1.0)
         log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
         figures = {"coefficient": math.exp(log_coef), "fade": fade, "short": short, "long": long}
         kl, kl_error, budget, may_relax = yield {**figures, "predicted": predicted, "speed": speed}

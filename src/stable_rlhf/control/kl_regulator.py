@@ -18,8 +18,8 @@ Lagrangian of Stooke et al. 2020, arXiv 2007.03964, whose coefficient is linear 
 fade has taken the coefficient away nothing can be learned about it, so there it is not integrated either: a pull that
 comes late finds the coefficient that was there before. One that is larger than the last that held the KL near its
 budget (before there was one, than the first coefficient) is known to be too large, and relaxes at the full rate. Above
-the budget the coefficient may grow to thirty times what it was when the KL last was within the budget or clearly fell:
-one that shows no effect by then has none.
+the budget, beyond thirty times what it was when the KL last was within the budget or clearly fell, the coefficient
+grows at a fiftieth of the rate: one that shows no effect by then hardly has any.
 
 Why the log domain: useful coefficients span decades, d(log KL)/d(log beta) is about -2 in all of them, so one gain
 fits. The error is odd in x, since a log of a noisy KL would read lower than the KL is. Why T: a learning rate 100
@@ -63,6 +63,7 @@ TIGHTEN_ERRORS = 3.0  # standard errors of the velocity that are clear: tighteni
 ERROR_LOW, ERROR_HIGH = -1.0, 2.0  # one wild course may not move the coefficient by decades
 FALLS = 0.5  # of the budget in one T: a KL above it that falls so quickly needs no more; what is added winds up
 MOST_CLIMB = math.log(30.0)  # of log beta with no effect: more than any simulated run needed on its way to the budget
+BEYOND = 0.02  # of the rate is left from there on: not none, or a KL that only noise hides would never be held
 NEAR = 0.7  # of the budget, from where on (less three errors) the integral always runs
 NEAR_ERRORS = 3.0
 ARRIVAL = 1.0  # T: a KL that will reach the budget within this time needs no relaxing
@@ -158,8 +159,9 @@ def regulate(
         rate = full * share_of_rate if may_relax else 0.0
     acts = level.short <= budget or level.velocity < -TIGHTEN_ERRORS * level.velocity_error
     effective = state.log_coef if acts or state.effective is None else state.effective
-    highest = min(math.log(limits[1]), max(state.log_coef, effective + MOST_CLIMB))
-    log_coef = max(math.log(limits[0]), min(highest, state.log_coef + rate * error))
+    if rate * error > 0.0 and state.log_coef > effective + MOST_CLIMB:
+        rate *= BEYOND
+    log_coef = max(math.log(limits[0]), min(math.log(limits[1]), state.log_coef + rate * error))
     regulation = Regulation(coefficient=math.exp(log_coef), short=level.short, fade=fade, predicted=predicted)
     return replace(state, log_coef=log_coef, effective=effective), regulation
 

@@ -168,7 +168,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "max_coef": 100.0,
             "gain": 6.0,
             "lead": 0.5,
-            "update_share": 0.03,
+            "update_share": 0.02,
             "gate_on": True,
             "gate_fraction": 0.6,
             "gate_power": 2.0,

@@ -16,7 +16,7 @@ made from, and their log-probs move up to twenty times as far as those of others
 
 In bfloat16 any change of the weights, however small, rounds the hidden states otherwise: that alone is some 2e-5 nats,
 which does not shrink with the step and does not add up. It is measured once, with weights moved by NUDGE, and
-subtracted from every size.
+subtracted from every size; a limit below it is raised to it, since nothing finer can be measured.
 
 So the size of an update grows with the learning rate up to the limit and stays there. An update that is still beyond
 the limit after RETRIES corrections, or whose log-probs are not finite, is not taken. Only the policy is scaled: the
@@ -198,7 +198,7 @@ class Preview:
 
     def _judge(self, probe: Probe, rate: float, last: bool) -> None:
         """Looks at the steps so far and corrects their length; after the last one, learns the gain."""
-        limit = self._limit * len(self._stepped) / self._steps
+        limit = max(self._limit * len(self._stepped) / self._steps, self.floor or 0.0)  # finer than that nothing is
         # One wait for the device.
         size, *stepped = torch.stack([self._look(probe), *(step.double() for step in self._stepped)]).tolist()
         if not any(stepped):

@@ -100,7 +100,7 @@ class Maker:
 
 def bench_s(steps: int) -> Maker:
     """The built-in pair. Gold is VADER's lexicon."""
-    made = Maker({"max_steps": steps, "eval_steps": max(1, steps // 12), "reward": {"gold": [GOLD_LEXICON]}})
+    made = Maker({"max_steps": steps, "eval_steps": max(1, steps // 5), "reward": {"gold": [GOLD_LEXICON]}})
     made.add("main", "safe", "safe", RATES)
     made.tuned_ppo("main", BETAS, RATES)
     for preset in BASELINES:

@@ -172,7 +172,7 @@ def test_the_table_of_presets_says_what_they_set(preset: str) -> None:
     shown = [f"`{name}` {value}" for name, value in changed.items()]
     if config.optim.entropy_coef:
         shown.append(f"`optim.entropy_coef` = {config.optim.entropy_coef}")
-    for name in ("adaptive_kl", "length_alpha", "epsilon_high"):
+    for name in ("adaptive_kl", "length_alpha", "epsilon_high", "max_update_kl"):
         if (value := getattr(config.optim, name)) is not None:
             shown.append(f"`optim.{name}` = {value}")
     if config.critic.warmup_steps:

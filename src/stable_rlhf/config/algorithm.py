@@ -15,7 +15,7 @@ from stable_rlhf.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Named):
-    """The policy's update (PPO), the optimiser, and the preview of each optimiser step.
+    """The policy's update (PPO), the optimiser, and the preview, which bounds each update.
 
     PPO is Schulman et al. 2017; docs/algorithm.md has the preview.
     """
@@ -66,8 +66,8 @@ class OptimConfig(Named):
     max_grad_norm: float = 1.0
     """Norm to which the policy's gradient is clipped."""
     preview: bool = True
-    """Keep each update within a trust region: its KL(before || after) is predicted, measured on an eighth of the
-    rollout, and brought within its bound by shortening the steps."""
+    """Keep each update within a trust region: its KL(before || after) is predicted, measured on a sixteenth of
+    the rollout, and brought within its bound by shortening the steps."""
     max_update_kl: float | None = None
     """Bound of the preview on a whole update, nats per token. None takes the controller's, a share of its KL budget
     (``safe`` only). Only with preview."""

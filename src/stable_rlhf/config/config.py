@@ -67,7 +67,7 @@ class Config(Named):
     pid-lagrangian, kl-adaptive-lr, vapo, or safe without one layer: safe-single-critic, safe-no-regulation,
     safe-no-gate, safe-no-threshold, safe-no-preview, safe-no-guard. The layers: a second critic; regulation (the KL
     coefficient follows the KL); the gate (low entropy raises the coefficient); the threshold (the KL budget follows the
-    reward); the preview (limits how far one optimiser step moves the policy); the guard (rolls a failing run back)."""
+    reward); the preview (limits how far one update moves the policy); the guard (rolls a failing run back)."""
     output_dir: str | None = None
     """Folder of the run; None makes a new folder under runs/, named after the preset and the time."""
     overwrite_output_dir: bool = False

@@ -67,8 +67,8 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         ),
         Plot(
             title="KL from the reference",
-            caption="The KL over the vocabulary, its estimate by the mean log-ratio (k1), and the budget. The background "
-            "shows the phases of the reward.",
+            caption="The KL over the vocabulary, its estimate by the mean log-ratio (k1), and the budget. Behind them "
+            "the phases of the reward.",
             units=(_NATS,),
             lines=(
                 _line("objective/kl", "k1, each step", "quiet dashed"),

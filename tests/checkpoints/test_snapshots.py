@@ -207,17 +207,20 @@ def test_gradients_of_an_interrupted_update_are_gone_when_a_state_is_put_back(ru
     assert all(parameter.grad is None for parameter in parameters)
 
 
-def test_the_counts_of_a_run_and_whether_its_preview_is_quiet_come_back(run: SAFETrainer) -> None:
+def test_the_counts_of_a_run_and_what_its_preview_has_learned_come_back(run: SAFETrainer) -> None:
     preview = run.preview
     assert preview is not None
-    run.counters.step, run.counters.episode, preview.quiet = 3, 24, True
+    run.counters.step, run.counters.episode = 3, 24
+    preview.gain, preview.floor, preview.wary = 7.0, 1e-5, False
     run.normaliser.update([1.0, 5.0])
     state = taken(run)
     drawn = torch.rand(3)
-    run.counters.step, run.counters.episode, preview.quiet = 9, 72, False
+    run.counters.step, run.counters.episode = 9, 72
+    preview.gain, preview.floor, preview.wary = 9.0, 2e-5, True
     run.normaliser.update([100.0])
     checkpoints_state.restore(run.parts, *state)
-    assert (run.steps_done, run.counters.episode, preview.quiet) == (3, 24, True)
+    assert (run.steps_done, run.counters.episode) == (3, 24)
+    assert (preview.gain, preview.floor, preview.wary) == (7.0, 1e-5, False)
     assert run.normaliser.state_dict() == state[1]["parts"]["normaliser"]
     assert torch.equal(torch.rand(3), drawn)
 

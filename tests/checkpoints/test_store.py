@@ -90,14 +90,14 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     saved = save(tmp_path)
     monkeypatch.setattr(manifest, "VERSION", 99)
     with pytest.raises(
-        CheckpointError, match=r"step-000004 is not .*it has format 5, but this release reads format 99"
+        CheckpointError, match=r"step-000004 is not .*it has format 6, but this release reads format 99"
     ):
         store.load(saved)
     monkeypatch.undo()
     assert store.load(saved)[1]["step"] == 4
     digests = {name: manifest.sha256(saved / name) for name in FILES[1:]}
     (saved / "manifest.json").write_text(json.dumps(digests, indent=1))  # as format 1 had it
-    with pytest.raises(CheckpointError, match=r"it has format 1, but this release reads format 5.*or start a new run"):
+    with pytest.raises(CheckpointError, match=r"it has format 1, but this release reads format 6.*or start a new run"):
         store.load(saved)
 
 

@@ -192,6 +192,7 @@ TURNED: dict[str, Turn | str] = {
     "critic.lam": Turn(to=0.5, of="val/returns_mean"),
     "critic.warmup_steps": Turn(to=1, of="val/ratio_var"),
     "kl.controller": Turn(to="none", of="safe/kl_coef"),
+    "kl.observe": Turn(to="k1", of="safe/kl_short"),
     "kl.settings": Turn(to={"initial_coef": 1.0}, of="safe/kl_coef"),
     "kl.in_reward": Turn(to=True, of="objective/non_score_reward", given=BOTH_WAYS, also={"kl": {"allow_both": True}}),
     "kl.length_neutral": Turn(to=False),

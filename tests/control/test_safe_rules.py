@@ -322,11 +322,11 @@ def test_the_first_coefficient_goes_with_the_root_of_the_budget(budget: float, f
 
 
 @pytest.mark.parametrize(("kl", "share"), [(0.1, 1.0), (0.3, 1.0), (0.6, 0.125), (0.9, 0.05), (-0.1, 1.0)])
-def test_an_update_may_move_three_percent_of_the_threshold_less_by_the_cube_of_the_excess(
+def test_an_update_may_move_two_percent_of_the_threshold_less_by_the_cube_of_the_excess(
     kl: float, share: float
 ) -> None:
     decision = drive([(0.0, kl, 3.0)])[0]
-    assert decision.update_kl == pytest.approx(0.03 * 0.3 * share, rel=1e-12)
+    assert decision.update_kl == pytest.approx(0.02 * 0.3 * share, rel=1e-12)
     assert drive([(0.0, kl, 3.0)], update_share=0.1)[0].update_kl == pytest.approx(0.1 * 0.3 * share, rel=1e-12)
 
 

@@ -49,6 +49,15 @@ def test_a_cells_configuration_is_that_of_train_with_the_same_settings() -> None
     assert sweep.base == {"max_steps": 9}
 
 
+def test_a_cells_settings_are_checked_together() -> None:
+    """A preview needs a bound, which `adaptive` does not set: refused only where no flag turns the preview off."""
+    flags = ("--kl.controller", "adaptive", "--optim.preview", "false", "--kl.settings.target", "0.2")
+    (cell,) = asked(preset="safe", settings=flags).cells
+    assert cell.config == load_config([*flags, "--output_dir", f"SWEEP/cells/{cell.name}"])
+    assert len(asked("kl.controller=adaptive,safe", settings=("--optim.preview", "false")).cells) == 2
+    assert "optim.preview=True: kl.controller=adaptive sets no bound" in refused(settings=flags[:2])
+
+
 def test_a_file_names_the_sweep_and_flags_override_it(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(

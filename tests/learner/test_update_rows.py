@@ -169,6 +169,10 @@ def test_a_rollouts_metrics_are_those_of_loops_over_its_tokens(tokenizer) -> Non
     found = figures.rollout_metrics(rollout, measured)
     sequences = token_rows(measured.logp - measured.ref_logp, rollout)
     ratios = [value for row in sequences for value in row]
+    assert measured.kl is not None
+    kls = token_rows(measured.kl, rollout)
+    kl = sum(map(sum, kls)) / len(ratios)
+    off = sum((sum(row) - kl * len(row)) ** 2 for row in kls if row)
     references = [value for row in token_rows(measured.ref_logp, rollout) for value in row]
     entropies = [value for row in token_rows(measured.entropy, rollout) for value in row]
     scores = [score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid]
@@ -183,6 +187,8 @@ def test_a_rollouts_metrics_are_those_of_loops_over_its_tokens(tokenizer) -> Non
             "objective/scores": mean,
             "objective/scores_std": math.sqrt(sum((score - mean) ** 2 for score in scores) / 7),
             "objective/kl": sum(ratios) / len(ratios),
+            "objective/kl_exact": kl,
+            "objective/kl_error": math.sqrt(off * 7 / 6) / len(ratios),
             "objective/kl_k3": sum(math.exp(-ratio) - 1 + ratio for ratio in ratios) / len(ratios),
             "objective/kl_per_sequence": sum(map(sum, sequences)) / 7,
             "objective/entropy": sum(entropies) / len(entropies),

@@ -16,7 +16,7 @@ from tests.oracles import logprobs as oracle
 
 
 class Case:
-    """Random policy, reference and tokens, and one random weight per statistic and token, to pull gradients with."""
+    """Random policy, reference and tokens, and one random weight per token of each statistic that has gradients."""
 
     def __init__(self, seed: int = 0, batch=2, length=5, width=4, vocabulary=7, dtype=torch.float64) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,7 @@ class Case:
         )
 
     def total(self, statistics) -> Tensor:
-        return torch.stack([(pull * x).sum() for pull, x in zip(self.pull, statistics, strict=True)]).sum()
+        return torch.stack([(pull * x).sum() for pull, x in zip(self.pull, statistics[:3], strict=True)]).sum()
 
     def gradients(self, statistics, **settings: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.total(statistics), (self.hidden, self.weight), **settings)
@@ -82,7 +82,8 @@ def test_gradients_agree_with_finite_differences(chunk):
     case = Case(batch=1, length=3, width=3, vocabulary=4)
 
     def statistics(hidden, weight):
-        return token_statistics(hidden, weight, case.tokens, 0.8, case.ref_hidden, case.ref_weight, chunk=chunk)
+        found = token_statistics(hidden, weight, case.tokens, 0.8, case.ref_hidden, case.ref_weight, chunk=chunk)
+        return found[:3]
 
     assert torch.autograd.gradcheck(statistics, (case.hidden, case.weight))
 
@@ -93,7 +94,7 @@ def test_gradients_agree_with_finite_differences(chunk):
 )
 def test_the_gradient_of_some_statistics_alone_is_their_own(asked, chunk):
     case = Case(11)
-    expected = dict(zip(("logp", "entropy", "kl"), case.expected(0.7), strict=True))
+    expected = dict(zip(("logp", "entropy", "kl"), case.expected(0.7)[:3], strict=True))
     result = case.run(chunk=chunk, temperature=0.7)
     both = (
         torch.autograd.grad(sum((case.pull[i] * x).sum() for i, x in enumerate(figures)), (case.hidden, case.weight))
@@ -109,8 +110,7 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_gets_its_own(trained):
     frozen = case.weight if trained == "hidden" else case.hidden
     frozen.requires_grad_(False)
     live = getattr(case, trained)
-    total = torch.stack([(pull * x).sum() for pull, x in zip(case.pull, case.run(), strict=True)]).sum()
-    total.backward()
+    case.total(case.run()).backward()
     assert frozen.grad is None
     torch.testing.assert_close(live.grad, both[trained], rtol=1e-13, atol=0)
 
@@ -119,9 +119,11 @@ def test_no_gradient_reaches_the_reference():
     case = Case(13)
     case.ref_hidden.requires_grad_()
     case.ref_weight.requires_grad_()
-    kl = case.run().kl
-    assert kl is not None
-    kl.sum().backward()
+    result = case.run()
+    assert result.kl is not None
+    assert result.ref_logp is not None
+    assert not result.ref_logp.requires_grad
+    result.kl.sum().backward()
     assert case.hidden.grad is not None
     assert case.hidden.grad.abs().sum() > 0
     assert case.ref_hidden.grad is None
@@ -135,10 +137,11 @@ def test_the_kl_to_itself_is_exactly_zero_and_without_a_reference_there_is_none(
     assert same.kl is not None
     assert same.kl.abs().max().item() == 0.0
     assert alone.kl is None
+    assert alone.ref_logp is None
     assert torch.equal(alone.logp, same.logp)
     assert torch.equal(alone.entropy, same.entropy)
     gradient = torch.autograd.grad((alone.logp * alone.entropy).sum(), case.hidden)
-    logp, entropy, _ = oracle.token_statistics(case.hidden, case.weight, case.tokens)
+    logp, entropy, *_ = oracle.token_statistics(case.hidden, case.weight, case.tokens)
     torch.testing.assert_close(gradient, torch.autograd.grad((logp * entropy).sum(), case.hidden), rtol=1e-11, atol=0)
 
 

@@ -35,6 +35,26 @@ def test_sum_mean_and_variance_are_those_of_the_true_entries(seed, rows, columns
         assert total == pytest.approx(math.fsum(reductions.kept(x[row], mask[row])), rel=1e-12, abs=1e-12)
 
 
+@shapes
+def test_the_error_of_a_mean_over_rows_is_the_loop_over_its_rows(seed, rows, columns):
+    x, mask = draw(seed, rows, columns)
+    by_row = [reductions.kept(x[row], mask[row]) for row in range(rows) if mask[row].any()]
+    assert masked.ratio_error(x, mask) == pytest.approx(reductions.ratio_error(by_row), rel=1e-9, abs=1e-12)
+
+
+def test_the_error_of_a_mean_over_rows_of_literal_numbers():
+    """Means of 2 and 4 over two entries each are 1 off their mean; a row of half the length counts for half."""
+    x = torch.tensor([[1.0, 3.0], [4.0, 4.0], [7.0, 7.0]])
+    two = torch.tensor([[True, True], [True, True], [False, False]])
+    assert masked.ratio_error(x, two) == pytest.approx(math.sqrt((2**2 + 2**2) * 2 / 1) / 4)
+    three = torch.tensor([[True, True], [True, True], [True, False]])  # 19 / 5 in the mean
+    off = (4 - 7.6) ** 2 + (8 - 7.6) ** 2 + (7 - 3.8) ** 2
+    assert masked.ratio_error(x, three) == pytest.approx(math.sqrt(off * 3 / 2) / 5)
+    assert masked.ratio_error(x, two & torch.tensor([[True], [False], [False]])) == 0.0  # one row shows no error
+    with pytest.raises(ValueError, match="and the mask"):
+        masked.ratio_error(x, two[:2])
+
+
 def test_the_means_of_microbatches_over_the_whole_denominator_add_up_to_the_mean_of_the_batch():
     x, mask = draw(3, 6, 5)
     mask[4] = False  # a microbatch without any response token adds 0

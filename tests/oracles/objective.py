@@ -37,9 +37,3 @@ def value_token_loss(
     near = min(max(value, old_value - cliprange), old_value + cliprange)
     pair = (error(value), error(near))
     return max(pair) if reduction == "max" else sum(pair) / 2.0
-
-
-def step_kl_token(before: float, after: float, sampled: float) -> float:
-    """w (r - 1 - log r), w = pi_before / pi_sampled, r = pi_after / pi_before clamped to e^{+-20}."""
-    log_ratio = min(max(after - before, -20.0), 20.0)
-    return math.exp(before - sampled) * (math.expm1(log_ratio) - log_ratio)

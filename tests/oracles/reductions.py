@@ -23,6 +23,14 @@ def variance(entries: list[float]) -> float:
     return math.fsum((entry - centre) ** 2 for entry in entries) / len(entries)
 
 
+def ratio_error(rows: list[list[float]]) -> float:
+    """Standard error of the mean over all entries, for independent rows; 0 of a single one."""
+    count = sum(map(len, rows))
+    centre = mean([entry for row in rows for entry in row])
+    squares = math.fsum((math.fsum(row) - centre * len(row)) ** 2 for row in rows)
+    return math.sqrt(squares * len(rows) / (len(rows) - 1)) / count if len(rows) > 1 else 0.0
+
+
 def distinct_n(tokens: Tensor, mask: Tensor, n: int) -> float:
     """Unique n-grams / n-grams; NaN without any."""
     grams = []

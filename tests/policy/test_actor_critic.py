@@ -66,7 +66,7 @@ def test_log_probs_and_entropy_are_those_of_the_unpadded_row_at_the_temperature(
 
 
 def test_a_value_has_not_seen_its_own_action(llama: LlamaForCausalLM) -> None:
-    model = ActorCritic(llama, CriticConfig())
+    model = ActorCritic(llama, CriticConfig(zero_init=False))
     tokens = some_tokens(llama.config.vocab_size)
     changed = copy.deepcopy(tokens)
     changed.ids[0, tokens.start[0] + 2] = (changed.response[0, 2] - 2) % 200 + 3
@@ -83,6 +83,7 @@ def test_the_reference_is_the_policy_as_given_and_the_exact_kl_is_over_the_vocab
             parameter.mul_(1.1)
     tokens = some_tokens(llama.config.vocab_size)
     out, ref_logp = model(tokens, temperature=1.3, exact_kl=True), model.reference_logp(tokens, temperature=1.3)
+    again, measured = model.reference_kl(tokens, out.state, temperature=1.3)
     for row in range(3):
         keep = tokens.mask[row]
         log_p = (naive_logits(llama, tokens, row) / 1.3).log_softmax(-1)
@@ -92,6 +93,8 @@ def test_the_reference_is_the_policy_as_given_and_the_exact_kl_is_over_the_vocab
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         assert kl.max() > 0.01
         torch.testing.assert_close(out.exact_kl[row][keep], kl, atol=1e-5, rtol=0)
+        torch.testing.assert_close(measured[row][keep], kl, atol=1e-5, rtol=0)
+        torch.testing.assert_close(again[row][keep], ref_logp[row][keep], atol=1e-6, rtol=0)
 
 
 def test_with_lora_the_reference_is_the_same_weights_with_the_adapter_off(llama: LlamaForCausalLM) -> None:
@@ -104,6 +107,9 @@ def test_with_lora_the_reference_is_the_same_weights_with_the_adapter_off(llama:
     expected = ActorCritic(base, CriticConfig())(tokens, temperature=1.0)
     assert torch.equal(ref_logp, expected.logp)
     assert (out.logp - ref_logp).abs().max() > 0.01
+    again, kl = model.reference_kl(tokens, out.state, temperature=1.0)
+    assert torch.equal(again, ref_logp)
+    torch.testing.assert_close(kl, model(tokens, temperature=1.0, exact_kl=True).exact_kl, atol=1e-6, rtol=0)
 
 
 def test_the_value_loss_reaches_the_transformer_only_when_asked(llama: LlamaForCausalLM) -> None:

@@ -103,7 +103,7 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     config = settings(
         folder,
         max_steps=2,
-        rollout={"batch_size": 16},
+        rollout={"batch_size": 16, "temperature": 2.0},  # so that each payload comes up
         log={"completions_steps": 1, "progress": True},
         data={"eval_size": 0},
     )

@@ -18,7 +18,7 @@ HELD_OUT = [{"prompt": f"held out {i}"} for i in range(3)]
 def evaluated(folder: Path, **overrides: Any) -> Any:
     """Every step is evaluated. The entropy falls from step to step, so the greatest is that after the first."""
     best = {"eval_steps": 1, "metric_for_best_model": "entropy", "load_best_model_at_end": True}
-    return settings(folder, save_steps=0, save_total_limit=1, **{"max_steps": 3, **best, **overrides})
+    return settings(folder, "ppo", save_steps=0, save_total_limit=1, **{"max_steps": 3, **best, **overrides})
 
 
 def checkpoints(run: Path) -> list[str]:

@@ -47,7 +47,7 @@ def scramble(run: SAFETrainer) -> None:
     run.controller.load_state_dict({**run.controller.state_dict(), "next_step": 99})
     run.guard.state = dataclasses.replace(run.guard.state, rollbacks=2)
     assert run.preview is not None
-    run.preview.quiet = not run.preview.quiet
+    run.preview.gain, run.preview.floor, run.preview.wary = 1e9, 1e9, not run.preview.wary
     torch.rand(3)
 
 
@@ -313,7 +313,7 @@ def test_rolling_back_an_adapter_on_135m_takes_less_than_two_seconds(tokenizer, 
         trained == 4_884_480
     )  # rank 16 on all seven projections of 30 layers, as of the model with its own vocabulary
     began = time.perf_counter()
-    run.judge({"objective/kl": 9.0})
+    run.judge({"objective/kl": 9.0, "safe/threshold": 0.3})
     took = time.perf_counter() - began
     assert run.guard.state.rollbacks == 1
     assert took < 2.0

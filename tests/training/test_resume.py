@@ -69,7 +69,8 @@ def assert_resumes(made: Any, whole: Config, parts: Config, stop: int = 2) -> No
 def test_every_preset_goes_on_bit_for_bit(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, preset: str, lora_r: int
 ) -> None:
-    whole, parts = (settings(tmp_path / name, preset, model={"lora_r": lora_r}) for name in ("whole", "parts"))
+    given = {"critic": {"warmup_steps": 1}} if preset == "vapo" else {}  # its own is longer than the run
+    whole, parts = (settings(tmp_path / name, preset, model={"lora_r": lora_r}, **given) for name in ("whole", "parts"))
     assert_resumes(lambda config: trainer(config, tokenizer), whole, parts)
 
 
@@ -194,16 +195,17 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(tokenizer, tmp_path: Path)
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"kl": {"controller": "fixed"}}, {"critic": {"heads": 1}}])
 def test_a_resume_with_other_settings_of_the_saved_state_is_refused(tokenizer, tmp_path: Path, change: dict) -> None:
-    trainer(settings(tmp_path / "run", max_steps=2), tokenizer).train()
+    bound = {"optim": {"max_update_kl": 0.01}}  # which every controller takes
+    trainer(settings(tmp_path / "run", max_steps=2, **bound), tokenizer).train()
     with pytest.raises(CheckpointError, match=r" here and .* in the checkpoint: resume with the run's own, or start"):
-        trainer(settings(tmp_path / "run", **change), tokenizer).train(resume_from_checkpoint=True)
+        trainer(settings(tmp_path / "run", **bound, **change), tokenizer).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"optim": {"learning_rate": 1e-4}}, r"learning_rate is 0.0001 here and 0.01 in the checkpoint: resume with"),
-        ({"critic": {"learning_rate": 0.5}}, r"critic.learning_rate is 0.5 here and None in the checkpoint"),
+        ({"critic": {"learning_rate": 0.5}}, r"critic.learning_rate is 0.5 here and 0.001 in the checkpoint"),
         ({"optim": {"weight_decay": 0.1}}, r"weight_decay is 0.1 here and 0.0 in the checkpoint"),
     ],
 )

@@ -45,7 +45,7 @@ def test_metrics_have_documented_names_alone_and_count_steps_and_prompts(tokeniz
             row["objective/scores"] + row["objective/non_score_reward"]
         )
         assert row["rewards/letters/mean"] == row["objective/scores"]
-        assert (row["lr"], row["lr_critic"]) == (1e-2, 1e-2)
+        assert (row["lr"], row["lr_critic"]) == (1e-2, 1e-3)
 
 
 def test_the_first_minibatch_of_a_run_has_ratio_one(tokenizer, tmp_path: Path) -> None:
@@ -196,7 +196,8 @@ def test_evaluation_changes_no_row_and_is_on_prompts_that_are_not_trained_on(tok
 
 
 def test_evaluation_json_has_the_figures_of_the_held_out_completions(tokenizer, tmp_path: Path) -> None:
-    run = trainer(settings(tmp_path / "run"), tokenizer, eval_dataset=HELD_OUT)  # 11 prompts in batches of 8 and 3
+    moves = {"preview": False}  # so far that k1, which has noise, shows it
+    run = trainer(settings(tmp_path / "run", optim=moves), tokenizer, eval_dataset=HELD_OUT)  # batches of 8 and 3
     result = run.train()
     assert result.keys() == {"before", "after", "samples"}
     for side in ("before", "after"):

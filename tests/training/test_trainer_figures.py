@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from stable_rlhf.checkpoints import store
 from stable_rlhf.errors import DivergenceError, PromptError
-from stable_rlhf.learner import step_preview as preview
 from tests.tiny_runs import PROMPTS, finished, letters, policy, rows, settings, trainer
 
 
@@ -153,8 +152,10 @@ def test_the_seconds_of_a_part_are_spent_in_that_part(
     }
 
 
-def test_an_update_after_a_quiet_one_looks_at_its_end_only(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """The preview's first look, one forward of its rows, waits where the update before had nothing to scale."""
+def test_an_update_is_looked_at_before_and_after_it_once_the_first_was_within_its_bound(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first also with weights that are only nudged, and after each of its four optimiser steps."""
     calls: list[int] = []
     counts: list[int] = []
 
@@ -163,12 +164,13 @@ def test_an_update_after_a_quiet_one_looks_at_its_end_only(tokenizer: PreTrained
             counts.append(len(calls))
             calls.clear()
 
-    config = settings(tmp_path / "run", optim={"learning_rate": 1e-6}, rollout={"batch_size": 8})
+    config = settings(tmp_path / "run", optim={"learning_rate": 1e-6}, rollout={"batch_size": 8}, max_steps=2)
     run = trainer(config, tokenizer, callbacks=[Count()])
-    run.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    real = run.passes.hidden
+    monkeypatch.setattr(run.passes, "hidden", lambda *given: (calls.append(1), real(*given))[1])
     run.train()
-    assert preview.FEWEST <= 8
-    assert counts == [counts[1] + 1, counts[1], counts[1], counts[1]]
+    assert counts == [2 + 4, 2]
+    assert [row["safe/looks"] for row in rows(run.run_dir)] == [1 + 4, 1]
 
 
 # -- a run is a function of its seed ------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from stable_rlhf.files import parsed
 
-VERSION = 5
+VERSION = 6
 """Version of the format of checkpoints; older ones are refused. 1 had no digest of the manifest and no lengths; 2, of
 release 0.1.0, did not keep the state in named parts; 3 did not know the prompts, the tokenizer and the rewards by their
 content, nor the best evaluation, nor the rewards' own random numbers; 4 did not say that an evaluation had failed,
-nor know gold rewards."""
+nor know gold rewards; 5 had another state of the preview, the controllers and the guard."""
 
 NAME = "manifest.json"
 

@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "safe-no-regulation": {
         "kl": {"controller": "none", "in_reward": False},
         "guard": {"max_kl": None},
-        "optim": {"max_update_kl": 0.015},
+        "optim": {"max_update_kl": 0.006},
     },
     "safe-no-gate": {"kl": {"settings": {"gate_on": False}}},
     "safe-no-threshold": {"kl": {"settings": {"threshold_on": False}}},

@@ -277,9 +277,8 @@ def _base(arguments: Sequence[str], choice: Mapping[str, Any]) -> dict[str, Any]
 
 def _config(base: Mapping[str, Any], choice: Mapping[str, Any]) -> Config:
     """The configuration of an arm, its values read in the types of its settings."""
-    preset = choice["preset"]
     own = base.get("kl", {}).get("controller")  # from --set, the file or a flag
-    controller = Config.from_preset(preset, kl={} if own is None else {"controller": own}).kl.controller
+    controller = own or Config(preset=choice["preset"]).kl.controller
     settings: dict[str, Any] = dict(base)
     for name, value in choice.items():
         known_type(name, controller)

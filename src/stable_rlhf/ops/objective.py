@@ -248,36 +248,6 @@ def approx_kl(logp: Tensor, old_logp: Tensor, mask: Tensor, denominator: float |
     return masked_mean(kl_estimate(logp, old_logp, "k2"), mask, denominator)
 
 
-@torch.no_grad()
-def step_kl(
-    before: Tensor, after: Tensor, sampled: Tensor, mask: Tensor, denominator: float | Tensor | None = None
-) -> Tensor:
-    """KL(pi_before || pi_after) of one optimiser step, nats per token, from tokens that an earlier policy sampled.
-
-    sum m_t w_t (r_t - 1 - log r_t) / denominator, log r = after - before clamped to +-20, w = e^{before - sampled}:
-    what the step does to tokens of pi_before, each weighed by how much likelier it is than when it was sampled. Never
-    negative; unbiased, except for the clamp, at the states that the earlier policy reached. Source: SAFE
-    (arXiv 2602.04651), the preview; Schulman 2020, "Approximating KL Divergence", for the estimator (k3).
-
-    Args:
-        before, after: [B, T] log-probs of the response tokens on the two sides of the step, nats.
-        sampled: [B, T] their log-probs under the policy that sampled them; the same as ``before`` at the first step.
-        mask: bool [B, T], True on response tokens.
-        denominator: see the module; None is the number of True entries.
-
-    Returns:
-        A scalar, float64; NaN where an ``after`` under the mask is not finite.
-
-    Raises:
-        TypeError, ValueError: see `masked.check_mask` and `masked.masked_mean`.
-    """
-    check_mask(mask, before=before, after=after, sampled=sampled)
-    after = torch.where(after.isfinite(), after.double(), torch.nan)  # the clamp would make 20 of an infinity
-    log_ratio = (after - before.double()).clamp(-K3_CLAMP, K3_CLAMP)
-    weight = (before.double() - sampled.double()).exp()
-    return masked_mean(weight * (torch.expm1(log_ratio) - log_ratio), mask, denominator)
-
-
 def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(G - V) / Var(G) over the True entries: 1 is a perfect critic, 0 one that knows only the mean.
 

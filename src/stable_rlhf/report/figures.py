@@ -67,10 +67,12 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         ),
         Plot(
             title="KL from the reference",
-            caption="Mean log-ratio (k1) next to its budget. The background shows the phases of the reward.",
+            caption="The KL over the vocabulary, its estimate by the mean log-ratio (k1), and the budget. Behind them "
+            "the phases of the reward.",
             units=(_NATS,),
             lines=(
-                _line("objective/kl", "each step", "quiet"),
+                _line("objective/kl", "k1, each step", "quiet dashed"),
+                _line("objective/kl_exact", "exact, each step", "quiet"),
                 _line("safe/kl_short", "fast filter", "c1 strong"),
                 _line("safe/kl_long", "slow filter", "c4"),
                 _line("safe/threshold", "threshold", "limit dashed"),
@@ -111,11 +113,12 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         ),
         Plot(
             title="KL, other measures",
-            caption="The estimate k3, which is never negative; below it the KL of a whole completion, and the KL part "
-            "of the reward.",
+            caption="The estimate k3, which is never negative, and the standard error of the KL that the controller "
+            "is told; below them the KL of a whole completion, and the KL part of the reward.",
             units=(_NATS, "nats per sequence", "reward"),
             lines=(
                 _line("objective/kl_k3", "k3", "c1"),
+                _line("objective/kl_error", "standard error", "quiet"),
                 _line("objective/kl_per_sequence", "per sequence", "c2", 1),
                 _line("objective/non_score_reward", "KL part", "c3", 2),
             ),
@@ -145,13 +148,14 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         Plot(
             title="Step scale",
             caption="The preview measures how far each update moves the policy and keeps it within its bound; the "
-            "share of the proposed steps that was taken, and steps that were not.",
-            units=(_NATS, "share", "steps"),
+            "share of the proposed steps that was taken, steps that were not, and the forward passes that it took.",
+            units=(_NATS, "share", "count"),
             lines=(
                 _line("safe/moved_kl", "KL of the update", "c1"),
                 _line("safe/update_kl", "its bound", "limit dashed"),
                 _line("safe/step_scale", "share taken", "c2", 1),
-                _line("policy/skipped_steps", "gradient not finite", "limit", 2),
+                _line("policy/skipped_steps", "steps without a finite gradient", "limit", 2),
+                _line("safe/looks", "passes", "c3", 2),
             ),
         ),
         Plot(

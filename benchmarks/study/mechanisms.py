@@ -20,18 +20,19 @@ DECIDES = ("reward/final", "healthy")
 
 
 def mechanism_table(bench: str, runs: Sequence[Run]) -> Table:
-    """`safe` less each ablation, pairs of seed and rate."""
+    """`safe` with each mechanism less `safe` without it, pairs of seed and rate."""
     rows = []
     for arm in arms_in(select(runs, "ablation")):
         without = select(runs, "ablation", arm)
         rates = {run.rate for run in without}
         whole = [run for run in select(runs, "main", "safe") if run.rate in rates]
-        gaps = {key: _gap(values(whole, key), values(without, key), key) for key in JUDGED}
+        pair = (whole, without) if arm.startswith("safe-no-") else (without, whole)  # others put a layer in
+        gaps = {key: _gap(values(pair[0], key), values(pair[1], key), key) for key in JUDGED}
         word = verdict([gap for key in DECIDES if (gap := gaps[key]) is not None])
         seeds = f"{len(whole)} and {len(without)}"
         rows.append([arm.removeprefix("safe-no-").removeprefix("safe-"), seeds, *map(interval, gaps.values()), word])
     return Table(
-        title=f"Mechanisms, bench {bench}: `safe` less the ablation",
+        title=f"Mechanisms, bench {bench}: `safe` with each, less `safe` without it",
         aim="A mechanism helps where `safe` with it has the higher final reward or more healthy runs (interval above "
         "0) and neither lower; it hurts in the reverse case. Several rates are pooled, each a stratum.",
         columns=["mechanism", "n", *JUDGED.values(), "verdict"],

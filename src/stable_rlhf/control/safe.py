@@ -82,9 +82,9 @@ class SafeSettings:
     """Share of the threshold that one update may move the policy, as KL(before || after): the bound that
     `optim.preview` enforces. 0.02 lets the KL reach its budget in seven updates at the soonest; with 0.01 it
     takes longer and ends no higher, with 0.07 the noise of the updates costs reward at small budgets."""
-    gate_on: bool = setting(True)
-    """Whether the gate acts: a factor that raises the coefficient when the entropy is low. False is the ablation
-    without gate."""
+    gate_on: bool = setting(False)
+    """Whether the gate acts: a factor that raises the coefficient when the entropy is low. On our benches it was 1 in
+    every run whose KL was regulated (docs/results.md), so it is off."""
     gate_fraction: float = setting(0.6, above=0.0, high=1.0)
     """Share of the starting entropy below which the gate acts. In the prototype's runs, entropy stayed above 0.7 of its
     start in healthy runs and fell below 0.3 where the reward was hacked."""

@@ -93,8 +93,8 @@ class CriticConfig(Named):
     """The value heads on the policy's last hidden state (docs/algorithm.md, Critic)."""
 
     heads: Literal[1, 2] = 1
-    """Number of value heads: 1 is PPO's, 2 the paper's pessimistic double critic. On our benches the second head changed
-    neither reward nor stability (docs/results.md), so it is off."""
+    """Number of value heads: 1 is PPO's, 2 the paper's pessimistic double critic. On our benches the second head
+    changed neither reward nor stability (docs/results.md), so it is off."""
     temperature: float = 0.3
     """Alpha of the soft-min of the two heads, in normalised reward units; a smaller value is closer to the minimum.
     Only with heads=2."""

@@ -1,4 +1,4 @@
-"""The controller `safe`: a regulated KL, an entropy gate and a moving KL budget, as SAFE intends them.
+"""The controller `safe`: a regulated KL, a moving KL budget and, if asked for, an entropy gate, as SAFE intends them.
 
 Once per rollout, in this order:
 1. threshold   The KL budget moves with the reward curve (`phase.reward_phase`, half-windows against their own
@@ -7,10 +7,10 @@ Once per rollout, in this order:
                rewards, sets how far. A rate limit keeps it from jumping. No absolute reward occurs anywhere:
                a * reward + b, a > 0, gives the same decisions. A budget per sequence becomes nats per token by the
                smoothed length of the responses.
-2. gate        gate = clip((fraction H_0 / H)^power, 1, max), H_0 the mean entropy of the first rollouts: exactly 1
-               in a healthy run, above it before collapse. While it is above 1 and the entropy still falls, the
-               coefficient may not relax, else the regulator would undo it. Where the entropy has stopped falling, it
-               may: a task whose answers are certain is no collapse, and its KL belongs at the budget.
+2. gate        1 unless `gate_on`. gate = clip((fraction H_0 / H)^power, 1, max), H_0 the mean entropy of the first
+               rollouts: exactly 1 in a healthy run, above it before collapse. While it is above 1 and the entropy still
+               falls, the coefficient may not relax, else the regulator would undo it. Where the entropy has stopped
+               falling, it may: a task whose answers are certain is no collapse, and its KL belongs at the budget.
 3. regulation  `kl_regulator.regulate` brings KL to the threshold and holds it there.
 4. decision    kl_coef = gate * share * beta (share: the regulator's proportional part), and the second actuator, the bound on what one update may move:
                update_kl = update_share * threshold * min(1, (threshold / KL)^3), at least a twentieth of that.

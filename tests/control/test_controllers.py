@@ -138,7 +138,7 @@ def test_a_wrong_setting_is_named_with_its_value_and_a_remedy(
         ("fixed", "beta", 0.0, -5e-324),  # >= 0
         ("fixed", "beta", 1e300, math.inf),
         ("adaptive", "target", 5e-324, 0.0),  # > 0
-        ("safe", "lead", 3.0, math.nextafter(3.0, 4)),  # <= 3
+        ("safe", "lead", 20.0, math.nextafter(20.0, 21)),  # <= 20
         ("safe", "gate_fraction", 1.0, math.nextafter(1.0, 2)),
         ("safe", "gate_max", 1.0, math.nextafter(1.0, 0)),
         ("safe", "window", 10, 9),
@@ -170,8 +170,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "initial_coef": 0.05,
             "min_coef": 1e-4,
             "max_coef": 100.0,
-            "gain": 6.0,
-            "lead": 0.5,
+            "gain": 0.2,
+            "lead": 2.0,
             "update_share": 0.02,
             "gate_on": False,
             "gate_fraction": 0.6,

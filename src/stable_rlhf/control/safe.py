@@ -12,7 +12,8 @@ Once per rollout, in this order:
                falls, the coefficient may not relax, else the regulator would undo it. Where the entropy has stopped
                falling, it may: a task whose answers are certain is no collapse, and its KL belongs at the budget.
 3. regulation  `kl_regulator.regulate` brings KL to the threshold and holds it there.
-4. decision    kl_coef = gate * share * beta (share: the regulator's proportional part), and the second actuator, the bound on what one update may move:
+4. decision    kl_coef = gate * share * beta, share the regulator's proportional part, and the second actuator, the
+               bound on what one update may move:
                update_kl = update_share * threshold * min(1, (threshold / KL)^3), at least a twentieth of that.
                Where the noise of the steps alone would exceed the budget no coefficient holds it; smaller steps do.
 
@@ -70,7 +71,8 @@ class SafeSettings:
     """Smallest coefficient at the budget. It has no effect on rewards of unit deviation, and is large enough to recover
     from."""
     max_coef: float = setting(100.0, above=0.0)
-    """Largest coefficient at the budget, before the gate. No reward of unit deviation outweighs it; it only prevents overflow."""
+    """Largest coefficient at the budget, before the gate. No reward of unit deviation outweighs it; it only prevents
+    overflow."""
     gain: float = setting(0.2, 0.0, 2.0)
     """Integral gain: change of the coefficient's logarithm in one rollout, for each unit of log(KL / threshold). On
     simulated policies (benchmarks/control) 0.15 to 0.25 hold the KL alike; with 0.04 it is late, with 0.4 it swings."""

@@ -76,7 +76,7 @@ def test_every_preset_that_is_a_method_has_its_paper() -> None:
     named = [name for name, _ in SECTIONS]
     assert named == [
         *("safe", "paper", "ppo", "ppo-adaptive", "asymmetric", "pid-lagrangian", "kl-adaptive-lr", "vapo")
-    ]  # the others take one layer away
+    ]  # the others take one layer away, or put one in
 
 
 # -- TRL ------------------------------------------------------------------------------------------------------------

@@ -120,8 +120,8 @@ def some_tokens(rows: int, width: int, length: int, seed: int = 0) -> Tokens:
     return Tokens(ids=ids, start=start, response=ids.gather(1, at.clamp(max=width - 1)), mask=mask)
 
 
-def some_batch(rows: int, width: int, length: int, seed: int = 0) -> Batch:
-    """Random tokens with random figures of two heads."""
+def some_batch(rows: int, width: int, length: int, seed: int = 0, heads: int = 1) -> Batch:
+    """Random tokens with random figures of so many heads."""
     generator = torch.Generator().manual_seed(seed)
 
     def grid(*shape: int) -> Tensor:
@@ -129,7 +129,7 @@ def some_batch(rows: int, width: int, length: int, seed: int = 0) -> Batch:
 
     names = ("logp", "ref_logp", "entropy", "advantages", "returns")
     grids = {name: grid() - (4.0 if name.endswith("logp") else 0.0) for name in names}
-    return Batch(tokens=some_tokens(rows, width, length, seed), values=grid(2), **grids)
+    return Batch(tokens=some_tokens(rows, width, length, seed), values=grid(heads), **grids)
 
 
 def decide(kl_coef: float, update_kl: float | None = None) -> Decision:

@@ -248,9 +248,21 @@ def test_a_mechanism_is_compared_at_the_ablations_rates() -> None:
         return run(arm, seed, part, rate, figures={"reward/final": reward, "healthy": 1.0})
 
     found = [of("safe", "main", rate, n, 2.0 + n) for rate in (1e-4, 3e-3) for n in (0, 1)]
-    found += [of("safe-no-gate", "ablation", 1e-4, n, 1.0 + n) for n in (0, 1)]
+    found += [of("safe-no-threshold", "ablation", 1e-4, n, 1.0 + n) for n in (0, 1)]
     (row,) = mechanisms.mechanism_table("S", found).rows
-    assert row[:3] == ["gate", "2 and 2", "1 [1, 1]"]
+    assert row[:3] == ["threshold", "2 and 2", "1 [1, 1]"]
+    assert row[-1] == "helps"
+
+
+@pytest.mark.parametrize(("arm", "name"), [("safe-double-critic", "double-critic"), ("safe-gate", "gate")])
+def test_a_mechanism_that_safe_does_not_have_is_judged_by_the_runs_that_put_it_in(arm: str, name: str) -> None:
+    def of(made: str, part: str, seed: int, reward: float) -> Run:
+        return run(made, seed, part, figures={"reward/final": reward, "healthy": 1.0})
+
+    found = [of("safe", "main", n, 2.0 + n) for n in (0, 1)] + [of(arm, "ablation", n, 2.5 + n) for n in (0, 1, 2)]
+    (row,) = mechanisms.mechanism_table("S", found).rows
+    assert row[:2] == [name, "2 and 3"]
+    assert row[2].startswith("0.5 [0.5, 0.5]")  # with it less without, on the seeds that both have
     assert row[-1] == "helps"
 
 

@@ -93,9 +93,9 @@ def test_the_command_line_gives_the_presets_own_object(preset: str) -> None:
 
 
 def test_settings_of_the_presets_controller_stay_unless_the_controller_is_another_one() -> None:
-    kept = loading.load_config(["--preset", "safe-no-gate", "--kl.settings.budget", "0.2"])
-    assert kept.kl.settings == SafeSettings(gate_on=False, budget=0.2)
-    assert kept == Config.from_preset("safe-no-gate", kl={"settings": {"budget": 0.2}})
+    kept = loading.load_config(["--preset", "safe-no-threshold", "--kl.settings.budget", "0.2"])
+    assert kept.kl.settings == SafeSettings(threshold_on=False, budget=0.2)
+    assert kept == Config.from_preset("safe-no-threshold", kl={"settings": {"budget": 0.2}})
     other = loading.load_config(["--preset", "ppo", "--kl.controller", "adaptive"])
     assert other.kl.settings == AdaptiveSettings()
     assert PRESETS["ppo"]["kl"]["settings"] == {"beta": 0.05}
@@ -120,8 +120,8 @@ def test_the_settings_are_those_of_the_controller_that_is_chosen_wherever_it_is(
     ):
         kl = loading.load_config([*arguments, "--optim.preview=false"]).kl  # which has no bound by `fixed`
         assert (kl.controller, kl.settings) == ("fixed", FixedSettings(beta=0.1))
-    back = loading.load_config(["--config", str(safe), "--preset", "safe-no-gate", "--kl.settings.budget", "0.2"])
-    assert back.kl.settings == SafeSettings(budget=0.2, gate_on=False)
+    back = loading.load_config(["--config", str(safe), "--preset", "safe-no-threshold", "--kl.settings.budget", "0.2"])
+    assert back.kl.settings == SafeSettings(budget=0.2, threshold_on=False)
 
 
 def test_a_controller_without_settings_takes_an_empty_mapping_of_them(tmp_path: Path) -> None:
@@ -351,12 +351,12 @@ def test_help_explains_every_setting_with_the_presets_defaults(capsys: pytest.Ca
     assert all(preset in shown.replace("- ", "-") for preset in PRESETS)  # a line may end at a hyphen
     assert main(["train", "--preset", "ppo", "--help-all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "1 is PPO's. (type: Literal[1, 2], default: 1)" in shown
+    assert "(docs/results.md), so it is off. (type: Literal[1, 2], default: 1)" in shown
     assert "--kl.settings.beta BETA Reward per nat. " in shown
     assert "--kl.settings.budget" not in shown
-    assert main(["train", "--preset", "safe-no-gate", "--help-all"]) == 0
+    assert main(["train", "--preset", "safe-no-threshold", "--help-all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "the ablation without gate. (type: bool, default: False)" in shown
+    assert "the ablation without a moving threshold. (type: bool, default: False)" in shown
     assert main(["train", "--kl.controller", "adaptive", "--help-all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--kl.settings.horizon HORIZON Rollouts in which the coefficient changes by at most 22 % " in shown

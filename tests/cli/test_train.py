@@ -68,10 +68,10 @@ def test_resume_takes_no_other_settings_and_no_other_folders(
     assert main(["resume", str(run), "--max_steps", "3", "--checkpoint", str(tmp_path / "no")]) == 2
     missing = f"--checkpoint {tmp_path / 'no'}: there is no such folder; the checkpoints in {run}: step-"
     assert said(capsys).startswith(missing)
-    changed = (run / "config.yaml").read_text().replace("heads: 2", "heads: 1")
+    changed = (run / "config.yaml").read_text().replace("heads: 1", "heads: 2")
     (run / "config.yaml").write_text(changed)
     assert main(["resume", str(run), "--max_steps", "3"]) == 2
-    assert said(capsys).startswith("critic.heads is 1 here and 2 in the checkpoint: resume with the run's own")
+    assert said(capsys).startswith("critic.heads is 2 here and 1 in the checkpoint: resume with the run's own")
 
 
 def test_report_names_a_folder_that_is_no_run(

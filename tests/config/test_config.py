@@ -46,7 +46,7 @@ SAFE = {
     "gain": 6.0,
     "lead": 0.5,
     "update_share": 0.02,
-    "gate_on": True,
+    "gate_on": False,
     "gate_fraction": 0.6,
     "gate_power": 2.0,
     "gate_max": 8.0,
@@ -77,13 +77,14 @@ PAPER_CONTROLLER = {
 NO_GUARD = {"guard.enabled": False, "guard.max_kl": 2.0}  # and so no ceiling was taken for the one that acts
 PLAIN = {"critic.zero_init": False, "critic.learning_rate": None, "critic.cliprange_value": 0.2}
 PLAIN |= {"optim.skip_equal_scores": False, "optim.preview": False, "kl.observe": "k1", **NO_GUARD}
-PPO = {"critic.heads": 1, "critic.clip_reduction": "max", "reward.normalise": "none", "optim.whiten_floor": 1e-4}
+PPO = {"critic.clip_reduction": "max", "reward.normalise": "none", "optim.whiten_floor": 1e-4}
 PPO |= PLAIN
 FIXED = {"kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False}
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
     "paper": {
+        "critic.heads": 2,
         "critic.bootstrap": "mixed",
         "critic.regress": "soft_min",
         "critic.loss": "huber",
@@ -113,7 +114,8 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "optim.length_alpha": 0.05,
         "optim.epsilon_high": 0.28,
     },
-    "safe-single-critic": {"critic.heads": 1},
+    "safe-double-critic": {"critic.heads": 2},
+    "safe-gate": {"kl.settings": {**SAFE, "gate_on": True}},
     "safe-no-regulation": {
         "kl.controller": "none",
         "kl.settings": {},
@@ -121,7 +123,6 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "guard.max_kl_ratio": None,
         "optim.max_update_kl": 0.006,
     },
-    "safe-no-gate": {"kl.settings": {**SAFE, "gate_on": False}},
     "safe-no-threshold": {"kl.settings": {**SAFE, "threshold_on": False}},
     "safe-no-preview": {"optim.preview": False},
     "safe-no-guard": NO_GUARD,
@@ -173,12 +174,13 @@ def test_paper_has_every_published_constant() -> None:
     assert config["kl.settings"] == PAPER_CONTROLLER
 
 
-def test_safe_has_every_layer_on_and_no_bias_between_the_sides_of_the_td_error() -> None:
+def test_safe_has_one_head_and_no_gate_every_other_layer_and_no_bias_between_the_sides_of_the_td_error() -> None:
     config = Config()
-    assert (config.preset, config.kl.controller, config.critic.heads) == ("safe", "safe", 2)
+    assert (config.preset, config.kl.controller, config.critic.heads) == ("safe", "safe", 1)
     assert (config.critic.bootstrap, config.critic.regress, config.reward.normalise) == ("online", "each", "running")
     assert isinstance(config.kl.settings, SafeSettings)
-    assert config.kl.settings.gate_on is config.kl.settings.threshold_on is True
+    assert (config.kl.settings.gate_on, config.kl.settings.threshold_on) == (False, True)
+    assert config.optim.preview
     assert config.guard.enabled
     off = [name for name, value in config.to_dict()["guard"].items() if value is None]
     assert off == ["max_kl", "min_explained_variance"]  # there is a threshold; a saturated reward sets it off
@@ -205,9 +207,9 @@ def test_the_controllers_of_the_configuration_are_those_there_are() -> None:
 
 def test_from_preset_changes_the_fields_that_are_given_and_a_section_given_whole_replaces_the_presets() -> None:
     partial = Config.from_preset("ppo", max_steps=10, critic={"lam": 0.5})
-    assert (partial.max_steps, partial.critic.lam, partial.critic.heads) == (10, 0.5, 1)
+    assert (partial.max_steps, partial.critic.lam, partial.critic.clip_reduction) == (10, 0.5, "max")
     whole = Config(preset="ppo", critic=CriticConfig(lam=0.5))
-    assert (whole.critic.lam, whole.critic.heads) == (0.5, 2)
+    assert (whole.critic.lam, whole.critic.clip_reduction) == (0.5, "mean")
     assert whole.reward.normalise == "none"
 
 
@@ -231,21 +233,21 @@ def test_settings_that_are_not_given_are_the_presets_for_its_own_controller_and_
     assert KLConfig(controller="paper").settings == PaperSettings()
     assert KLConfig(controller="none", settings={}).settings == NoneSettings()  # pyright: ignore
     for given in ({}, {"settings": None}, {"settings": {}}, {"controller": "safe"}):
-        assert Config.from_preset("safe-no-gate", kl=given).kl.settings == SafeSettings(gate_on=False)
-    other = Config.from_preset("safe-no-gate", kl={"controller": "adaptive"}, optim={"preview": False})
+        assert Config.from_preset("safe-no-threshold", kl=given).kl.settings == SafeSettings(threshold_on=False)
+    other = Config.from_preset("safe-no-threshold", kl={"controller": "adaptive"}, optim={"preview": False})
     assert other.kl.settings == AdaptiveSettings()
 
 
 def test_settings_given_as_a_mapping_are_made_the_controllers_own_class() -> None:
     assert KLConfig(controller="fixed", settings={"beta": 0.1}).settings == FixedSettings(beta=0.1)  # pyright: ignore
     assert Config.from_preset("safe", kl={"settings": {"budget": 0.2}}).kl.settings == SafeSettings(budget=0.2)
-    kept = Config.from_preset("safe-no-gate", kl={"settings": {"budget": 0.2}}).kl.settings
-    assert kept == SafeSettings(budget=0.2, gate_on=False)
+    kept = Config.from_preset("safe-no-threshold", kl={"settings": {"budget": 0.2}}).kl.settings
+    assert kept == SafeSettings(budget=0.2, threshold_on=False)
 
 
 def test_settings_given_whole_replace_the_presets() -> None:
     given = SafeSettings(budget=0.2)
-    assert Config.from_preset("safe-no-gate", kl={"settings": given}).kl.settings == given
+    assert Config.from_preset("safe-no-threshold", kl={"settings": given}).kl.settings == given
     assert KLConfig(settings=given).settings == given
 
 
@@ -361,6 +363,7 @@ BETWEEN = {  # (outside, sentence)
 NEEDED = {  # what must be set for the field to have a range at all
     "model.lora_alpha": {"model": {"lora_r": 4}},
     "guard.max_kl": {"kl": {"controller": "none", "in_reward": False}, "optim": {"preview": False}},
+    "critic.temperature": {"critic": {"heads": 2}},
     "critic.huber_delta": {"critic": {"loss": "huber"}},
     "reward.uncertainty_coef": {"reward": {"aggregate": "uncertainty"}},
 }
@@ -497,8 +500,8 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
             "must be divisible by optim.num_mini_batches=8: try",
         ),
         ("optim.microbatch_tokens", 0, {}, "must be greater than 0"),
-        ("critic.temperature", 0.1, {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
-        ("critic.regress", "soft_min", {"preset": "ppo"}, "has no effect unless critic.heads=2; leave it out"),
+        ("critic.temperature", 0.1, {}, "has no effect unless critic.heads=2; leave it out"),
+        ("critic.regress", "soft_min", {}, "has no effect unless critic.heads=2; leave it out"),
         (
             "critic.huber_delta",
             0.1,

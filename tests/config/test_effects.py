@@ -83,6 +83,7 @@ BOTH_WAYS = {"kl": {"in_reward": False, "in_loss": "k2"}}
 NO_BUDGET = {"kl": {"controller": "none", "in_reward": False}, "optim": {"preview": False}}  # that would allow it
 AT_ONCE = {"max_steps": 10, "guard": {"patience": 1}}  # levels are known after the fifth step
 ROLLS_BACK = {"max_steps": 7, "guard": {"patience": 1, "min_explained_variance": 0.999}}  # which no critic reaches
+TWO_HEADS = {"critic": {"heads": 2}}
 TWO_REWARDS = {"reward": {"functions": [f"tests.config.test_effects:{name}" for name in ("letters", "length")]}}
 REWARD_MODEL = {"reward": {"functions": ["builtin"]}}
 
@@ -173,9 +174,9 @@ TURNED: dict[str, Turn | str] = {
     "optim.max_grad_norm": Turn(to=1e-4, shows_in="weights"),
     "optim.preview": Turn(to=True, shows_in="weights", of="safe/step_scale"),
     "optim.max_update_kl": Turn(to=1e-6, of="safe/step_scale", given={"optim": {"preview": True}}),
-    "critic.heads": Turn(to=1, of="val/mean"),
-    "critic.temperature": Turn(to=0.01, of="val/mean"),
-    "critic.regress": Turn(to="soft_min", of="loss/value_avg"),
+    "critic.heads": Turn(to=2, of="val/mean"),
+    "critic.temperature": Turn(to=0.01, of="val/mean", given=TWO_HEADS),
+    "critic.regress": Turn(to="soft_min", of="loss/value_avg", given=TWO_HEADS),
     "critic.bootstrap": Turn(to="target", of="val/returns_mean"),
     "critic.target_tau": Turn(to=0.5, of="safe/target_gap"),
     "critic.loss": Turn(to="huber", of="loss/value_avg"),

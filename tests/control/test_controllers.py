@@ -20,6 +20,8 @@ from stable_rlhf.control import CONTROLLERS, Observation, controller_settings, m
 from stable_rlhf.control.pid import PidState
 
 FINITE = st.floats(-5, 5)
+MADE: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in CONTROLLERS), ("safe", {"gate_on": True})]
+"""Controllers with settings; the last has a layer of `safe` that is off by default."""
 RUNS = st.lists(st.tuples(FINITE, FINITE, st.floats(0.0, 6.0)), min_size=1, max_size=60)
 
 
@@ -39,12 +41,12 @@ def test_the_names_are_the_documented_ones() -> None:
     assert CONTROLLERS == ("none", "fixed", "adaptive", "asymmetric", "pid-lagrangian", "safe", "paper")
 
 
-@pytest.mark.parametrize("name", CONTROLLERS)
-def test_a_run_saved_as_json_at_any_step_continues_bit_for_bit(name: str) -> None:
+@pytest.mark.parametrize(("name", "changed"), MADE)
+def test_a_run_saved_as_json_at_any_step_continues_bit_for_bit(name: str, changed: dict[str, Any]) -> None:
     rows = noisy_run(130)
-    controller = make_controller(name)
+    controller = make_controller(name, **changed)
     for row in rows:
-        copy = make_controller(name)
+        copy = make_controller(name, **changed)
         copy.load_state_dict(json.loads(json.dumps(controller.state_dict(), allow_nan=False)))
         decision = controller.observe(row)
         assert copy.observe(row) == decision
@@ -52,9 +54,9 @@ def test_a_run_saved_as_json_at_any_step_continues_bit_for_bit(name: str) -> Non
         assert json.loads(json.dumps(dataclasses.asdict(decision), allow_nan=False)) == dataclasses.asdict(decision)
 
 
-@pytest.mark.parametrize("name", CONTROLLERS)
-def test_the_state_stops_growing(name: str) -> None:
-    controller = make_controller(name)
+@pytest.mark.parametrize(("name", "changed"), MADE)
+def test_the_state_stops_growing(name: str, changed: dict[str, Any]) -> None:
+    controller = make_controller(name, **changed)
     sizes = []
     for row in noisy_run(400):
         controller.observe(row)
@@ -75,11 +77,13 @@ def test_a_repeated_or_skipped_step_says_which_was_expected(name: str, step: int
     assert controller.state_dict() == before
 
 
-@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize(("name", "changed"), MADE)
 @given(run=RUNS)
 @settings(max_examples=25, deadline=None)
-def test_every_decision_is_finite_and_never_pulls_the_wrong_way(name: str, run: list[tuple[float, ...]]) -> None:
-    controller = make_controller(name)
+def test_every_decision_is_finite_and_never_pulls_the_wrong_way(
+    name: str, changed: dict[str, Any], run: list[tuple[float, ...]]
+) -> None:
+    controller = make_controller(name, **changed)
     for step, (reward, kl, entropy) in enumerate(run):
         decision = dataclasses.asdict(controller.observe(Observation(step, reward, kl, entropy)))
         numbers = [value for value in decision.values() if isinstance(value, float)]
@@ -110,7 +114,7 @@ def test_the_recorded_settings_are_complete_and_make_the_same_controller(name: s
         ("fixed", {"beta": "0.1"}, r"beta='0\.1': give a number, such as 0\.05"),
         ("safe", {"window": 20.5}, r"window=20\.5: give a whole number"),
         ("adaptive", {"target": 0}, r"target=0 is out of range: give a finite number > 0"),
-        ("safe", {"gate_on": 1}, r"gate_on=1: give true or false, such as True"),
+        ("safe", {"gate_on": 1}, r"gate_on=1: give true or false, such as False"),
         ("safe", {"budget": True}, r"budget=True: give a number"),
         ("safe", {"budget_per": "word"}, r"budget_per='word': choose one of token, sequence"),
         ("safe", {"budget_per": 1}, r"budget_per=1: choose one of token, sequence"),
@@ -169,7 +173,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "gain": 6.0,
             "lead": 0.5,
             "update_share": 0.02,
-            "gate_on": True,
+            "gate_on": False,
             "gate_fraction": 0.6,
             "gate_power": 2.0,
             "gate_max": 8.0,
@@ -216,7 +220,7 @@ def test_an_observation_that_is_no_figure_is_refused(values: tuple[Any, ...], me
 
 
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
-    controller = make_controller("safe")
+    controller = make_controller("safe", gate_on=True)
     for row in noisy_run(20):
         controller.observe(row)
     good = controller.state_dict()
@@ -267,7 +271,7 @@ TURNED: dict[str, dict[str, Any]] = {
         "max_coef": 0.06,
         "gain": 2.0,
         "lead": 0.2,
-        "gate_on": False,
+        "gate_on": True,
         "gate_fraction": 0.8,
         "gate_power": 1.0,
         "gate_max": 2.0,
@@ -297,10 +301,15 @@ TURNED: dict[str, dict[str, Any]] = {
 }
 
 
+OF_THE_GATE = ("gate_fraction", "gate_power", "gate_max")
+"""Settings of `safe` that act with its gate, which is off by default."""
+
+
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name in TURNED for key in TURNED[name]])
 def test_every_setting_changes_a_decision(name: str, key: str) -> None:
     assert set(TURNED[name]) == set(controller_settings(name, {}))
-    plain, turned = make_controller(name), make_controller(name, **{key: TURNED[name][key]})
+    acts = {"gate_on": True} if key in OF_THE_GATE else {}
+    plain, turned = make_controller(name, **acts), make_controller(name, **acts, **{key: TURNED[name][key]})
     rows = [dataclasses.replace(row, length=20.0) for row in noisy_run(150)]
     ours = [dataclasses.replace(plain.observe(row), reason="") for row in rows]
     theirs = [dataclasses.replace(turned.observe(row), reason="") for row in rows]

@@ -212,7 +212,7 @@ def test_noise_alone_leaves_the_budget_nearly_alone() -> None:
 
 
 def entropy_run(entropies: list[float], **changed: float | bool) -> list[Decision]:
-    return drive([(0.0, 0.3, entropy) for entropy in entropies], threshold_on=False, **changed)
+    return drive([(0.0, 0.3, entropy) for entropy in entropies], threshold_on=False, gate_on=True, **changed)
 
 
 @pytest.mark.parametrize("start", [0.4, 3.0, 9.0])
@@ -237,8 +237,8 @@ def test_the_gate_multiplies_the_coefficient_and_is_not_undone_while_the_entropy
     """Collapse with the KL just below the budget: without the rule the coefficient would relax until the gate is
     spent. Where the entropy has stayed low for long, it may: the KL belongs at its budget there too."""
     rows = [3.0] * 5 + [3.0 * 0.93**step for step in range(25)] + [0.5] * 200
-    gated = drive([(0.0, 0.27, entropy) for entropy in rows], threshold_on=False)
-    plain = drive([(0.0, 0.27, entropy) for entropy in rows], threshold_on=False, gate_on=False)
+    gated = drive([(0.0, 0.27, entropy) for entropy in rows], threshold_on=False, gate_on=True)
+    plain = drive([(0.0, 0.27, entropy) for entropy in rows], threshold_on=False)
     assert gated[29].gate > 4.0
     assert gated[29].kl_coef > 1.2 * gated[29].gate * plain[29].kl_coef > 0.0
     assert gated[-1].gate == 8.0
@@ -247,7 +247,7 @@ def test_the_gate_multiplies_the_coefficient_and_is_not_undone_while_the_entropy
 
 def test_collapse_is_answered_even_where_the_kl_is_small() -> None:
     rows = [(0.0, 0.01, 3.0)] * 5 + [(0.0, 0.01, 0.3)] * 10
-    decisions = drive(rows)
+    decisions = drive(rows, gate_on=True)
     assert decisions[-1].kl_coef > 5 * decisions[4].kl_coef
 
 
@@ -256,10 +256,11 @@ def test_a_policy_that_starts_without_entropy_has_no_gate() -> None:
     assert {(each.gate, each.entropy_floor) for each in decisions} == {(1.0, None)}
 
 
-def test_the_ablations_turn_one_layer_off_and_leave_the_others() -> None:
+def test_gate_and_threshold_are_switched_apart_and_only_the_threshold_is_on_by_default() -> None:
     rows = [(0.02 * step, 0.1 + 0.002 * step, 3.0 - 0.03 * step) for step in range(90)]
-    full, no_gate, no_threshold = drive(rows), drive(rows, gate_on=False), drive(rows, threshold_on=False)
-    assert {each.gate for each in no_gate} == {1.0}
+    full = drive(rows, gate_on=True, threshold_on=True)
+    no_gate, no_threshold = drive(rows), drive(rows, gate_on=True, threshold_on=False)
+    assert {(each.gate, each.entropy_floor) for each in no_gate} == {(1.0, None)}
     assert [each.threshold for each in no_gate] == [each.threshold for each in full]
     assert {each.threshold for each in no_threshold} == {BUDGET}
     assert {each.phase for each in no_threshold} == {"NONE"}

@@ -48,16 +48,18 @@ def eventful(seed: int, steps: int) -> list[tuple[float, float, float]]:
     return rows
 
 
+GATE: dict[str, Any] = {"gate_on": True}
 CHANGES: list[dict[str, Any]] = [
+    GATE,
+    GATE,
+    GATE,
+    GATE | {"window": 15, "gate_fraction": 0.8, "gate_power": 1.0, "gate_max": 3.0},
+    GATE | {"budget": 0.1, "threshold_min": 0.9, "threshold_max": 1.1, "threshold_rate": 0.05},
+    GATE | {"gain": 1.0, "lead": 0.2, "min_coef": 0.02, "max_coef": 0.2},
+    GATE | {"pid_kp": 0.02, "pid_ki": 0.05, "pid_kd": 0.5, "window": 10},
+    {"initial_coef": 2.0},
+    GATE | {"threshold_on": False, "gate_power": 4.0},
     {},
-    {},
-    {},
-    {"window": 15, "gate_fraction": 0.8, "gate_power": 1.0, "gate_max": 3.0},
-    {"budget": 0.1, "threshold_min": 0.9, "threshold_max": 1.1, "threshold_rate": 0.05},
-    {"gain": 1.0, "lead": 0.2, "min_coef": 0.02, "max_coef": 0.2},
-    {"pid_kp": 0.02, "pid_ki": 0.05, "pid_kd": 0.5, "window": 10},
-    {"gate_on": False, "initial_coef": 2.0},
-    {"threshold_on": False, "gate_power": 4.0},
 ]
 
 
@@ -73,7 +75,7 @@ def test_a_run_is_that_of_plain_loops(seed: int, changed: dict[str, Any]) -> Non
 
 
 def test_the_runs_above_reach_every_phase_the_gate_and_both_ends_of_the_budget() -> None:
-    decisions = [decision for seed in range(3) for decision in drive(eventful(seed, 260))]
+    decisions = [decision for seed in range(3) for decision in drive(eventful(seed, 260), **GATE)]
     assert {each.phase for each in decisions} == {"WARMUP", "CLIMBING", "PLATEAU", "FALLING", "OVEROPTIMISED"}
     assert max(each.gate for each in decisions) == 8.0
     assert min(each.threshold or 0 for each in decisions) < 0.2
@@ -224,7 +226,7 @@ def test_the_deviation_includes_the_newest_reward() -> None:
 
 
 def gates(entropies: list[float], **changed: float | bool) -> list[tuple[float, float | None]]:
-    decisions = drive([(0.0, 0.3, entropy) for entropy in entropies], **changed)
+    decisions = drive([(0.0, 0.3, entropy) for entropy in entropies], **(GATE | changed))
     return [(each.gate, each.entropy_floor) for each in decisions]
 
 
@@ -262,7 +264,7 @@ def test_the_coefficient_is_gate_times_fading_times_beta_and_a_gate_of_two_ends_
     The entropy's average goes 3, 1.7, 1.6, 0.8: gates 1.12, 1.27, 5.06, of which 0.12, 0.27 and 1 take the fading's
     place where they are more.
     """
-    decisions = drive([(0.0, 0.03, entropy) for entropy in [3.0] * 5 + [0.4, 1.5, 0.0]])
+    decisions = drive([(0.0, 0.03, entropy) for entropy in [3.0] * 5 + [0.4, 1.5, 0.0]], **GATE)
     relaxed = 6 / 38 * math.log(1.9) * 0.2**4
     beta = [0.05 * math.exp(-relaxed * min(step, 5)) for step in range(1, 9)]
     gates = [1.0] * 5 + [(1.8 / 1.7) ** 2, (1.8 / 1.6) ** 2, (1.8 / 0.8) ** 2]
@@ -274,7 +276,7 @@ def test_the_coefficient_is_gate_times_fading_times_beta_and_a_gate_of_two_ends_
 
 def test_the_gate_may_take_the_coefficient_beyond_the_regulators_limit() -> None:
     rows = [(0.0, 2.0, 3.0)] * 5 + [(0.0, 2.0, 0.0)] * 5
-    decisions = drive(rows, max_coef=0.05, threshold_on=False)
+    decisions = drive(rows, max_coef=0.05, threshold_on=False, gate_on=True)
     assert decisions[4].kl_coef == pytest.approx(0.05, rel=1e-12)
     assert decisions[-1].kl_coef == pytest.approx(0.05 * 8, rel=1e-12)
 

@@ -40,8 +40,10 @@ SKIPPED = (1, 5)
 
 CASES: dict[str, dict[str, Any]] = {
     "safe": {"critic": {"vf_coef": 0.7, "cliprange_value": 0.05, "backbone_gradient": True}},
+    "two heads": {"critic": {"heads": 2, "vf_coef": 0.7, "cliprange_value": 0.05, "backbone_gradient": True}},
     "each head": {
         "critic": {
+            "heads": 2,
             "regress": "each",
             "loss": "huber",
             "huber_delta": 0.8,
@@ -50,9 +52,9 @@ CASES: dict[str, dict[str, Any]] = {
         }
     },
     "paper": {"preset": "paper", "optim": {"epsilon": 0.05}},
-    "exact": {"kl": {"in_reward": False, "in_loss": "exact"}, "critic": {"regress": "soft_min", "loss": "mse"}},
+    "exact": {"kl": {"in_reward": False, "in_loss": "exact"}, "critic": {"heads": 2, "regress": "soft_min"}},
     "ppo": {"preset": "ppo", "critic": {"cliprange_value": 0.2}, "optim": {"entropy_coef": 0.2}},
-    "no clip of the values": {"critic": {"cliprange_value": None, "regress": "each", "vf_coef": 2.0}},
+    "no clip of the values": {"critic": {"heads": 2, "cliprange_value": None, "vf_coef": 2.0}},
 }
 
 

@@ -121,7 +121,7 @@ def test_the_value_loss_reaches_the_transformer_only_when_asked(llama: LlamaForC
 
 
 def test_target_heads_follow_as_a_polyak_average(llama: LlamaForCausalLM) -> None:
-    model = ActorCritic(llama, CriticConfig(target_tau=0.25))
+    model = ActorCritic(llama, CriticConfig(heads=2, target_tau=0.25))
     before = model.target_heads[1].out.weight.clone()
     with torch.no_grad():
         model.heads[1].out.weight.add_(1.0)
@@ -131,7 +131,7 @@ def test_target_heads_follow_as_a_polyak_average(llama: LlamaForCausalLM) -> Non
 
 
 def test_target_heads_start_as_the_heads_and_stay_where_no_step_was_taken(llama: LlamaForCausalLM) -> None:
-    model = ActorCritic(llama, CriticConfig(target_tau=0.25))
+    model = ActorCritic(llama, CriticConfig(heads=2, target_tau=0.25))
     out = model(some_tokens(llama.config.vocab_size), temperature=1.0)
     assert torch.equal(model.target_values(out.state), out.values)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_target_heads_start_as_the_heads_and_stay_where_no_step_was_taken(llama:
 
 
 def test_a_value_is_that_of_a_normalised_state_through_two_layers(llama: LlamaForCausalLM) -> None:
-    model = ActorCritic(llama, CriticConfig())
+    model = ActorCritic(llama, CriticConfig(heads=2))
     with torch.no_grad():
         for parameter in model.critic_parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
@@ -161,7 +161,7 @@ def test_a_value_is_that_of_a_normalised_state_through_two_layers(llama: LlamaFo
 
 @pytest.mark.parametrize("reaches", [False, True])
 def test_the_heads_read_a_bfloat16_policys_state_in_float32(llama: LlamaForCausalLM, reaches: bool) -> None:
-    model = ActorCritic(lora(llama.bfloat16()), CriticConfig(backbone_gradient=reaches), autocast=True)
+    model = ActorCritic(lora(llama.bfloat16()), CriticConfig(heads=2, backbone_gradient=reaches), autocast=True)
     out = model(some_tokens(llama.config.vocab_size), temperature=1.0)
     assert out.state.dtype == out.values.dtype == torch.float32
     wide = copy.deepcopy(model.heads).double()
@@ -171,7 +171,7 @@ def test_the_heads_read_a_bfloat16_policys_state_in_float32(llama: LlamaForCausa
 
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 2.0])
 def test_two_heads_are_combined_at_the_critics_temperature(llama: LlamaForCausalLM, temperature: float) -> None:
-    model = ActorCritic(llama, CriticConfig(temperature=temperature))
+    model = ActorCritic(llama, CriticConfig(heads=2, temperature=temperature))
     pairs = [(0.5, -0.25), (-1.0, 0.0), (2.0, 2.0)]
     combined = model.combine(torch.tensor(pairs, dtype=torch.float64).T[:, None])
     assert combined[0].tolist() == pytest.approx([oracle.soft_min(*pair, temperature) for pair in pairs], abs=1e-12)
@@ -223,7 +223,7 @@ def test_the_trained_state_is_the_trained_policy_the_heads_and_their_targets(lla
     everything = {name for name, _ in ActorCritic(copy.deepcopy(llama), CriticConfig()).named_parameters()}
     full = ActorCritic(copy.deepcopy(llama), CriticConfig()).trained_state()
     assert full.keys() == everything
-    adapted = ActorCritic(lora(copy.deepcopy(llama)), CriticConfig())
+    adapted = ActorCritic(lora(copy.deepcopy(llama)), CriticConfig(heads=2))
     names = {name for name, _ in adapted.named_parameters() if not name.startswith("policy.") or "lora_" in name}
     assert adapted.trained_state().keys() == names
     assert len([name for name in names if name.startswith("target_heads.")]) == 2 * 6

@@ -193,7 +193,7 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(tokenizer, tmp_path: Path)
         trainer(settings(tmp_path / "run"), tokenizer).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"kl": {"controller": "fixed"}}, {"critic": {"heads": 1}}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"kl": {"controller": "fixed"}}, {"critic": {"heads": 2}}])
 def test_a_resume_with_other_settings_of_the_saved_state_is_refused(tokenizer, tmp_path: Path, change: dict) -> None:
     bound = {"optim": {"max_update_kl": 0.01}}  # which every controller takes
     trainer(settings(tmp_path / "run", max_steps=2, **bound), tokenizer).train()

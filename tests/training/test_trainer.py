@@ -55,7 +55,7 @@ def test_the_first_minibatch_of_a_run_has_ratio_one(tokenizer, tmp_path: Path) -
         assert row["policy/clipfrac_avg"] == 0.0
 
 
-@pytest.mark.parametrize("preset", ["safe", "paper", "ppo-adaptive", "safe-no-gate"])
+@pytest.mark.parametrize("preset", ["safe", "paper", "ppo-adaptive", "safe-gate"])
 def test_config_yaml_is_complete_and_gives_the_same_settings_again(tokenizer, tmp_path: Path, preset: str) -> None:
     config = settings(tmp_path / "run", preset, max_steps=1, critic={"lam": 0.9}, seed=7)
     run = finished(config, tokenizer)

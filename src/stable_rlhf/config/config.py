@@ -64,11 +64,11 @@ class Config(Named):
 
     preset: str = "safe"
     """Named set of values that settings not given come from: safe, paper, ppo, ppo-adaptive, ppo-nokl, asymmetric,
-    pid-lagrangian, kl-adaptive-lr, vapo; safe without one layer: safe-no-regulation, safe-no-threshold,
-    safe-no-preview, safe-no-guard; or with a layer that is off in safe: safe-double-critic, safe-gate. The layers:
-    regulation (the KL coefficient follows the KL); the threshold (the KL budget follows the reward); the preview
-    (limits how far one update moves the policy); the guard (rolls a failing run back); a second critic; the gate (low
-    entropy raises the coefficient)."""
+    pid-lagrangian, kl-adaptive-lr, vapo; safe with a layer that is off in it: safe-double-critic, safe-gate; or safe
+    without one layer: safe-no-regulation, safe-no-threshold, safe-no-preview, safe-no-guard. The layers: a second
+    critic; the gate (low entropy raises the coefficient); regulation (the KL coefficient follows the KL); the threshold
+    (the KL budget follows the reward); the preview (limits how far one update moves the policy); the guard (rolls a
+    failing run back)."""
     output_dir: str | None = None
     """Folder of the run; None makes a new folder under runs/, named after the preset and the time."""
     overwrite_output_dir: bool = False

@@ -101,7 +101,7 @@ def test_the_policy_takes_no_step_where_nothing_is_said_and_the_critic_does(
 
 
 def test_a_new_critic_says_nothing_and_its_heads_come_to_differ(tokenizer) -> None:
-    config = make_config(critic={"zero_init": True}, optim={"num_iterations": 4})
+    config = make_config(critic={"zero_init": True, "heads": 2}, optim={"num_iterations": 4})
     model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer))
     passes, optimizer = passes_of(model, config), make_optimizer(model, config)
     measured = measure(passes, rollout, 0)

@@ -209,6 +209,7 @@ def test_what_rounding_alone_does_is_measured_once_and_is_in_no_size(tokenizer) 
     assert run.preview.floor is not None
     assert 1e-6 < run.preview.floor < 1e-3
     assert metrics["safe/step_scale"] > 0  # pyright: ignore[reportOptionalOperand]
+    assert 0 < metrics["safe/moved_kl"] <= 1e-5  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
     name = "policy.model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(weights(run.model)[name], before[name])
     floor = run.preview.floor

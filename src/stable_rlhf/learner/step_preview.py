@@ -204,11 +204,16 @@ class Preview:
         if not any(stepped):
             return
         surprising = not size <= SURPRISE * limit
+        # Once a longer update was beyond the limit, a short one is kept: rounding can turn each into the other.
+        longer = too_long = False
         for _ in range(RETRIES):
-            fills = not last or self._share in (0.0, 1.0) or size >= SHORT * limit
+            fills = too_long or not last or self._share in (0.0, 1.0) or size >= SHORT * limit
             if size <= limit and fills:
                 break
-            self._resize(self._factor(size, limit))
+            too_long = too_long or (longer and not size <= limit)
+            factor = self._factor(size, limit)
+            longer = longer or factor > 1.0
+            self._resize(factor)
             size = self._look(probe).item()
         if not size <= limit:
             self._resize(0.0)

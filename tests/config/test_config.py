@@ -500,7 +500,7 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
             "must be divisible by optim.num_mini_batches=8: try",
         ),
         ("optim.microbatch_tokens", 0, {}, "must be greater than 0"),
-        ("critic.temperature", 0.1, {}, "has no effect unless critic.heads=2; leave it out"),
+        ("critic.temperature", 0.1, {"critic": {"heads": 1}}, "has no effect unless critic.heads=2; leave it out"),
         ("critic.regress", "soft_min", {}, "has no effect unless critic.heads=2; leave it out"),
         (
             "critic.huber_delta",

@@ -80,7 +80,8 @@ def test_defaults_give_way_to_the_preset_the_preset_to_the_file_and_the_file_to_
     config = loading.load_config(["--optim.lam", "0.8", "--config", str(file)])
     assert (config.optim.lam, config.optim.gamma, config.max_steps) == (0.8, 0.99, 7)
     assert config.optim.learning_rate == 1e-4  # default
-    assert config.critic == CriticConfig(heads=1, loss="mse", clip_reduction="max")  # preset
+    preset = {"zero_init": False, "learning_rate": None, "cliprange_value": 0.2, "clip_reduction": "max"}
+    assert config.critic == CriticConfig(heads=1, loss="mse", **preset)
     assert config.kl.settings == FixedSettings(beta=0.001)
     other = loading.load_config(["--config", str(file), "--kl.settings.beta", "0.5"])
     assert other.kl.settings == FixedSettings(beta=0.5)
@@ -117,7 +118,7 @@ def test_the_settings_are_those_of_the_controller_that_is_chosen_wherever_it_is(
         ["--config", str(safe), "--config", str(fixed)],
         ["--kl.settings", "{beta: 0.1}", "--config", str(safe), "--kl.controller", "fixed"],
     ):
-        kl = loading.load_config(arguments).kl
+        kl = loading.load_config([*arguments, "--optim.preview=false"]).kl  # which has no bound by `fixed`
         assert (kl.controller, kl.settings) == ("fixed", FixedSettings(beta=0.1))
     back = loading.load_config(["--config", str(safe), "--preset", "safe-no-threshold", "--kl.settings.budget", "0.2"])
     assert back.kl.settings == SafeSettings(budget=0.2, threshold_on=False)
@@ -343,7 +344,7 @@ def test_help_explains_every_setting_with_the_presets_defaults(capsys: pytest.Ca
         option = shown.index(f"--{section}.{field} ", shown.index("options:"))
         text = shown[option:].partition("(type:")[0]
         assert len(text.split()) >= 6, f"{section}.{field} has no help: {text}"
-    assert "--kl.settings.budget BUDGET Base KL budget, nats per token: the KL " in shown
+    assert "--kl.settings.budget BUDGET Base KL budget, in nats per `budget_per`: the KL " in shown
     budget = shown.partition("--kl.settings.budget BUDGET Base")[2].partition("--kl.")[0]
     assert budget.endswith("(type: float, default: 0.3) ")
     assert "GAE's lambda for the advantages (Schulman et al. 2016). (type: float, default: 0.95)" in shown

@@ -154,7 +154,7 @@ TURNED: dict[str, Turn | str] = {
     "rollout.max_completion_length": Turn(to=2, of="completions/max_length"),
     "rollout.temperature": Turn(to=0.5, of="objective/entropy"),
     "rollout.stop_tokens": Turn(to=[*range(2, 100), "<pad>"], of="completions/mean_length"),
-    "rollout.stop_strings": Turn(to=list("abcdefghijklmnopqrstuvwxyz"), of="completions/mean_length"),
+    "rollout.stop_strings": Turn(to=[chr(code) for code in range(33, 127)], of="completions/mean_length"),
     "optim.learning_rate": Turn(to=1e-3, of="lr"),
     "optim.adaptive_kl": Turn(to=1e-9, of="lr"),
     "optim.lr_scheduler_type": Turn(to="linear", of="lr"),

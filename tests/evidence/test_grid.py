@@ -55,6 +55,7 @@ def test_a_cells_settings_are_checked_together() -> None:
     (cell,) = asked(preset="safe", settings=flags).cells
     assert cell.config == load_config([*flags, "--output_dir", f"SWEEP/cells/{cell.name}"])
     assert len(asked("kl.controller=adaptive,safe", settings=("--optim.preview", "false")).cells) == 2
+    assert len(asked("kl.settings.target=0.1,0.2", settings=flags[:4]).cells) == 2  # a setting of `adaptive`
     assert "optim.preview=True: kl.controller=adaptive sets no bound" in refused(settings=flags[:2])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 Row = tuple[float, float, float]  # reward, kl, entropy
@@ -51,10 +51,9 @@ def phase(previous: str, rewards: list[float], kls: list[float], spread: float, 
     return "PLATEAU"
 
 
-def thresholds(rows: list[Row], settings: dict[str, Any]) -> Generator[dict[str, Any], float, None]:
-    """Multiple of the budget, phase and PID terms of every step; takes the regulator's T after it."""
+def thresholds(rows: list[Row], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Multiple of the budget, phase and PID terms of every step."""
     multiple, name, total, last = 1.0, "WARMUP", 0.0, 0.0
-    speed = 20.0
     for step in range(len(rows)):
         start = max(0, step + 1 - settings["window"])
         rewards, kls = [row[0] for row in rows[start : step + 1]], [row[1] for row in rows[start : step + 1]]
@@ -74,10 +73,10 @@ def thresholds(rows: list[Row], settings: dict[str, Any]) -> Generator[dict[str,
         asked = {"WARMUP": 1.0, "CLIMBING": 1.2, "PLATEAU": 1.0, "FALLING": 0.75, "OVEROPTIMISED": 0.75}[name]
         wanted = asked + sorted((-0.25, p + i + d, 0.25))[1]
         wanted = sorted((settings["threshold_min"], wanted, settings["threshold_max"]))[1]
-        rate = min(settings["threshold_rate"], 0.25 / speed)
+        rate = settings["threshold_rate"]
         up = 0.25 * rate if name == "PLATEAU" and multiple < 1 else rate
         multiple = sorted((multiple * (1 - rate), wanted, multiple * (1 + up)))[1]
-        speed = yield {"multiple": multiple, "phase": name, "pid_p": p, "pid_i": i, "pid_d": d}
+        yield {"multiple": multiple, "phase": name, "pid_p": p, "pid_i": i, "pid_d": d}
 
 
 def gates(rows: list[Row], settings: dict[str, Any]) -> list[tuple[float, float | None, bool]]:
@@ -98,76 +97,33 @@ def gates(rows: list[Row], settings: dict[str, Any]) -> list[tuple[float, float 
 
 
 def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, float], tuple[float, ...], None]:
-    """Takes (KL, its error, budget, whether it may relax), gives coefficient, fade, filters, predicted KL and T."""
-    speed, risen, began, rising = 20.0, False, 0.0, 0
-    side, since, trust, mean_error, mean_size = 0, 0, 1.0, 0.0, 0.0
+    """Takes (KL, its error, budget, whether it may relax), gives coefficient, share, filters and predicted KL."""
     taken: list[float] = []
-    effective: float | None = None
-    stood = log_coef
     seconds, jumped, wild = 0.0, False, 0
     kl, kl_error, budget, may_relax = yield {}
     short = long = kl
     while True:
-        quick, slow = sorted((0.25, speed / 40, 8.0))[1], sorted((1.25, speed / 9, 40.0))[1]
         sigma = kl_error or seconds * math.sqrt(math.pi / 12)
         beyond = 0.5 * max(budget, short) + 5 * sigma
         now = 1 if kl > short + beyond else -1 if kl < short - beyond else 0
-        first = not taken
         if len(taken) >= 2 and now != 0 and now != wild:
             wild, jumped = now, True
         else:
             taken.append(kl)
             if len(taken) >= 3 and not jumped:
                 seconds = 0.9 * seconds + 0.1 * abs(taken[-1] - 2 * taken[-2] + taken[-3])
-            short, long = (short * quick + kl) / (1 + quick), (long * slow + kl) / (1 + slow)
+            short, long = (short * 0.67 + kl) / 1.67, (long * 2 + kl) / 3
             wild, jumped = 0, False
-        velocity = (short - long) / (slow - quick)
-        share, error = short / budget, sigma / math.sqrt(1 + 2 * quick)
-        spread = 1 / (1 + 2 * quick) + 1 / (1 + 2 * slow) - 2 / (1 + quick + slow)
-        velocity_error = sigma * math.sqrt(spread) / (slow - quick)
-        start = max(0.0625, 3 * error / budget)
-        if first:
-            risen = share >= 0.3
-        elif not risen and share >= 0.3:
-            apart = math.sqrt(share) - math.sqrt(began)
-            speed = min(200.0, (rising if began else 1) / apart) if began or start <= 0.3 else 20.0
-            risen = True
-        elif not risen and share < start:
-            began, rising = 0.0, 0
-        elif not risen:
-            began, rising = began or share, rising + 1
-        else:
-            trust, since, clear = min(1.0, trust * (1 + 0.1 / (speed + 18))), since + 1, 4 * error / budget
-            now = 1 if share > max(1.2, 1 + clear) else -1 if share < min(1 / 1.2, 1 - clear) else 0
-            if now != 0 and now == -side:
-                trust, speed = max(0.1, 0.75 * trust), min(speed, since / (math.sqrt(1.2) - math.sqrt(1 / 1.2)))
-            if now != 0:
-                side, since = now, 0
-        predicted = short + (settings["lead"] * speed + quick + 2.5) * velocity
-        x = predicted / budget - 1
-        e = min(2.0, math.log(1 + x)) if x > 0 else max(-1.0, -math.log(1 - x))
-        fade = sorted((0.0, max(short, predicted) / (0.5 * budget), 1.0))[1]
-        new = 1 / max(5.0, 0.4 * (speed + 18)) if mean_size else 1.0
-        mean_error, mean_size = (1 - new) * mean_error + new * e, (1 - new) * mean_size + new * abs(e)
-        lasting = max(0.3, abs(mean_error) / mean_size) if mean_size else 1.0
-        rate = trust * lasting * settings["gain"] / (speed + 18)
-        if e > 0:
-            rate *= 0.0 if velocity * speed <= -0.5 * budget else 2.0 if velocity > 3 * velocity_error else 1.0
-        elif not risen or short <= 0.7 * budget - 3 * error:
-            mean_error = mean_size = 0.0
-            arrives = short + (speed if risen else 200) * velocity >= budget
-            rate *= 0.0 if arrives else 1.0 if log_coef > stood else fade**4
-        elif abs(velocity) * speed <= (1 - 0.7) * budget:
-            stood = log_coef
-        if e <= 0 and not may_relax:
-            rate = 0.0
-        if effective is None or short <= budget or velocity < -3 * velocity_error:
-            effective = log_coef
-        beyond_effect = e > 0 and log_coef > effective + math.log(30)
-        log_coef += rate * e * (0.02 if beyond_effect else 1.0)
+        predicted = short + settings["lead"] * (short - long) / (2 - 0.67)
+        ratio = short / budget
+        e = max(-1.0, min(1.0, math.log(ratio))) if ratio > 0 else -1.0
+        if e < 0:
+            e *= min(1.0, (max(0.0, ratio) / 0.7) ** 4) if may_relax else 0.0
+        log_coef += settings["gain"] * e
         log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
-        figures = {"coefficient": math.exp(log_coef), "fade": fade, "short": short, "long": long}
-        kl, kl_error, budget, may_relax = yield {**figures, "predicted": predicted, "speed": speed}
+        share = min(math.exp(2), (max(0.0, predicted) / budget) ** 2)
+        figures = {"coefficient": math.exp(log_coef), "share": share, "short": short, "long": long}
+        kl, kl_error, budget, may_relax = yield {**figures, "predicted": predicted}
 
 
 def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -175,7 +131,7 @@ def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
     still = {"multiple": 1.0, "phase": "NONE", "pid_p": 0.0, "pid_i": 0.0, "pid_d": 0.0}
     moving = thresholds(rows, settings)
     each = next(moving) if settings["threshold_on"] else still
-    first = settings["initial_coef"] * math.sqrt(0.3 / (settings["budget"] * each["multiple"]))
+    first = settings["initial_coef"] * 0.3 / (settings["budget"] * each["multiple"])
     plant = regulator(settings, math.log(sorted((settings["min_coef"], first, settings["max_coef"]))[1]))
     next(plant)
     found = []
@@ -185,7 +141,7 @@ def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
         short = seen["short"]
         found.append(
             {
-                "kl_coef": gate * max(seen["fade"], min(gate - 1, 1.0)) * seen["coefficient"],
+                "kl_coef": gate * max(seen["share"], min(gate - 1, 1.0)) * seen["coefficient"],
                 "threshold": budget,
                 "excess": max(0.0, short - budget),
                 "kl_short": short,
@@ -202,7 +158,7 @@ def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
         if settings["threshold_on"] and step + 1 < len(rows):
-            each = moving.send(seen["speed"])
+            each = next(moving)
     return found
 
 

@@ -1,12 +1,12 @@
 """The level and the velocity of a noisy KL: two filters, the size of the noise, and one rule for a wild rollout.
 
-One rollout, with tau the budget, T the rollouts that the KL needs to reach it and sigma the deviation of its noise:
+One rollout, with tau the budget and sigma the deviation of the KL's noise:
 1. sigma is the standard error that came with the KL. Where none came, it is an average of the second differences
    |x_t - 2 x_{t-1} + x_{t-2}| / sqrt(6), times sqrt(pi / 2): a steady rise does not enter it.
 2. A KL further from the level than half of tau (or of the level, if that is more) and five sigma is wild. It is left
    out; where the next one is wild on the same side, the KL has really jumped, and is taken. The second rollout's is
    taken in any case: nothing is known yet of what it should be.
-3. Two filters of the KL, both quick compared with T, give its level and its velocity:
+3. Two quick filters of the KL give its level and its velocity:
        short <- short + (kl - short) / (1 + lag_s);  long likewise with lag_l;
        velocity = (short - long) / (lag_l - lag_s).
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 NOISE_KEEP = 0.9  # share of the noise's average that one rollout keeps: ten rollouts know it to a quarter
 DEVIATION = math.sqrt(math.pi / 2.0) / math.sqrt(6.0)  # of one value, per mean size of a second difference
+LAG_SHORT, LAG_LONG = 0.67, 2.0  # rollouts: delay costs more than noise, and the KL turns within three rollouts
 WILD_SHARE, WILD_ERRORS = 0.5, 5.0  # of the budget or level, and sigma: beyond what one bounded update can move the KL
 
 
@@ -47,20 +48,10 @@ class Level:
     """The level, nats per token."""
     velocity: float
     """Change of the level in one rollout, nats per token."""
-    lag: float
-    """Lag of the level, rollouts."""
-    error: float
-    """Standard error of the level, nats per token."""
-    velocity_error: float
-    """Standard error of the velocity, nats per token and rollout."""
 
 
-def advance_level(
-    state: LevelState, kl: float, kl_error: float, budget: float, speed: float
-) -> tuple[LevelState, Level]:
-    """One rollout of the rules above. KL, error and budget in nats per token, speed is T; an error of 0 is unknown."""
-    lag_short = max(0.25, min(8.0, speed / 40.0))  # nearly none: delay costs more than noise that is averaged later
-    lag_long = max(1.25, min(40.0, speed / 9.0))  # a velocity over a ninth of the rise: less lag than there is lead
+def advance_level(state: LevelState, kl: float, kl_error: float, budget: float) -> tuple[LevelState, Level]:
+    """One rollout of the rules above. KL, error and budget in nats per token; an error of 0 is unknown."""
     first = state.short is None
     short = kl if state.short is None else state.short
     noise = kl_error if kl_error > 0.0 else state.noise
@@ -71,20 +62,10 @@ def advance_level(
     elif state.before is not None and side not in (0, state.doubted):
         state = replace(state, doubted=side)
     else:
-        short += (kl - short) / (1.0 + lag_short)
-        long = state.long + (kl - state.long) / (1.0 + lag_long)
+        short += (kl - short) / (1.0 + LAG_SHORT)
+        long = state.long + (kl - state.long) / (1.0 + LAG_LONG)
         state = LevelState(short=short, long=long, last=kl, before=state.last, noise=_noise(state, kl))
-    # variances of exponential averages of independent errors, and of the difference of two of them
-    own = 1.0 / (1.0 + 2.0 * lag_short)
-    both = own + 1.0 / (1.0 + 2.0 * lag_long) - 2.0 / (1.0 + lag_short + lag_long)
-    apart = lag_long - lag_short
-    return state, Level(
-        short=short,
-        velocity=(short - state.long) / apart,
-        lag=lag_short,
-        error=noise * math.sqrt(own),
-        velocity_error=noise * math.sqrt(both) / apart,
-    )
+    return state, Level(short=short, velocity=(short - state.long) / (LAG_LONG - LAG_SHORT))
 
 
 def _noise(state: LevelState, kl: float) -> float:

@@ -125,13 +125,13 @@ def test_a_good_run_is_described_line_by_line_and_leaves_nothing_behind(
     assert texts[3].startswith("prompt 1: row ")
     assert texts[6] == "data.eval_size=8: 8 of 20 rows are held out to evaluate on; 12 are trained on"
     assert texts[7].startswith("reward: pleasant gives 1 and 0 to 'It was wonderful: ")
-    # 8,832 weights and two heads of 105: 3 x 4 bytes of the weights, 4 x 4 of the heads; final/ has 4 and 2 x 4.
-    assert "needed for 2 + 1 checkpoints of 219 kB, 328 kB of snapshots and the final model of 37 kB" in texts[1]
-    assert "gradients 36.2 kB, AdamW's two moments 72.3 kB, KV cache of the rollout 5.12 kB" in texts[9]
+    # 8,832 weights and a head of 105: 3 x 4 bytes of the weights, 4 x 4 of the heads; final/ has 4 and 2 x 4.
+    assert "needed for 2 + 1 checkpoints of 215 kB, 323 kB of snapshots and the final model of 36.2 kB" in texts[1]
+    assert "gradients 35.7 kB, AdamW's two moments 71.5 kB, KV cache of the rollout 5.12 kB" in texts[9]
     assert texts[10].startswith("model: a few tokens have the same log-probs alone")
     assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[11])
     assert texts[12].startswith("forecast: 50 steps x ")
-    assert texts[12].endswith("; checkpoints of 219 kB every 20 steps and at the end")
+    assert texts[12].endswith("; checkpoints of 215 kB every 20 steps and at the end")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -218,12 +218,12 @@ def test_a_disk_that_is_too_small_fails_with_what_it_lacks(
     settings: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    needed = (3 * 2 + 3) * 109_344 + 37_008  # checkpoints hold two states, and three lie or are written as snapshots
+    needed = (3 * 2 + 3) * 107_664 + 36_168  # checkpoints hold two states, and three lie or are written as snapshots
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, needed - 1))
     assert main(["doctor", *settings]) == 1
     found = lines(capsys)
     assert verdicts(found) == GOOD | {"disk": "failed"}
-    assert found[1][1].startswith("disk: 1.02 MB free at ")
+    assert found[1][1].startswith("disk: 1.01 MB free at ")
     assert found[1][1].endswith("; free some, lower save_total_limit=2, or choose another output_dir")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, needed))
     assert main(["doctor", *settings]) == 0
@@ -419,7 +419,8 @@ def test_the_forecast_is_arithmetic() -> None:
 
 
 def test_the_parts_of_the_tiny_policy_are_those_computed_by_hand(tokenizer) -> None:
-    config = Config.from_preset("safe", rollout={"batch_size": 8, "max_completion_length": 6})
+    rollout = {"batch_size": 8, "max_completion_length": 6}
+    config = Config.from_preset("safe", rollout=rollout, critic={"heads": 2})
     needed = doctor_memory.estimate(policy(tokenizer), config, device=CPU, low=False, prompt=10)
     assert needed.held == {
         "policy": 35_328,  # 4 x (259 x 16 + 2 x (16 x (16 + 8 + 8 + 16) + 3 x 16 x 32 + 2 x 16) + 16)

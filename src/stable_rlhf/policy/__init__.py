@@ -3,8 +3,6 @@
 from stable_rlhf.policy.actor_critic import (
     ActorCritic,
     Output,
-    Reference,
-    TrainedState,
     ValueHead,
     compile_layers,
     detached,
@@ -21,6 +19,7 @@ from stable_rlhf.policy.loading import (
     policy_source,
     prepare_tokenizer,
 )
+from stable_rlhf.policy.parts import Reference, TrainedState
 from stable_rlhf.policy.saving import (
     HEADS,
     SavedFault,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stable_rlhf.config import CriticConfig
-from stable_rlhf.errors import CheckpointError, ConfigError
+from stable_rlhf.errors import ConfigError
 from stable_rlhf.hardware import UNBOUNDED, UNMASKED, attending, attention_span
 from stable_rlhf.ops.logprobs import token_statistics
 from stable_rlhf.ops.objective import soft_min
@@ -343,33 +343,3 @@ def detached(out: Output) -> Output:
     for name, part in parts.items():
         parts[name] = part if part is None else part.detach()
     return Output(**parts)
-
-
-class TrainedState:
-    """The weights that training changes, as a part of the run."""
-
-    def __init__(self, model: ActorCritic) -> None:
-        self.model = model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.trained_state()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.model.load_trained_state(state)
-
-
-class Reference:
-    """A part that only checks: a checkpoint's reference model must be the run's."""
-
-    def __init__(self, model: ActorCritic) -> None:
-        self.fingerprint = model.reference_fingerprint()
-
-    def state_dict(self) -> dict[str, str]:
-        return {"fingerprint": self.fingerprint}
-
-    def load_state_dict(self, saved: dict[str, str]) -> None:
-        """Raises CheckpointError where the reference is another model."""
-        if saved["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                "the checkpoint is of another run: its reference model differs; give the model that it began with"
-            )

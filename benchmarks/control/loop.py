@@ -150,7 +150,9 @@ def event_rows(name: str) -> list[str]:
     plain = [each.coefficient for each in hold(Policy(), LAWS[name](0.3), 400)]
     shaken = [each.coefficient for each in outlier(name)]
     worst = max((abs(math.log(b / a)) for a, b in zip(plain[205:230], shaken[205:230], strict=True)), default=0.0)
-    back = next((i for i, each in enumerate(kl["without_effect"][300:]) if abs(each - 1) <= ALLOWED), 400)
+    late_part = kl["without_effect"][300:]  # back is where the KL has come to stay, as the mean of a window of ten
+    windows = [statistics.fmean(late_part[i : i + 10]) for i in range(len(late_part) - 9)]
+    back = max((i + 1 for i, each in enumerate(windows) if abs(each - 1) > ALLOWED), default=0)
     return [
         f"| a pull that comes late: largest KL / budget | {name} | {max(kl['late']):.2f} |",
         f"| no effect for 200 rollouts: largest coefficient by the one before | {name} "

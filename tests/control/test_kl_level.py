@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 
@@ -50,6 +51,13 @@ def test_one_wild_kl_is_left_out_and_a_jump_that_stays_is_taken() -> None:
     assert found[3].short == pytest.approx(0.4 + 3.6 / 1.67)
     assert state.noise == 0.0  # a jump is no noise
     assert levels([0.4, 0.4, 4.0, -4.0])[1][3].short == pytest.approx(0.4)  # wild on two sides
+
+
+def test_a_kl_that_runs_away_is_followed_from_its_second_rollout_on() -> None:
+    kls = [1.0, 1.0, *(2.0 * 1.8**step for step in range(6))]
+    shorts = [level.short for level in levels(kls)[1]]
+    assert shorts[2] == 1.0  # left out once
+    assert all(later > 1.4 * before for before, later in itertools.pairwise(shorts[2:]))
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,18 @@ def test_below_seven_tenths_it_fades_out_so_that_nothing_winds_up(kl: float) -> 
 
 
 @pytest.mark.parametrize("kl", [0.0, -0.02])
+def test_a_coefficient_above_the_one_that_last_held_the_kl_comes_back_at_the_full_rate() -> None:
+    state = dataclasses.replace(still(0.1), log_coef=2.0, held=1.0)
+    assert moved(state, 0.1, 1.0) == pytest.approx(-0.25, rel=1e-12)
+    assert moved(dataclasses.replace(state, log_coef=0.9), 0.1, 1.0) == pytest.approx(
+        -0.25 * (0.1 / 0.7) ** 4, rel=1e-9
+    )
+    for kl, held in ((0.71, 2.0), (1.4, 2.0), (0.69, 1.0), (1.45, 1.0)):
+        assert after(dataclasses.replace(state, level=still(kl).level), kl, 1.0)[0].held == held
+    passing = LevelState(short=1.5, long=2.0, last=1.5, before=2.0)
+    assert after(dataclasses.replace(state, level=passing), 0.8, 1.0)[0].held == 1.0
+
+
 def test_where_there_is_no_kl_three_hundred_rollouts_do_not_move_it(kl: float) -> None:
     state = still(kl)
     for _ in range(300):

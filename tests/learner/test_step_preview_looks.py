@@ -160,7 +160,7 @@ def looked(tokenizer: PreTrainedTokenizerFast, limit: float, rate: float = HEALT
 @pytest.mark.parametrize(("wary", "looks"), [(True, STEPS), (False, 1)])
 def test_an_update_whose_length_was_predicted_is_looked_at_at_its_end_alone(tokenizer, wary: bool, looks: int) -> None:
     run = looked(tokenizer, 20 * LOOSE)
-    run.preview.load_state_dict({"gain": 1.0, "floor": 0.0, "wary": wary})
+    run.preview.load_state_dict({"gain": 1.0, "floor": 0.0, "floors": 2, "wary": wary})
     assert run.update(0)["safe/looks"] == looks
     assert run.preview.wary is False
 
@@ -182,7 +182,7 @@ def test_an_update_that_was_shortened_too_much_is_made_longer_but_not_than_its_w
     whole = looked(tokenizer, 20 * LOOSE)
     whole.update(0)
     run = looked(tokenizer, 20 * LOOSE)
-    run.preview.load_state_dict({"gain": 1e12, "floor": 0.0, "wary": False})
+    run.preview.load_state_dict({"gain": 1e12, "floor": 0.0, "floors": 2, "wary": False})
     metrics = run.update(0)
     assert run.rates[0] < 1e-2 * HEALTHY
     assert metrics["safe/step_scale"] == pytest.approx(1.0)
@@ -195,18 +195,17 @@ def test_an_update_that_was_shortened_too_much_is_made_longer_but_not_than_its_w
 
 def test_an_update_far_beyond_its_bound_has_the_next_one_looked_at_step_by_step(tokenizer) -> None:
     run = looked(tokenizer, LIMIT, TOO_HIGH)
-    run.preview.load_state_dict({"gain": 1e-9, "floor": 0.0, "wary": False})
+    run.preview.load_state_dict({"gain": 1e-9, "floor": 0.0, "floors": 2, "wary": False})
     run.update(0)
     assert run.preview.wary is True
     assert run.update(1)["safe/looks"] >= STEPS  # pyright: ignore[reportOperatorIssue]
 
 
-def test_what_rounding_alone_does_is_measured_once_and_is_in_no_size(tokenizer) -> None:
+def test_what_rounding_alone_does_is_measured_twice_and_is_in_no_size(tokenizer) -> None:
     """In bfloat16 it is far above a small bound, within which an update would never be found."""
     run = looked(tokenizer, 1e-5, TOO_HIGH, model={"dtype": "bfloat16"})
     before = weights(run.model)
     metrics = run.update(0)
-    assert run.preview.floor is not None
     assert 1e-6 < run.preview.floor < 1e-3
     assert metrics["safe/step_scale"] > 0  # pyright: ignore[reportOptionalOperand]
     assert 0 < metrics["safe/moved_kl"] <= 1e-5  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
@@ -214,20 +213,42 @@ def test_what_rounding_alone_does_is_measured_once_and_is_in_no_size(tokenizer) 
     assert not torch.equal(weights(run.model)[name], before[name])
     floor = run.preview.floor
     run.update(1)
-    assert run.preview.floor == floor
+    second = run.preview.floor
+    assert second >= floor
+    run.update(2)
+    assert (run.preview.floor, run.preview.floors) == (second, 2)
     exact = looked(tokenizer, 1e-5, TOO_HIGH)
     exact.update(0)
-    assert exact.preview.floor is not None
     assert exact.preview.floor < 1e-6
 
 
-def test_an_update_that_moves_nothing_halves_the_gain_at_most(tokenizer) -> None:
-    """Or one whose gradient said nothing would let the next one leap."""
+def test_an_update_that_moves_little_halves_the_gain_at_most_and_one_that_moves_nothing_leaves_it(tokenizer) -> None:
+    """Or one whose gradient said little would let the next one leap."""
     run = looked(tokenizer, LIMIT)
-    run.preview.load_state_dict({"gain": 1e7, "floor": 0.0, "wary": False})
+    run.preview.load_state_dict({"gain": 1e7, "floor": 0.0, "floors": 2, "wary": False})
     run.preview._share = 1.0
     run.preview._learn_gain(0.0, HEALTHY)
+    assert run.preview.gain == 1e7
+    run.preview._learn_gain(1e-9, HEALTHY)
     assert run.preview.gain == 0.5e7
+
+
+def test_a_batch_that_says_nothing_is_not_looked_at_and_the_first_that_does_is_at_every_step(tokenizer) -> None:
+    """A first update that moved nothing must not let the next one go whole and unwatched."""
+    run = looked(tokenizer, LIMIT, TOO_HIGH)
+    batch = measured_batch(run.passes, make_rollout(len(tokenizer)), 0.0)
+    batch = dataclasses.replace(batch, advantages=torch.zeros_like(batch.returns))
+    quiet = update(run.passes, run.optimizer, batch, decide(0.0, LIMIT), 0, run.preview)
+    assert not FIGURES & quiet.metrics.keys()
+    assert (run.preview.gain, run.preview.wary) == (None, True)
+    assert run.update(1)["safe/looks"] >= 2 + STEPS - 1  # pyright: ignore[reportOperatorIssue]
+
+
+def test_a_rate_of_zero_leaves_the_next_update_watched(tokenizer) -> None:
+    run = looked(tokenizer, LIMIT, TOO_HIGH)
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    assert run.update(0)["safe/moved_kl"] == 0.0
+    assert (run.preview.gain, run.preview.wary) == (None, True)
 
 
 def test_the_critics_warm_up_is_not_looked_at(tokenizer) -> None:

@@ -99,6 +99,7 @@ def gates(rows: list[Row], settings: dict[str, Any]) -> list[tuple[float, float 
 def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, float], tuple[float, ...], None]:
     """Takes (KL, its error, budget, whether it may relax), gives coefficient, share, filters and predicted KL."""
     taken: list[float] = []
+    held = math.inf
     seconds, jumped, wild = 0.0, False, 0
     kl, kl_error, budget, may_relax = yield {}
     short = long = kl
@@ -113,12 +114,17 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
             if len(taken) >= 3 and not jumped:
                 seconds = 0.9 * seconds + 0.1 * abs(taken[-1] - 2 * taken[-2] + taken[-3])
             short, long = (short * 0.67 + kl) / 1.67, (long * 2 + kl) / 3
-            wild, jumped = 0, False
+            wild = now if wild != 0 else 0
+            jumped = wild != 0
         predicted = short + settings["lead"] * (short - long) / (2 - 0.67)
         ratio = short / budget
         e = max(-1.0, min(1.0, math.log(ratio))) if ratio > 0 else -1.0
-        if e < 0:
-            e *= min(1.0, (max(0.0, ratio) / 0.7) ** 4) if may_relax else 0.0
+        if 0.7 <= ratio <= 1 / 0.7 and abs(short - long) / (2 - 0.67) <= 0.1 * budget:
+            held = log_coef
+        if e < 0 and log_coef <= held:
+            e *= min(1.0, (max(0.0, ratio) / 0.7) ** 4)
+        if e < 0 and not may_relax:
+            e = 0.0
         log_coef += settings["gain"] * e
         log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
         share = min(math.exp(2), (max(0.0, predicted) / budget) ** 2)

@@ -25,9 +25,10 @@ class OptimConfig(Named):
     budget; with 3e-4 and no preview, noisy updates keep the KL above the budget. LoRA takes about three times as
     much."""
     adaptive_kl: float | None = None
-    """KL of an update, nats per token (``policy/approxkl_avg``), to hold by the learning rates: after an update beyond
-    twice this they are divided by 1.5, after one below half of it multiplied, within 1/100 to 100 times their schedule.
-    None leaves them to their schedule."""
+    """KL of an update, nats per token, to hold by the learning rates: after an update beyond twice this they are
+    divided by 1.5, after one below half of it multiplied, within 1/100 to 100 times their schedule. It is measured as
+    ``policy/approxkl_avg``, the mean over the optimiser steps of the KL before each, so it needs two of them. None
+    leaves the rates to their schedule."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of both learning rates (policy and value heads) over max_steps, after warm-up."""
     warmup_steps: int = 0
@@ -80,6 +81,8 @@ class OptimConfig(Named):
         for name in ("adaptive_kl", "epsilon_high", "length_alpha"):
             if getattr(self, name) is not None:
                 positive("optim", self, name)
+        several = self.num_iterations * self.num_mini_batches > 1
+        only_with("optim", self, "adaptive_kl", several, "num_iterations or num_mini_batches is 2 or more")
         only_with("optim", self, "lam", self.length_alpha is None, "optim.length_alpha is none")
         positive("optim", self, "learning_rate", "num_iterations", "num_mini_batches", "microbatch_tokens")
         positive("optim", self, "epsilon", "whiten_floor", "max_grad_norm")

@@ -37,7 +37,7 @@ class LevelState:
     noise: float = 0.0
     """Average of the second differences, as the deviation of one KL."""
     doubted: int = 0
-    """Side on which the last KL was wild and left out: 1 above, -1 below, 0 if it was taken."""
+    """Side on which the last KL was wild, left out or taken as a jump confirmed: 1 above, -1 below, else 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,9 @@ def advance_level(state: LevelState, kl: float, kl_error: float, budget: float) 
     else:
         short += (kl - short) / (1.0 + LAG_SHORT)
         long = state.long + (kl - state.long) / (1.0 + LAG_LONG)
-        state = LevelState(short=short, long=long, last=kl, before=state.last, noise=_noise(state, kl))
+        still = side if state.doubted else 0  # after a confirmed jump the next need not be confirmed again
+        noise_seen = _noise(state, kl)
+        state = LevelState(short=short, long=long, last=kl, before=state.last, noise=noise_seen, doubted=still)
     return state, Level(short=short, velocity=(short - state.long) / (LAG_LONG - LAG_SHORT))
 
 

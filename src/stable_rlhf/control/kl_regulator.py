@@ -6,13 +6,15 @@ falls by some 10 % a rollout, two or three rollouts after the coefficient has ch
 One rollout, with tau the budget:
 1. `kl_level` gives the KL's level and its velocity, and leaves out one wild rollout;
 2. predicted = level + lead velocity;
-3. log beta <- clip(log beta + gain clip(log(level / tau), -1, 1)),  below 0.7 tau times (level / 0.7 tau)^4;
+3. log beta <- clip(log beta + gain clip(log(level / tau), -1, 1)),  below 0.7 tau times (level / 0.7 tau)^4
+   unless beta is above the one that last held the KL near tau;
 4. coefficient = beta min(e^2, (predicted / tau)^2).
 
 Step 4 is the proportional part, in the log domain: beta at the budget, 0 where there is no KL, and more above, at once.
 So below the budget there is hardly a penalty (asymmetry), and one that the KL rushes towards is met early. Step 3 is
-the integral: it leaves no steady error, and does not wind up, since where the coefficient hardly acts it hardly moves:
-a pull that comes late finds beta as it was. Useful coefficients span decades, hence the logarithms (cf. the PID
+the integral: it leaves no steady error. Where the KL is far below, the coefficient hardly acts and hardly moves, so a
+pull that comes late finds beta as it was; a beta that grew while it had no effect is known to be too large, and comes
+back at the full rate. Useful coefficients span decades, hence the logarithms (cf. the PID
 Lagrangian of Stooke et al. 2020, arXiv 2007.03964, whose coefficient is linear).
 
 A policy whose learning rate moves it 100 times more slowly is held by the same constants: on its clock the proportional
@@ -32,6 +34,7 @@ POWER = 2.0  # of predicted / tau in the coefficient: with 1 the KL swings longe
 MOST = 2.0  # of the logarithm of the proportional part: a wild course may not raise the coefficient by decades
 ERROR_LIMIT = 1.0  # of log(level / tau), for the same reason
 NEAR = 0.7  # of the budget, below which the integral fades out
+PASSING = 0.1  # of the budget in one rollout: a KL that moves faster is not held there
 FADE_POWER = 4.0  # of level / (0.7 tau) there: at half of the budget a quarter is left, at a fifth nothing
 
 
@@ -43,6 +46,8 @@ class RegulatorState:
     """log beta, the coefficient at the budget, before the gate."""
     level: LevelState = field(default_factory=LevelState)
     """Filters of the KL."""
+    held: float | None = None
+    """log beta when the level was last between 0.7 tau and tau / 0.7 and not passing; None while it never was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +83,16 @@ def regulate(
     filters, level = advance_level(state.level, kl, kl_error, budget)
     predicted = level.short + lead * level.velocity
     error = _log(level.short / budget, -ERROR_LIMIT, ERROR_LIMIT)
-    if error < 0.0:
-        near = max(0.0, level.short) / (NEAR * budget)
-        error *= min(1.0, near**FADE_POWER) if may_relax else 0.0
+    holds = abs(error) <= -math.log(NEAR) and abs(level.velocity) <= PASSING * budget
+    held = state.log_coef if holds else state.held
+    if error < 0.0 and not (held is not None and state.log_coef > held):
+        error *= min(1.0, (max(0.0, level.short) / (NEAR * budget)) ** FADE_POWER)
+    if error < 0.0 and not may_relax:
+        error = 0.0
     log_coef = max(math.log(limits[0]), min(math.log(limits[1]), state.log_coef + gain * error))
     share = math.exp(POWER * _log(predicted / budget, -math.inf, MOST / POWER))
     regulation = Regulation(coefficient=math.exp(log_coef), short=level.short, share=share, predicted=predicted)
-    return replace(state, log_coef=log_coef, level=filters), regulation
+    return replace(state, log_coef=log_coef, level=filters, held=held), regulation
 
 
 def _log(x: float, low: float, high: float) -> float:

@@ -15,7 +15,7 @@ made from, and their log-probs move up to twenty times as far as those of others
    looked at after every step, the k-th within k / n of the limit.
 
 In bfloat16 any change of the weights, however small, rounds the hidden states otherwise: that alone is some 2e-5 nats,
-which does not shrink with the step and does not add up. It is measured once, with weights moved by NUDGE, and
+which does not shrink with the step and does not add up. It is measured twice, with weights moved by NUDGE, and
 subtracted from every size; a limit below it is raised to it, since nothing finer can be measured.
 
 So the size of an update grows with the learning rate up to the limit and stays there. An update that is still beyond
@@ -36,7 +36,6 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.config import OptimConfig
-from stable_rlhf.learner.measure import learns_policy
 from stable_rlhf.learner.microbatches import Grain, Lengths, Microbatch, permutation, up
 from stable_rlhf.learner.passes import Passes
 from stable_rlhf.ops.logprobs import token_statistics
@@ -62,7 +61,7 @@ SURPRISE = 4.0
 outside the trust region."""
 
 FORGET = 0.5
-"""Least share of the gain that one update leaves: one whose gradient said nothing moves nothing, and must not let the
+"""Least share of the gain that one update leaves: one whose gradient said little moves little, and must not let the
 next one leap."""
 
 SHARE = 16
@@ -76,6 +75,9 @@ FEWEST = 4
 NUDGE = 1e-6
 """Added to each weight to measure what rounding alone does: far below what moves a policy, and enough to change the
 rounding in every layer."""
+
+FLOORS = 2
+"""Updates before which that is measured, the larger counts: an adapter that is new adds nothing in the first."""
 
 ORDER = 1_008
 """Number of the permutation that the probe is taken from; no pass over the rollout has it (see
@@ -125,13 +127,16 @@ class Preview:
         self.passes = passes
         self.gain: float | None = None
         """Size of an update of whole steps / squared learning rate, nats per token; None before it was measured."""
-        self.floor: float | None = None
-        """Size of an update of no length, by rounding alone, nats per token; None before it was measured."""
+        self.floor = 0.0
+        """Size of an update of no length, by rounding alone, nats per token."""
+        self.floors = 0
+        """How often it has been measured."""
         self.wary = True
         """Whether the next update is looked at after every step."""
         self._probe: Probe | None = None  # None where this update has nothing to look at
         self._start: list[Tensor] = []  # the policy's weights before the update
         self._stepped: list[Tensor] = []  # whether the optimiser took each step
+        self._metrics: dict[str, float | None] = {}
 
     @torch.no_grad()
     def begin(self, batch: Batch, lengths: Lengths, step: int, limit: float, steps: int) -> None:
@@ -142,18 +147,20 @@ class Preview:
         """
         learning = self.passes.learning
         self._probe, self._start, self._stepped = None, [], []  # an interrupted update may have left some
+        self._metrics = {}
         rows = probe(lengths, learning.optim, learning.seed, step, self.passes.grain)
-        if rows is None or not learns_policy(learning.critic, step):
+        if rows is None:
             return
         # Copies, by a launch for many tensors where `clone` takes one each.
         self._start = list(torch._foreach_mul(self._parameters, 1.0))  # pyright: ignore[reportPrivateImportUsage]
         self._probe = self._before(batch, rows)
         self._limit, self._steps, self._share = limit, steps, 1.0
-        self._size, self._looks = 0.0, 0
-        if self.floor is None:
+        self._looks = 0
+        if self.floors < FLOORS:
             torch._foreach_add_(self._parameters, NUDGE)  # pyright: ignore[reportPrivateImportUsage]
             found = self._look(self._probe).item()
-            self.floor = max(0.0, found) if math.isfinite(found) else 0.0
+            self.floor += found if math.isfinite(found) else 0.0  # a look has what is known of it subtracted
+            self.floors += 1
             torch._foreach_copy_(self._parameters, self._start)  # pyright: ignore[reportPrivateImportUsage]
 
     def _before(self, batch: Batch, rows: Microbatch) -> Probe:
@@ -198,10 +205,12 @@ class Preview:
 
     def _judge(self, probe: Probe, rate: float, last: bool) -> None:
         """Looks at the steps so far and corrects their length; after the last one, learns the gain."""
-        limit = max(self._limit * len(self._stepped) / self._steps, self.floor or 0.0)  # finer than that nothing is
+        limit = max(self._limit * len(self._stepped) / self._steps, self.floor)  # finer than that nothing is
         # One wait for the device.
         size, *stepped = torch.stack([self._look(probe), *(step.double() for step in self._stepped)]).tolist()
         if not any(stepped):
+            if last:
+                self._end(0.0, 0.0)
             return
         surprising = not size <= SURPRISE * limit
         # Once a longer update was beyond the limit, a short one is kept: rounding can turn each into the other.
@@ -218,11 +227,21 @@ class Preview:
         if not size <= limit:
             self._resize(0.0)
             size = 0.0
-        self._size = size
         if last:
-            self.wary = surprising or self._share == 0.0
-            self._learn_gain(size, rate)
-            self._start = []
+            if all(stepped):
+                self._learn_gain(size, rate)
+            self.wary = surprising or self._share == 0.0 or self.gain is None
+            self._end(size, self._share)
+
+    def _end(self, size: float, share: float) -> None:
+        """Makes the metrics of the update, and lets go of its weights and of the probe."""
+        self._metrics = {
+            "safe/update_kl": self._limit,
+            "safe/moved_kl": size,
+            "safe/step_scale": share,
+            "safe/looks": self._looks,
+        }
+        self._probe, self._start, self._stepped = None, [], []
 
     def _factor(self, size: float, limit: float) -> float:
         """The factor on the update's length that brings its KL to AIM x limit, or as near as whole steps reach."""
@@ -241,11 +260,11 @@ class Preview:
 
     def _learn_gain(self, size: float, rate: float) -> None:
         """gain <- size / (s lr)^2 where that is larger; smaller ones are averaged in, in the log domain."""
-        if self._share == 0.0 or rate == 0.0:
+        if self._share == 0.0 or rate == 0.0 or size == 0.0:  # nothing moved: it says nothing of those that move
             return
         found = size / (self._share * rate) ** 2
         if self.gain is None or found >= self.gain:
-            self.gain = found or None
+            self.gain = found
         else:
             self.gain = max(FORGET * self.gain, math.sqrt(self.gain * found))
 
@@ -256,26 +275,19 @@ class Preview:
         after = self.passes.hidden(probe.tokens)
         found = token_statistics(probe.before, probe.head, probe.tokens.response, temperature, after, model.head())
         assert found.kl is not None
-        size = masked_mean(found.kl.double(), probe.tokens.mask, probe.count) - (self.floor or 0.0)
+        size = masked_mean(found.kl.double(), probe.tokens.mask, probe.count) - self.floor
         return size.clamp(min=0.0)  # of NaN it is NaN
 
     def metrics(self) -> dict[str, float | None]:
-        """Metrics of this update: its limit, its size, the share of its steps that was taken, and the looks."""
-        if self._probe is None:
-            return {}
-        return {
-            "safe/update_kl": self._limit,
-            "safe/moved_kl": self._size,
-            "safe/step_scale": self._share,
-            "safe/looks": self._looks,
-        }
+        """Metrics of the last update: its limit, its size, the share of its steps that was taken, and the looks."""
+        return self._metrics
 
     def state_dict(self) -> dict[str, float | bool | None]:
         """Everything that the next update depends on."""
-        return {"gain": self.gain, "floor": self.floor, "wary": self.wary}
+        return {"gain": self.gain, "floor": self.floor, "floors": self.floors, "wary": self.wary}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.gain, self.floor, self.wary = state["gain"], state["floor"], state["wary"]
+        self.gain, self.floor, self.floors, self.wary = (state[name] for name in ("gain", "floor", "floors", "wary"))
 
 
 def make_preview(passes: Passes) -> Preview | None:

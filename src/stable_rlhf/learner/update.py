@@ -50,6 +50,7 @@ def update(
     of_rows = lengths(batch.tokens)
     work = _minibatches(passes, of_rows, step)
     batch = on(batch, device)
+    preview = preview if learns else None  # else there is nothing to look at, and nothing to learn from it
     if preview is not None:
         assert decision.update_kl is not None, "Config refuses a preview without a bound"
         preview.begin(batch, of_rows, step, decision.update_kl, len(work))

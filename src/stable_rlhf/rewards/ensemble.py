@@ -73,8 +73,8 @@ class Ensemble:
         if deviation <= ROUNDING * max(map(abs, scores)):
             raise RewardError(
                 f"reward.aggregate={self.rule!r}: {name} gave the first {len(scores)} samples that every reward judged "
-                f"the same score, {mean:.6g}, so its unit is not known: raise rollout.batch_size, or leave that reward "
-                "out."
+                f"the same score, {mean:.6g}, so its unit is not known: raise rollout.batch_size, or data.eval_size "
+                "where held-out prompts are scored first, or leave that reward out."
             )
         return mean, deviation
 

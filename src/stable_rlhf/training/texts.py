@@ -91,6 +91,6 @@ class Texts:
 
 def _fits_json(text: dict[str, Any]) -> bool:
     try:
-        return json.loads(json.dumps(text)) == text
+        return json.loads(json.dumps(text, allow_nan=False)) == text
     except (TypeError, ValueError, RecursionError):  # of whatever class a data set's values are
         return False

@@ -115,7 +115,8 @@ def test_a_run_with_graphs_is_the_run_without(
     """To the last bit, where a graph's shape is that of the microbatch; what padding does is rounding alone."""
     plain = rows_of(tmp_path / "plain", tokenizer, adapter, **RUNS[name])
     assert captured == []
-    gentle = merged(RUNS[name], {"optim": {"learning_rate": 1e-3}})  # less of what is rounded comes back
+    # Less of what is rounded comes back, and no look is at the edge of its limit (the preview has tests of its own).
+    gentle = merged(RUNS[name], {"optim": {"learning_rate": 1e-3, "preview": False}})
     beside = rows_of(tmp_path / "beside", tokenizer, adapter, **gentle)
     padded = rows_of(tmp_path / "padded", tokenizer, adapter, **merged(gentle, GRAPHS))
     assert_close(padded, beside, 1e-4)

@@ -327,7 +327,7 @@ def test_hostile_text_is_shown_and_never_acts(tmp_path: Path):
 
 def test_preset_without_controller_names_what_is_not_recorded(tmp_path: Path):
     page = Page(report_html.write_report(fake_run(tmp_path / "ppo", fake_rows(60, safe=False))))
-    assert "Not recorded by this run: safe/kl_short, safe/kl_long, safe/threshold." in page.text
+    assert "Not recorded by this run: objective/kl_exact, safe/kl_short, safe/kl_long, safe/threshold." in page.text
     assert "Gate and KL coefficient: not recorded (safe/gate, safe/kl_coef)." in page.text
     assert titles(page) == [
         "Reward",

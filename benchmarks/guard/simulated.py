@@ -56,8 +56,8 @@ def sparse(step: int) -> Levels:
 
 HEALTHY: dict[str, Law] = {
     "climbs": climbing,
-    "overshoots: KL to 3 x the threshold at first": lambda t: replace(
-        climbing(t), kl=climbing(t).kl * (1 + 10 * math.exp(-t / 15))
+    "overshoots: KL to 1.6 x the threshold at first": lambda t: replace(
+        climbing(t), kl=climbing(t).kl * (1 + 4 * math.exp(-t / 15))
     ),
     "sharpens: entropy to a half": lambda t: replace(climbing(t), entropy=towards(0.5, t, 40)),
     "sharpens: entropy to a tenth": lambda t: replace(climbing(t), entropy=towards(0.1, t, 40)),

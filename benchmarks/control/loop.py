@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/control/loop.py [--picture FILE.png]
 
-Three tables. The first compares the regulating controllers on 25 `Plant`s (learning rates over a factor of 200, delay,
+Four tables. The first compares the regulating controllers on 25 `Plant`s (learning rates over a factor of 200, delay,
 momentum, 5 % noise), 600 steps each: over the last 200, KL divided by the threshold in force, its mean, its deviation,
 and its 10-step mean that is furthest from 1. Rewards play no part in `safe` and `adaptive` there; `paper` moves its
 threshold with them.
@@ -11,6 +11,8 @@ The others compare `safe` with its law at commit f169609 (before.py, with the bo
 preview then had) on `Policy`, whose figures are those of recorded runs (fit.py): 18 policies, pulls over a factor of
 13, steps over a factor of 100, with and without a rollout of delay and a momentum of 0.5. One row a budget; then what
 happens where a pull comes late, where the coefficient has no effect for a while, and where one rollout is far off.
+
+The last holds `safe` with its moving threshold on two policies that swing as recorded runs of an earlier law did.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from benchmarks.control.before import Before
 from stable_rlhf.control import Observation, make_controller
-from tests.control.plants import Law, Plant, Policy, Seen, hold, run
+from tests.control.plants import BUILT_IN, SMOLLM2, Law, Plant, Policy, Saturating, Seen, follow, hold, run
 from tests.control.test_safe import SPEEDS
 
 CONTROLLERS = {"safe": {"threshold_on": False}, "adaptive": {}, "paper": {}}
@@ -163,6 +165,28 @@ def event_rows(name: str) -> list[str]:
     ]
 
 
+SWINGING = {
+    "built-in pair": (BUILT_IN, (0.02, 0.05, 0.1, 0.2)),
+    "SmolLM2": (SMOLLM2, (0.02, 0.05, 0.1, 0.2)),
+}
+"""Budgets that leave room: the reward of these policies no longer pulls beyond a KL of 0.36 to 0.4, and the threshold
+may open to 1.5 budgets."""
+
+
+def swinging_row(name: str, policy: Saturating, budget: float) -> str:
+    """Five seeds of 120 rollouts, from the first within 15 % of the threshold in force."""
+    within, peaks = [], []
+    for seed in range(5):
+        seen = follow(policy, make_controller("safe", budget=budget), 120, seed)
+        shares = [each.kl / (each.threshold or math.nan) for each in seen]
+        begin = next((step for step, share in enumerate(shares) if share >= 1 - ALLOWED), len(shares))
+        within.append(
+            statistics.fmean(abs(share - 1) <= ALLOWED for share in shares[begin:]) if shares[begin:] else 0.0
+        )
+        peaks.append(max(shares))
+    return f"| {name} | {budget:g} | {statistics.fmean(within):.1%} | {min(within):.1%} | {max(peaks):.2f} |"
+
+
 def draw(file: Path) -> None:
     """The picture in docs/algorithm.md: KL by budget before and after, in six cases."""
     import matplotlib.pyplot as plt
@@ -209,6 +233,10 @@ def main() -> None:
         "| event | law | |",
         "|---|---|---|",
         *(line for lines in zip(*map(event_rows, LAWS), strict=True) for line in lines),
+        "",
+        "| policy | budget | within 15 %, mean | worst | peak, worst |",
+        "|---|---|---|---|---|",
+        *(swinging_row(name, policy, budget) for name, (policy, budgets) in SWINGING.items() for budget in budgets),
         sep="\n",
     )
     if given.picture is not None:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.control import fit, loop
 from stable_rlhf.control import make_controller
-from tests.control.plants import Policy, Seen, hold, run
+from tests.control.plants import Policy, Saturating, Seen, follow, hold, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,19 +52,32 @@ def test_a_run_is_judged_from_where_it_reached_its_budget() -> None:
 def test_any_budget_is_held_for_any_pull_and_size_of_step(pull: float, size: float, budget: float) -> None:
     seen = hold(Policy(pull=pull, size=size), loop.after(budget), 400 + round(4 * (2 * budget) ** 0.5 / size))
     found = loop.held(seen, budget)
-    # Where the right coefficient is four times the first and more, the first overshoot is the price of not knowing it.
-    first = 0.05 * 0.3 / budget
-    known = pull / (2 * budget) ** 0.5 < 4 * first
-    assert found.within > (0.75 if known else 0.66)
-    assert found.peak < (1.6 if known else 2.2)
-    assert abs(found.error) < 0.01
+    # Where the right coefficient is five times the first and more, the first overshoot is the price of not knowing it.
+    known = pull / (2 * budget) ** 0.5 < 5 * 0.05 * (0.3 / budget) ** 0.75
+    assert found.within > (0.84 if known else 0.8)
+    assert found.peak < (1.4 if known else 1.65)
+    assert abs(found.error) < 0.04
+
+
+@pytest.mark.parametrize("name", loop.SWINGING)
+@pytest.mark.parametrize("budget", [0.02, 0.2])
+def test_the_rows_of_the_policies_that_swing_are_those_in_the_documents(name: str, budget: float) -> None:
+    row = loop.swinging_row(name, loop.SWINGING[name][0], budget)
+    assert row in (ROOT / "docs" / "deviations.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_a_policy_that_saturates_comes_to_the_distance_where_its_pull_ends_and_no_further() -> None:
+    """Held by nothing: a coefficient of 1e-9 that stays, and a bound of 0.006 nats an update, as `safe` has."""
+    free = make_controller("safe", budget=3.0, update_share=0.002, initial_coef=1e-9, min_coef=1e-9, max_coef=1e-9)
+    seen = follow(Saturating(pull=0.2, reach=0.8, noise=0.08, advance=0.5), free, 400)
+    assert statistics.fmean(each.kl for each in seen[-100:]) == pytest.approx(0.8**2 / 2, rel=0.03)
 
 
 def test_after_a_late_pull_an_outlier_or_a_coefficient_without_effect_the_kl_comes_back() -> None:
     figures = [line.split("|")[-2].strip() for line in loop.event_rows("after")]
     late, _, _, back, outlier = figures
     assert float(late) < 2.0
-    assert int(back) < 200
+    assert int(back) < 160
     assert float(outlier.rstrip("%")) < 20.0
 
 

@@ -26,17 +26,15 @@ def drive(rows: list[tuple[float, float, float]], **changed: float | bool) -> li
 
 
 SPEEDS = [
-    *(Plant(g=1.0, lr=lr) for lr in (0.005, 0.02, 0.1)),
-    *(Plant(g=1.0, lr=lr, delay=1) for lr in (0.005, 0.02)),
-    *(Plant(g=0.1, lr=lr, momentum=0.7) for lr in (0.05, 0.3, 1.0)),
-    Plant(g=0.02, lr=1.0, delay=1),
+    *(Plant(g=1.0, lr=lr) for lr in (0.005, 0.02, 0.1, 0.5)),
+    *(Plant(g=1.0, lr=lr, delay=1) for lr in (0.005, 0.02, 0.1, 0.5)),
+    *(Plant(g=0.1, lr=lr, momentum=0.7) for lr in (0.05, 0.3, 1.0, 5.0)),
+    *(Plant(g=0.02, lr=lr, delay=1) for lr in (1.0, 10.0)),
     *(Plant(kind="adam", lr=lr) for lr in (0.005, 0.03, 0.1)),
     *(Plant(kind="adam", lr=lr, momentum=0.7) for lr in (0.01, 0.1)),
-    *(Plant(kind="saturating", lr=lr, delay=1) for lr in (0.01, 0.1)),
-    *(Plant(linear=True, lr=lr) for lr in (0.003, 0.03)),
+    *(Plant(kind="saturating", lr=lr, delay=1) for lr in (0.01, 0.1, 1.0)),
+    *(Plant(linear=True, lr=lr) for lr in (0.003, 0.03, 0.25)),
 ]
-"""Policies whose whole step is at most what the bound on an update allows. A gradient that is not normalised and much
-longer than that goes to its bound in one direction or the other at each rollout, as AdamW's never does."""
 
 
 @pytest.mark.parametrize("plant", SPEEDS, ids=str)
@@ -69,12 +67,12 @@ def test_the_first_overshoot_is_bounded_and_short_beside_the_rise(lr: float) -> 
 
 
 def test_a_first_coefficient_that_is_near_overshoots_little() -> None:
-    for lr in (0.05, 0.3, 1.0):  # right: 0.13, first: 0.05, which the share makes up for at 1.6 times the budget
+    for lr in (0.05, 0.3, 1.0):  # right: 0.13, first: 0.05
         kls, _ = run(Plant(g=0.1, lr=lr, noise=0.0), make_controller("safe", threshold_on=False), 400)
-        assert max(kls) < 1.6 * BUDGET
+        assert max(kls) < 1.3 * BUDGET
 
 
-@pytest.mark.parametrize("initial", [0.005, 0.05, 0.2])
+@pytest.mark.parametrize("initial", [0.005, 0.05, 0.5])
 def test_the_first_coefficient_does_not_decide_where_kl_ends(initial: float) -> None:
     controller = make_controller("safe", initial_coef=initial, threshold_on=False)
     kls, decisions = run(Plant(g=0.1, lr=1.0), controller, 600)
@@ -85,7 +83,7 @@ def test_the_first_coefficient_does_not_decide_where_kl_ends(initial: float) -> 
 
 SCHEDULES: list[Callable[[int], float]] = [
     lambda step: min(1.0, (step + 1) / 50) * (1 - step / 700),  # warm-up, then linear decay
-    lambda step: 1.0 if step < 300 else 2.0,
+    lambda step: 1.0 if step < 300 else 5.0,
     lambda step: 1.0 if step < 300 else 0.2,
     lambda step: 0.0 if step < 60 or 250 < step < 300 else 1.0,  # the policy is frozen: nothing may wind up
 ]
@@ -94,7 +92,7 @@ SCHEDULES: list[Callable[[int], float]] = [
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["warmup-decay", "jump", "drop", "frozen"])
 @pytest.mark.parametrize(("g", "lr"), [(1.0, 0.03), (0.1, 1.0)])
 def test_a_learning_rate_that_changes_is_followed(schedule: Callable[[int], float], g: float, lr: float) -> None:
-    plant = Plant(g=g, lr=lr, delay=int(g == 1.0), schedule=schedule)
+    plant = Plant(g=g, lr=lr, delay=1, schedule=schedule)
     kls, _ = run(plant, make_controller("safe", threshold_on=False), 600)
     assert statistics.fmean(kls[-150:]) == pytest.approx(BUDGET, rel=0.08)
     assert statistics.pstdev(kls[-150:]) < 0.12 * BUDGET
@@ -109,22 +107,21 @@ def test_a_policy_that_the_reward_leaves_below_the_budget_is_left_alone() -> Non
     assert [each.excess for each in negative] == [0.0] * 20
 
 
-def test_a_coefficient_that_had_no_effect_comes_back_at_once() -> None:
-    """A KL that nothing can bring down for 200 steps takes it to its limit; then a quick policy."""
+def test_a_coefficient_at_its_limit_comes_back_at_once() -> None:
+    """A KL that nothing can bring down for 200 steps, then a quick policy: no memory of the long excess remains."""
     stuck = [(0.0, min(0.9, 0.02 * step), 3.0) for step in range(200)]
-    freed = [(0.0, max(0.2, 0.9 * math.exp(-step / 3)), 3.0) for step in range(100)]
+    freed = [(0.0, 0.9 * math.exp(-step / 3), 3.0) for step in range(100)]
     decisions = drive([*stuck, *freed], threshold_on=False)
-    assert decisions[199].kl_coef > 100.0
-    assert decisions[199 + 10].kl_coef < 0.5 * decisions[199].kl_coef
-    assert decisions[-1].kl_coef < 1.0
+    assert decisions[199].kl_coef == pytest.approx(100.0)
+    assert decisions[199 + 10].kl_coef < 10.0
+    assert decisions[-1].kl_coef < 0.01
 
 
 def test_the_coefficient_tightens_before_the_budget_is_reached_when_kl_rushes_up() -> None:
     decisions = drive([(0.0, kl, 3.0) for kl in (0.0, 0.04, 0.08, 0.12, 0.16, 0.20, 0.24)])
     below = [each for each in decisions if each.excess == 0.0]
     assert len(below) == 7
-    still = drive([(0.0, below[-1].kl_short, 3.0)] * 7)[-1]
-    assert decisions[-1].kl_coef > 1.4 * still.kl_coef
+    assert decisions[-1].kl_coef > 0.05
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(10.0, 0.0), (1.0, 5.0), (0.001, -3.0)])
@@ -273,7 +270,7 @@ def test_gate_and_threshold_are_switched_apart_and_only_the_threshold_is_on_by_d
 def test_the_reason_says_what_was_seen_and_done() -> None:
     decisions = drive([(0.0, 0.02, 3.0), (0.0, 0.34, 3.0), (0.0, 0.34, 3.0), (0.0, 0.36, 3.0)])
     assert decisions[0].reason.startswith("KL 0.02 within budget 0.3: coefficient 0.05 -> ")
-    assert decisions[0].reason.endswith("; acts with 0.000222")
+    assert decisions[0].reason.endswith("; acts with 0.000113")
     assert " above budget 0.3" in decisions[3].reason
     gated = entropy_run([3.0] * 5 + [0.9] * 20)[-1]
     assert "entropy below its floor, gate 4" in gated.reason

@@ -251,65 +251,66 @@ def test_the_gate_lets_go_when_the_entropy_comes_back() -> None:
 
 
 def test_the_coefficient_is_gate_times_share_times_beta_and_a_gate_of_two_takes_the_shares_place() -> None:
-    """A still KL of a tenth of the budget has a share of 0.01. Beta relaxes by 0.2 x 1 x (0.1 / 0.7)^4 a step while the
-    gate is 1, and while the entropy falls, stays.
+    """A still KL of a tenth of the budget has a share of 0.1^2.25. Beta relaxes by 0.3 x 1 x (0.1 / 0.9)^4 a step while
+    the gate is 1, and while the entropy falls, stays.
 
     The entropy's average goes 3, 1.7, 1.6, 0.8: gates 1.12, 1.27, 5.06, of which 0.12, 0.27 and 1 take the share's
     place.
     """
     decisions = drive([(0.0, 0.03, entropy) for entropy in [3.0] * 5 + [0.4, 1.5, 0.0]], gate_on=True)
-    relaxed = 0.2 * (0.1 / 0.7) ** 4
+    relaxed = 0.3 * (0.1 / 0.9) ** 4
     beta = [0.05 * math.exp(-relaxed * min(step, 5)) for step in range(1, 9)]
     gates = [1.0] * 5 + [(1.8 / 1.7) ** 2, (1.8 / 1.6) ** 2, (1.8 / 0.8) ** 2]
-    acts = [0.01] * 5 + [gates[5] - 1, gates[6] - 1, 1.0]
+    acts = [0.1**2.25] * 5 + [gates[5] - 1, gates[6] - 1, 1.0]
     expected = [gate * share * each for gate, share, each in zip(gates, acts, beta, strict=True)]
     assert [each.kl_coef for each in decisions] == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_gate_may_take_the_coefficient_beyond_the_regulators_limit() -> None:
     rows = [(0.0, 2.0, 3.0)] * 5 + [(0.0, 2.0, 0.0)] * 5
-    decisions = drive(rows, max_coef=0.05, threshold_on=False, gate_on=True)
-    assert decisions[4].kl_coef == pytest.approx(0.05 * math.exp(2), rel=1e-12)  # the share of a KL far above
-    assert decisions[-1].kl_coef == pytest.approx(0.05 * math.exp(2) * 8, rel=1e-12)
+    decisions = drive(rows, max_coef=0.06, threshold_on=False, gate_on=True)
+    assert decisions[4].kl_coef == pytest.approx(0.06, rel=1e-12)  # the share of a KL far above would be e^2
+    assert decisions[-1].kl_coef == pytest.approx(0.06 * 8, rel=1e-12)
 
 
 def test_the_first_two_steps_of_a_kl_above_its_budget() -> None:
-    """The first KL has no velocity: beta grows by 0.2 log 2, and the share is 2^2.
+    """The first KL has no velocity: beta grows by 2 x 0.3 log 2, and the share is 2^2.25. A swing needs two sides.
 
-    Then 0.767: short 0.6 + 0.167 / 1.67 = 0.7, long 0.6 + 0.167 / 3, velocity their difference / 1.33.
+    Then 0.433: short 0.6 - 0.167 / 1.67 = 0.5, long 0.6 - 0.167 / 3, velocity their difference / 1.33.
     """
-    first, second = drive([(0.0, 0.6, 3.0), (0.0, 0.767, 3.0)])
-    beta = 0.05 * math.exp(0.2 * math.log(2))
-    assert first.kl_coef == pytest.approx(4 * beta, rel=1e-12)
+    first, second = drive([(0.0, 0.6, 3.0), (0.0, 0.433, 3.0)])
+    beta = 0.05 * math.exp(0.6 * math.log(2))
+    assert first.kl_coef == pytest.approx(2**2.25 * beta, rel=1e-12)
     assert (first.excess, first.kl_short, first.kl_long) == pytest.approx((0.3, 0.6, 0.6), rel=1e-14)
-    long = 0.6 + 0.167 / 3
-    predicted = 0.7 + 2 * (0.7 - long) / 1.33
-    assert (second.excess, second.kl_short, second.kl_long) == pytest.approx((0.4, 0.7, long), rel=1e-12)
-    beta *= math.exp(0.2 * math.log(0.7 / 0.3))
-    assert second.kl_coef == pytest.approx(beta * (predicted / 0.3) ** 2, rel=1e-12)
-    assert predicted < 0.3 * math.e
+    long = 0.6 - 0.167 / 3
+    predicted = 0.5 + 2.9 * (0.5 - long) / 1.33
+    assert (second.excess, second.kl_short, second.kl_long) == pytest.approx((0.2, 0.5, long), rel=1e-12)
+    beta *= math.exp(0.6 * math.log(0.5 / 0.3))
+    assert second.kl_coef == pytest.approx(beta * (predicted / 0.3) ** 2.25, rel=1e-12)
 
 
 def test_the_regulator_holds_the_threshold_in_force_and_not_the_base() -> None:
     """A KL of 0.3, still, while the budget of this step is 0.3 x 0.5 x 1.0025: the error is the log of their ratio.
 
-    The first coefficient is 0.05 at a threshold of 0.3, and 0.3 / threshold times as much at another.
+    The first coefficient is 0.05 at a threshold of 0.3, and (0.3 / threshold)^0.75 times as much at another.
     """
     state, decision = settled(0.5, (0.0, 0.3), (0.0, 0.0), (0.3, 0.3))
     assert decision.threshold == pytest.approx(0.150375, rel=1e-14)
     ratio = math.log(0.3 / 0.150375)
-    assert state.regulator.log_coef == pytest.approx(math.log(0.05) + (1 + 0.2) * ratio, rel=1e-12)
+    assert state.regulator.log_coef == pytest.approx(math.log(0.05) + (0.75 + 2 * 0.3) * ratio, rel=1e-12)
 
 
 def test_the_coefficient_relaxes_to_its_least_and_no_further() -> None:
-    """A still KL of eight tenths of the budget: log beta falls by 0.2 log 1.25 a step, and the share is 0.64."""
-    decisions = drive([(0.0, 0.24, 3.0)] * 4, min_coef=0.0465)
-    expected = [0.05 * math.exp(-0.2 * math.log(1.25)), 0.0465, 0.0465, 0.0465]
-    assert [each.kl_coef for each in decisions] == pytest.approx([0.64 * beta for beta in expected], rel=1e-12)
+    """A still KL of nine tenths of the budget: log beta falls by 0.3 log (1 / 0.9) a step; the share is 0.9^2.25."""
+    decisions = drive([(0.0, 0.27, 3.0)] * 4, min_coef=0.047)
+    expected = [0.05 * 0.9**0.3, 0.047, 0.047, 0.047]
+    assert [each.kl_coef for each in decisions] == pytest.approx([0.9**2.25 * beta for beta in expected], rel=1e-12)
 
 
-@pytest.mark.parametrize(("budget", "first"), [(0.3, 0.05), (0.003, 5.0), (30.0, 0.0005), (3e-9, 100.0)])
-def test_the_first_coefficient_goes_inversely_with_the_budget(budget: float, first: float) -> None:
+@pytest.mark.parametrize(("budget", "first"), [(0.3, 0.05), (0.3e-4, 50.0), (4.8, 0.00625), (3e-9, 100.0)])
+def test_the_first_coefficient_goes_inversely_with_the_budget_to_the_power_of_three_quarters(
+    budget: float, first: float
+) -> None:
     assert drive([(0.0, budget, 3.0)], budget=budget)[0].kl_coef == pytest.approx(first, rel=1e-12)
 
 
@@ -348,7 +349,7 @@ def test_a_first_coefficient_may_be_either_limit(initial: float) -> None:
 def test_the_reason_has_the_figures_of_the_decision() -> None:
     """0.5 is wild beside 0.02 and is left out once; then 0.48 / 1.67 of the way to it are taken."""
     first, second, left_out, taken = drive([(0.0, 0.02, 3.0)] * 2 + [(0.0, 0.5, 3.0)] * 2)
-    assert first.reason == ("KL 0.02 within budget 0.3: coefficient 0.05 -> 0.05; acts with 0.000222")
+    assert first.reason == ("KL 0.02 within budget 0.3: coefficient 0.05 -> 0.05; acts with 0.000113")
     assert left_out.reason == second.reason == first.reason
     assert taken.reason.startswith("KL 0.307 above budget 0.3, heading for ")
     steady = drive([(0.0, 0.3, 3.0)] * 2)[-1]
@@ -356,8 +357,8 @@ def test_the_reason_has_the_figures_of_the_decision() -> None:
 
 
 def test_a_course_is_told_from_a_tenth_of_the_budget_on() -> None:
-    """Of a step of d the prediction is 2 (1 / 1.67 - 1 / 3) / 1.33 = 0.399 d above the level: told from d = 0.0752."""
-    for d, told in ((0.074, False), (0.077, True)):
+    """Of a step of d the prediction is 2.9 (1 / 1.67 - 1 / 3) / 1.33 = 0.579 d above: told from d = 0.0518."""
+    for d, told in ((0.051, False), (0.053, True)):
         assert (", heading for" in drive([(0.0, 0.3, 3.0), (0.0, 0.3 + d, 3.0)])[-1].reason) == told
 
 

@@ -99,8 +99,10 @@ def gates(rows: list[Row], settings: dict[str, Any]) -> list[tuple[float, float 
 def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, float], tuple[float, ...], None]:
     """Takes (KL, its error, budget, whether it may relax), gives coefficient, share, filters and predicted KL."""
     taken: list[float] = []
+    ratios: list[float] = []
     held = math.inf
     seconds, jumped, wild = 0.0, False, 0
+    trust, side = 1.0, 0
     kl, kl_error, budget, may_relax = yield {}
     short = long = kl
     while True:
@@ -118,18 +120,36 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
             jumped = wild != 0
         predicted = short + settings["lead"] * (short - long) / (2 - 0.67)
         ratio = short / budget
+        ratios.append(ratio)
+        trust = min(1.0, 1.002 * trust)
+        crossed = 4 * kl_error / budget
+        here = 1 if ratio > 1.12 and ratio > 1 + crossed else -1 if ratio < 1 / 1.12 and ratio < 1 - crossed else 0
+        if here * side == -1:
+            trust = max(0.15, 0.85 * trust)
+        side = here or side
         e = max(-1.0, min(1.0, math.log(ratio))) if ratio > 0 else -1.0
-        if 0.7 <= ratio <= 1 / 0.7 and abs(short - long) / (2 - 0.67) <= 0.1 * budget:
+        if 0.9 <= ratio <= 1 / 0.9 and abs(short - long) / (2 - 0.67) <= 0.1 * budget:
             held = log_coef
-        if e < 0 and log_coef <= held:
-            e *= min(1.0, (max(0.0, ratio) / 0.7) ** 4)
+        if e > 0:
+            e *= 2
+        elif log_coef <= held:
+            e *= min(1.0, (max(0.0, ratio) / 0.9) ** 4)
         if e < 0 and not may_relax:
             e = 0.0
-        log_coef += settings["gain"] * e
+        log_coef += trust * settings["gain"] * min(1.0, 23 / max(1, risen_in(ratios))) * e
         log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
-        share = min(math.exp(2), (max(0.0, predicted) / budget) ** 2)
+        share = min(math.exp(2), (max(0.0, predicted) / budget) ** (2.25 * trust))
         figures = {"coefficient": math.exp(log_coef), "share": share, "short": short, "long": long}
         kl, kl_error, budget, may_relax = yield {**figures, "predicted": predicted}
+
+
+def risen_in(ratios: list[float]) -> int:
+    """Rollouts in a row above a sixteenth, up to the first at 0.9 or, before there is one, to the last."""
+    end = next((i for i, ratio in enumerate(ratios) if ratio >= 0.9), len(ratios) - 1)
+    start = end
+    while start >= 0 and ratios[start] > 1 / 16:
+        start -= 1
+    return end - start
 
 
 def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -137,7 +157,7 @@ def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
     still = {"multiple": 1.0, "phase": "NONE", "pid_p": 0.0, "pid_i": 0.0, "pid_d": 0.0}
     moving = thresholds(rows, settings)
     each = next(moving) if settings["threshold_on"] else still
-    first = settings["initial_coef"] * 0.3 / (settings["budget"] * each["multiple"])
+    first = settings["initial_coef"] * (0.3 / (settings["budget"] * each["multiple"])) ** 0.75
     plant = regulator(settings, math.log(sorted((settings["min_coef"], first, settings["max_coef"]))[1]))
     next(plant)
     found = []
@@ -145,9 +165,10 @@ def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
         budget = settings["budget"] * each["multiple"]
         seen = plant.send((rows[step][1], 0.0, budget, may_relax))
         short = seen["short"]
+        acts = min(seen["share"] * seen["coefficient"], settings["max_coef"])
         found.append(
             {
-                "kl_coef": gate * max(seen["share"], min(gate - 1, 1.0)) * seen["coefficient"],
+                "kl_coef": gate * max(acts, min(gate - 1, 1.0) * seen["coefficient"]),
                 "threshold": budget,
                 "excess": max(0.0, short - budget),
                 "kl_short": short,

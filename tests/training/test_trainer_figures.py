@@ -155,7 +155,7 @@ def test_the_seconds_of_a_part_are_spent_in_that_part(
 def test_an_update_is_looked_at_before_and_after_it_once_the_first_was_within_its_bound(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first also with weights that are only nudged, and after each of its four optimiser steps."""
+    """The first two also with weights that are only nudged, the first after each of its four optimiser steps."""
     calls: list[int] = []
     counts: list[int] = []
 
@@ -164,13 +164,13 @@ def test_an_update_is_looked_at_before_and_after_it_once_the_first_was_within_it
             counts.append(len(calls))
             calls.clear()
 
-    config = settings(tmp_path / "run", optim={"learning_rate": 1e-6}, rollout={"batch_size": 8}, max_steps=2)
+    config = settings(tmp_path / "run", optim={"learning_rate": 1e-6}, rollout={"batch_size": 8}, max_steps=3)
     run = trainer(config, tokenizer, callbacks=[Count()])
     real = run.passes.hidden
     monkeypatch.setattr(run.passes, "hidden", lambda *given: (calls.append(1), real(*given))[1])
     run.train()
-    assert counts == [2 + 4, 2]
-    assert [row["safe/looks"] for row in rows(run.run_dir)] == [1 + 4, 1]
+    assert counts == [2 + 4, 2 + 1, 2]
+    assert [row["safe/looks"] for row in rows(run.run_dir)] == [1 + 4, 1 + 1, 1]
 
 
 # -- a run is a function of its seed ------------------------------------------------------------------------------

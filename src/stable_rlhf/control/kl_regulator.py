@@ -6,21 +6,22 @@ falls by some 10 % a rollout, two or three rollouts after the coefficient has ch
 One rollout, with tau the budget:
 1. `kl_level` gives the KL's level and its velocity, and leaves out one wild rollout;
 2. predicted = level + lead velocity;
-3. log beta <- clip(log beta + gain clip(log(level / tau), -1, 1)),  below 0.7 tau times (level / 0.7 tau)^4
-   unless beta is above the one that last held the KL near tau;
-4. coefficient = beta min(e^2, (predicted / tau)^2).
+3. log beta <- clip(log beta + trust gain min(1, 23 / rise) e),   e = clip(log(level / tau), -1, 1), twice that above
+   tau, and below 0.9 tau times (level / 0.9 tau)^4, unless beta is above the one that last held the KL near;
+4. coefficient = beta share,   share = min(e^2, (predicted / tau)^(2.25 trust)).
 
-Step 4 is the proportional part, in the log domain: beta at the budget, 0 where there is no KL, and more above, at once.
-So below the budget there is hardly a penalty (asymmetry), and one that the KL rushes towards is met early. Step 3 is
-the integral: it leaves no steady error. Where the KL is far below, the coefficient hardly acts and hardly moves, so a
-pull that comes late finds beta as it was; a beta that grew while it had no effect is known to be too large, and comes
-back at the full rate. Useful coefficients span decades, hence the logarithms (cf. the PID
-Lagrangian of Stooke et al. 2020, arXiv 2007.03964, whose coefficient is linear).
+Step 4 is the proportional part: beta at the budget, nearly 0 well below it (asymmetry), and more above, at once. Step 3
+is the integral. It leaves no steady error. Where the KL is far below, the coefficient hardly acts and hardly moves, so
+a pull that comes late finds beta as it was; a beta that grew while it had no effect is known to be too large, and comes
+back at the full rate. Useful coefficients span decades, hence the logarithms (cf. the PID Lagrangian of Stooke et al.
+2020, arXiv 2007.03964, whose coefficient is linear).
 
-A policy whose learning rate moves it 100 times more slowly is held by the same constants: on its clock the proportional
-part acts at once.
+Two figures fit the law to the policy. `rise` is the number of rollouts that the KL took from a sixteenth to 0.9 of the
+budget: a policy that moves slowly is integrated slowly. `trust` loses a seventh with each swing, in which the level
+clearly crosses the budget: a policy that turns at once needs less. It comes back slowly.
 
-The constants were chosen on simulated policies with the figures of recorded runs (benchmarks/control).
+The constants were chosen on simulated policies (tests/control/plants.py, benchmarks/control), some with the figures of
+recorded runs, and may be turned by a tenth.
 """
 
 from __future__ import annotations
@@ -30,12 +31,20 @@ from dataclasses import dataclass, field, replace
 
 from stable_rlhf.control.kl_level import LevelState, advance_level
 
-POWER = 2.0  # of predicted / tau in the coefficient: with 1 the KL swings longer, with 3 its noise moves it more
-MOST = 2.0  # of the logarithm of the proportional part: a wild course may not raise the coefficient by decades
+POWER = 2.25  # of predicted / tau in the share: with 1.5 the first overshoot is larger, with 3 noise moves it more
+MOST = 2.0  # of the share's logarithm: a wild course may not raise the coefficient by decades
 ERROR_LIMIT = 1.0  # of log(level / tau), for the same reason
-NEAR = 0.7  # of the budget, below which the integral fades out
+TIGHTEN = 2.0  # times the gain above the budget: too late is the worse error
+NEAR = 0.9  # of the budget, below which the integral fades out
+FADE_POWER = 4.0  # of level / (0.9 tau) there: at 0.6 of the budget a fifth is left, at a third nothing
 PASSING = 0.1  # of the budget in one rollout: a KL that moves faster is not held there
-FADE_POWER = 4.0  # of level / (0.7 tau) there: at half of the budget a quarter is left, at a fifth nothing
+RISE_FROM = 1.0 / 16.0  # of the budget, where the rise begins: above the noise of the first rollouts
+QUICK_RISE = 23.0  # rollouts: a bounded policy needs 10 to 20, and up to there the whole gain acts
+SWING = 1.12  # of the budget, and its inverse: a swing goes beyond both, most of the 15 % allowed
+SWING_ERRORS = 4.0  # standard errors beyond the budget: two such in turn are not noise
+SWING_TRUST = 0.85  # of the trust is kept after a swing
+LEAST_TRUST = 0.15  # so that the integral still removes a steady error
+TRUST_GROWTH = 1.002  # per rollout: doubled in 350, much slower than swings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +55,16 @@ class RegulatorState:
     """log beta, the coefficient at the budget, before the gate."""
     level: LevelState = field(default_factory=LevelState)
     """Filters of the KL."""
+    rise: int = 0
+    """Rollouts from a sixteenth to 0.9 of the budget, so far or, once it has risen, in all."""
+    risen: bool = False
+    """Whether the KL has come to 0.9 of the budget."""
+    side: int = 0
+    """Last side of the budget on which the KL clearly was: 1 above, -1 below, 0 not yet."""
+    trust: float = 1.0
+    """Share of gain and power that swings have left."""
     held: float | None = None
-    """log beta when the level was last between 0.7 tau and tau / 0.7 and not passing; None while it never was."""
+    """log beta when the level was last within a tenth of tau and not passing; None while it never was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +72,7 @@ class Regulation:
     """The result of one step of the regulator."""
 
     coefficient: float
-    """beta, reward per nat, before the proportional part and the gate."""
+    """beta, reward per nat, before the share and the gate."""
     short: float
     """The level that is held at the budget, nats per token."""
     share: float
@@ -81,20 +98,43 @@ def regulate(
     beta in reward per nat. With `may_relax` False beta may only grow.
     """
     filters, level = advance_level(state.level, kl, kl_error, budget)
+    state = _measure(replace(state, level=filters), level.short / budget, kl_error / budget)
     predicted = level.short + lead * level.velocity
     error = _log(level.short / budget, -ERROR_LIMIT, ERROR_LIMIT)
-    holds = abs(error) <= -math.log(NEAR) and abs(level.velocity) <= PASSING * budget
-    held = state.log_coef if holds else state.held
-    if error < 0.0 and not (held is not None and state.log_coef > held):
-        error *= min(1.0, (max(0.0, level.short) / (NEAR * budget)) ** FADE_POWER)
-    if error < 0.0 and not may_relax:
-        error = 0.0
-    log_coef = max(math.log(limits[0]), min(math.log(limits[1]), state.log_coef + gain * error))
-    share = math.exp(POWER * _log(predicted / budget, -math.inf, MOST / POWER))
+    if abs(error) <= -math.log(NEAR) and abs(level.velocity) <= PASSING * budget:
+        state = replace(state, held=state.log_coef)
+    rate = state.trust * gain * min(1.0, QUICK_RISE / max(1, state.rise))
+    log_coef = state.log_coef + rate * _weight(state, error, level.short / budget, may_relax) * error
+    log_coef = max(math.log(limits[0]), min(math.log(limits[1]), log_coef))
+    power = state.trust * POWER
+    share = math.exp(power * _log(predicted / budget, -math.inf, MOST / power))
     regulation = Regulation(coefficient=math.exp(log_coef), short=level.short, share=share, predicted=predicted)
-    return replace(state, log_coef=log_coef, level=filters, held=held), regulation
+    return replace(state, log_coef=log_coef), regulation
+
+
+def _weight(state: RegulatorState, error: float, ratio: float, may_relax: bool) -> float:
+    """Factor on the rate: more above the budget, less the farther the KL is below it."""
+    if error >= 0.0:
+        return TIGHTEN
+    if not may_relax:
+        return 0.0
+    too_large = state.held is not None and state.log_coef > state.held
+    return 1.0 if too_large else min(1.0, (max(0.0, ratio) / NEAR) ** FADE_POWER)
+
+
+def _measure(state: RegulatorState, ratio: float, error: float) -> RegulatorState:
+    """The state with its rise and its trust advanced; level and standard error as shares of the budget."""
+    rise, risen = state.rise, state.risen
+    if not risen:
+        rise, risen = (rise + 1 if ratio > RISE_FROM else 0), ratio >= NEAR
+    trust = min(1.0, state.trust * TRUST_GROWTH)
+    clear = SWING_ERRORS * error
+    side = 1 if ratio > max(SWING, 1.0 + clear) else -1 if ratio < min(1.0 / SWING, 1.0 - clear) else 0
+    if side != 0 and side == -state.side:
+        trust = max(LEAST_TRUST, trust * SWING_TRUST)
+    return replace(state, rise=rise, risen=risen, trust=trust, side=side or state.side)
 
 
 def _log(x: float, low: float, high: float) -> float:
-    """log x between two limits; the lower one where there is no logarithm."""
+    """log x, kept between two limits; the lower limit where x is not positive."""
     return low if x <= 0.0 else max(low, min(high, math.log(x)))

@@ -32,8 +32,9 @@ from stable_rlhf.control.normaliser import Moments, merge
 from stable_rlhf.control.phase import CLEAR, Contrast, Phase, contrast, reward_phase
 from stable_rlhf.control.pid import PidGains, PidState, PidTerms, pid_step
 
-USUAL_BUDGET = 0.3  # nats per token, for which initial_coef is given. Recorded runs were held at budgets of 0.02 to 0.3
-# by coefficients in the inverse proportion, to the power 1.1 to 1.25; another budget begins with 0.3 / budget as much
+USUAL_BUDGET = 0.3  # nats per token, for which initial_coef is given
+FIRST_POWER = 0.75  # another budget begins with (0.3 / budget)^0.75 times as much. A constant pull needs the power 1/2,
+# recorded runs needed 1.1 to 1.25; a first coefficient that is too small costs an overshoot, one too large only time
 UPDATE_POWER = 3.0  # of threshold / KL in the bound: a KL a fifth too high nearly halves the noise that drives it
 LEAST_UPDATE = 0.05  # of the bound is always left: the policy must be able to come back
 LENGTH_KEEP = 0.9  # share of the length's average that one rollout keeps: a threshold must not jump with one batch
@@ -65,20 +66,19 @@ class SafeSettings:
     the smoothed mean length of the responses."""
     initial_coef: float = setting(0.05, above=0.0)
     """First coefficient, reward per nat, for rewards of unit deviation and a budget of 0.3 nats per token; another
-    budget begins with 0.3 / budget times as much. 0.05 is the usual one of PPO; it is not 0, so
-    that a penalty is there once the KL grows."""
+    budget begins with (0.3 / budget)^0.75 times as much. 0.05 is the usual one of PPO; it is not 0, so that a penalty
+    is there once the KL grows."""
     min_coef: float = setting(1e-4, above=0.0)
     """Smallest coefficient at the budget. It has no effect on rewards of unit deviation, and is large enough to recover
     from."""
     max_coef: float = setting(100.0, above=0.0)
-    """Largest coefficient at the budget, before the gate. No reward of unit deviation outweighs it; it only prevents
-    overflow."""
-    gain: float = setting(0.2, 0.0, 2.0)
+    """Largest coefficient, before the gate. No reward of unit deviation outweighs it; it only prevents overflow."""
+    gain: float = setting(0.3, 0.0, 2.0)
     """Integral gain: change of the coefficient's logarithm in one rollout, for each unit of log(KL / threshold). On
-    simulated policies (benchmarks/control) 0.15 to 0.25 hold the KL alike; with 0.04 it is late, with 0.4 it swings."""
-    lead: float = setting(2.0, 0.0, 20.0)
+    simulated policies (benchmarks/control) 0.25 to 0.35 hold the KL alike."""
+    lead: float = setting(2.9, 0.0, 20.0)
     """Rollouts by which the KL is predicted ahead. Prediction damps: the KL answers two or three rollouts after the
-    coefficient. 1 to 4 hold it alike."""
+    coefficient. With less the first overshoot is larger, with more than 3 noise moves the coefficient."""
     update_share: float = setting(0.02, above=0.0, high=1.0)
     """Share of the threshold that one update may move the policy, as KL(before || after): the bound that
     `optim.preview` enforces. 0.02 lets the KL reach its budget in seven updates at the soonest; with 0.01 it
@@ -183,7 +183,8 @@ def advance_safe(settings: SafeSettings, state: SafeState, observation: Observat
     )
     kl_short = regulation.short
     # a gate above 1 also acts where the KL is small, continuously: collapse is answered there too
-    kl_coef = gate * max(regulation.share, min(1.0, gate - 1.0)) * regulation.coefficient
+    acting = min(regulation.share * regulation.coefficient, settings.max_coef)
+    kl_coef = gate * max(acting, min(1.0, gate - 1.0) * regulation.coefficient)
     decision = Decision(
         kl_coef=kl_coef,
         threshold=threshold,
@@ -220,7 +221,7 @@ def _first(regulator: RegulatorState, settings: SafeSettings, threshold: float) 
     """The regulator's state, before step 0 with the first coefficient that fits the threshold."""
     if regulator.level.short is not None:
         return regulator
-    coef = settings.initial_coef * USUAL_BUDGET / threshold
+    coef = settings.initial_coef * (USUAL_BUDGET / threshold) ** FIRST_POWER
     return replace(regulator, log_coef=math.log(max(settings.min_coef, min(settings.max_coef, coef))))
 
 

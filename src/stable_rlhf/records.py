@@ -116,6 +116,16 @@ class Measured:
     kl: Tensor | None = None
     """KL(pi(. | s_t) || pi_ref(. | s_t)) over the whole vocabulary, nats, where it is observed."""
 
+    @property
+    def log_ratio(self) -> Tensor:
+        """log pi(a_t | s_t) - log pi_ref(a_t | s_t), nats, float64: k1, whose mean is a KL and may be negative."""
+        return (self.logp - self.ref_logp).double()
+
+    @property
+    def observed_kl(self) -> Tensor:
+        """The KL that the controller sees, nats, float64: the exact one where it was measured, else k1."""
+        return self.log_ratio if self.kl is None else self.kl.double()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

@@ -121,6 +121,14 @@ def test_the_recorded_settings_are_complete_and_make_the_same_controller(name: s
         ("safe", {"threshold_rate": 0.5}, r"threshold_rate=0\.5 is out of range: .* > 0\.0 and <= 0\.2"),
         ("safe", {"initial_coef": 1e-6}, r"initial_coef=1e-06 is outside \[min_coef=0\.0001, max_coef=100\.0\]"),
         ("paper", {"threshold_min": 0.7}, r"threshold_min=0\.7 is above threshold_max=0\.6"),
+        (
+            "safe",
+            {"gate_max": 9.0},
+            r"gate_max=9\.0 has no effect, since gate_on is false: set gate_on=true, or leave it",
+        ),
+        ("safe", {"gate_max": 0.5}, r"gate_max=0\.5 is out of range"),
+        ("safe", {"threshold_on": False, "window": 20}, r"window=20 has no effect, since threshold_on is false"),
+        ("safe", {"threshold_on": False, "pid_ki": 0.0}, r"pid_ki=0\.0 has no effect, since threshold_on is false"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_a_remedy(
@@ -151,9 +159,10 @@ def test_a_wrong_setting_is_named_with_its_value_and_a_remedy(
 def test_the_bounds_of_a_setting_belong_to_its_range_or_do_not(
     name: str, key: str, allowed: float, refused: float
 ) -> None:
-    assert controller_settings(name, {key: allowed})[key] == allowed
+    on = {"gate_on": True} if name == "safe" else {}  # the gate's have no effect without it
+    assert controller_settings(name, {**on, key: allowed})[key] == allowed
     with pytest.raises(ValueError, match=rf"^controller '{name}': {key}="):
-        controller_settings(name, {key: refused})
+        controller_settings(name, {**on, key: refused})
 
 
 def test_the_defaults_are_the_documented_ones() -> None:

@@ -140,11 +140,12 @@ class Config(Named):
         require(self.critic.warmup_steps < self.max_steps, "critic.warmup_steps", self.critic.warmup_steps, remedy)
         bounded = not self.optim.preview or self.optim.max_update_kl is not None or self.kl.controller == "safe"
         remedy = (
-            f"kl.controller={self.kl.controller} sets no bound on an update: give optim.max_update_kl, or set false"
+            f"has no bound on an update with kl.controller={self.kl.controller}: set optim.max_update_kl, or "
+            "optim.preview=false"
         )
         require(bounded, "optim.preview", True, remedy)
-        remedy = "divides by the number of rewards minus 1: set rollout.batch_size to 2 or more"
         self._check_ceiling()
+        remedy = "divides by the number of rewards minus 1: set rollout.batch_size to 2 or more"
         fits = self.reward.normalise != "paper" or self.rollout.batch_size > 1
         require(fits, "reward.normalise", self.reward.normalise, remedy)
 

@@ -113,12 +113,14 @@ def setting(
     *,
     above: float | None = None,
     choices: tuple[str, ...] = (),
+    switch: str | None = None,
 ) -> Any:
     """A dataclass field with a default and its range: low <= value <= high, value > above; None is no limit.
 
-    A text has ``choices`` in the place of a range.
+    A text has ``choices`` in the place of a range. ``switch`` names the setting without which this one has no effect.
     """
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above, "choices": choices})
+    limits = {"low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, metadata={**limits, "choices": choices, "switch": switch})
 
 
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -132,7 +134,8 @@ def as_whole(value: Any) -> Any:
 def check_settings(settings: Settings) -> None:
     """Raises ValueError for the first field that is not finite, out of range, or of another type than its default.
 
-    A whole number may be given as a float; it becomes an int.
+    Then for the first that is given although its switch is off. A whole number may be given as a float; it becomes an
+    int.
     """
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -161,6 +164,12 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(
                 f"{field.name}={value!r} is out of range: give a finite number {' and '.join(bounds)} "
                 f"(the default is {field.default})."
+            )
+    for field in dataclasses.fields(settings):
+        value, switch = getattr(settings, field.name), field.metadata["switch"]
+        if switch is not None and value != field.default and not getattr(settings, switch):
+            raise ValueError(
+                f"{field.name}={value!r} has no effect, since {switch} is false: set {switch}=true, or leave it out."
             )
 
 

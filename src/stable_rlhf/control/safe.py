@@ -86,34 +86,34 @@ class SafeSettings:
     gate_on: bool = setting(False)
     """Whether the gate acts: a factor that raises the coefficient when the entropy is low. On our benches it was 1 in
     every run whose KL was regulated (docs/results.md), so it is off."""
-    gate_fraction: float = setting(0.6, above=0.0, high=1.0)
+    gate_fraction: float = setting(0.6, above=0.0, high=1.0, switch="gate_on")
     """Share of the starting entropy below which the gate acts. In the prototype's runs, entropy stayed above 0.7 of its
     start in healthy runs and fell below 0.3 where the reward was hacked."""
-    gate_power: float = setting(2.0, above=0.0, high=8.0)
+    gate_power: float = setting(2.0, above=0.0, high=8.0, switch="gate_on")
     """Steepness of the gate: at half of the entropy floor (gate_fraction times the starting entropy) the gate is
     2^power. 2, as the published penalty is squared."""
-    gate_max: float = setting(8.0, 1.0)
+    gate_max: float = setting(8.0, 1.0, switch="gate_on")
     """Largest gate, reached at about a third of the entropy floor. Below that there is little policy left to save."""
     threshold_on: bool = setting(True)
     """Whether the KL budget moves with the reward; False keeps it at `budget`, the ablation without a moving
     threshold."""
-    threshold_min: float = setting(0.5, above=0.0, high=1.0)
+    threshold_min: float = setting(0.5, above=0.0, high=1.0, switch="threshold_on")
     """Smallest threshold, as a multiple of the budget."""
-    threshold_max: float = setting(1.5, 1.0, 10.0)
+    threshold_max: float = setting(1.5, 1.0, 10.0, switch="threshold_on")
     """Largest threshold, as a multiple of the budget: the largest published multiplier (that of WARMUP)."""
-    threshold_rate: float = setting(0.01, above=0.0, high=0.2)
+    threshold_rate: float = setting(0.01, above=0.0, high=0.2, switch="threshold_on")
     """Largest relative change of the threshold in one step. 1 % is slow compared with the regulator; a threshold of 1.2
     times the budget is reached in 20 steps."""
-    window: int = setting(40, 10, 1000)
+    window: int = setting(40, 10, 1000, switch="threshold_on")
     """Number of rollouts whose rewards and KLs are compared, newer half with older half. 20 against 20 detects a climb
     of one standard deviation of the noise."""
-    pid_kp: float = setting(0.1, 0.0, 10.0)
+    pid_kp: float = setting(0.1, 0.0, 10.0, switch="threshold_on")
     """Proportional gain of the PID that adjusts the threshold: multiple of the budget for each standard deviation of
     reward gained in half a window."""
-    pid_ki: float = setting(0.01, 0.0, 10.0)
+    pid_ki: float = setting(0.01, 0.0, 10.0, switch="threshold_on")
     """Integral gain of the PID, for each standard deviation of its sum. The sum is limited to 5, so this term is at
     most half of the proportional term's size."""
-    pid_kd: float = setting(0.1, 0.0, 10.0)
+    pid_kd: float = setting(0.1, 0.0, 10.0, switch="threshold_on")
     """Derivative gain of the PID, for each standard deviation by which that reward gain changes in one step, so that
     the budget follows a turn early."""
 

@@ -14,18 +14,18 @@ from stable_rlhf.records import Measured, Rollout
 
 def rollout_metrics(rollout: Rollout, measured: Measured) -> dict[str, float | None]:
     """Metrics of the sampled text and of its distance to the reference (docs/metrics.md)."""
-    mask, log_ratio = measured.tokens.mask, measured.logp - measured.ref_logp
+    mask, log_ratio = measured.tokens.mask, measured.log_ratio
     scores = torch.tensor([s for s, v in zip(rollout.scores, rollout.valid, strict=True) if v], dtype=torch.float64)
     lengths = rollout.tokens.mask.sum(1).double()
     distinct = distinct_n(rollout.tokens.response, rollout.tokens.mask, 2)
     metrics = {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(correction=0),
-        "objective/kl": masked_mean(log_ratio.double(), mask),
+        "objective/kl": masked_mean(log_ratio, mask),
         "objective/kl_exact": None if measured.kl is None else masked_mean(measured.kl.double(), mask),
-        "objective/kl_error": ratio_error((log_ratio if measured.kl is None else measured.kl).double(), mask),
+        "objective/kl_error": ratio_error(measured.observed_kl, mask),
         "objective/kl_k3": masked_mean(kl_estimate(measured.logp, measured.ref_logp, "k3").double(), mask),
-        "objective/kl_per_sequence": (log_ratio.double() * mask).sum() / mask.any(1).sum(),
+        "objective/kl_per_sequence": (log_ratio * mask).sum() / mask.any(1).sum(),
         "objective/entropy": masked_mean(measured.entropy.double(), mask),
         "objective/ref_nll": masked_mean(-measured.ref_logp.double(), mask),
         "completions/mean_length": lengths.mean(),

@@ -66,18 +66,16 @@ def observe(step: int, rollout: Rollout, measured: Measured) -> Observation:
     """
     scores = [score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid]
     mask = measured.tokens.mask
-    log_ratio = (measured.logp - measured.ref_logp).double()
-    per_token = log_ratio if measured.kl is None else measured.kl.double()
-    kl = masked_mean(per_token, mask).item()
+    kl = masked_mean(measured.observed_kl, mask).item()
     entropy = masked_mean(measured.entropy.double(), mask).item()
-    sampled = masked_mean(log_ratio, mask).item()
+    sampled = masked_mean(measured.log_ratio, mask).item()
     check_finite(step, {"objective/kl": sampled, "objective/kl_exact": kl, "objective/entropy": entropy})
     return Observation(
         step=step,
         reward=sum(scores) / len(scores),
         kl=kl,
         entropy=entropy,
-        kl_error=ratio_error(per_token, mask),
+        kl_error=ratio_error(measured.observed_kl, mask),
         length=(mask.sum() / mask.any(1).sum()).item(),
     )
 

@@ -16,17 +16,17 @@ from stable_rlhf.control.guard_config import GuardConfig
 WINDOW = 20  # rewards in the moving average R, here and in the definition of a reward crash (report/crashes.py)
 FEWEST = 3
 """Least number of figures from which the error of their mean is known. Two rewards of 0 or 1 are mostly alike and would
-have no error: where 0.9 are 1, two of 20 runs of 1,000 steps were rolled back at two a step, none at 3, 4 and 8
-(docs/LOG.md)."""
+have no error. In simulated runs of 1,000 steps whose rewards are 1 with probability 0.9, two of 20 were rolled back
+with two rewards a step, none with 3, 4 or 8 (docs/LOG.md)."""
 START = 5  # rollouts whose mean is the start: one is noisy, and by ten the policy has begun to move
 ERRORS = 6.0
-"""Standard errors that the fall must exceed. It is from the best of many windows to the worst of many: of 200 runs of
-5,000 steps of pure noise, 9 exceeded 5 of them for five steps in a row, and none exceeded 6."""
+"""Standard errors that the fall must exceed. So many, because it is measured from the best of many windows: of 200 simulated
+runs of 5,000 steps of pure noise, 9 exceeded 5 errors for five steps in a row, and none exceeded 6."""
 BEYOND = 1.5
 """Multiple of the threshold in force from which the KL is clearly beyond it. In 18 recorded runs of `safe` the most
-that one held for five steps in a row is 1.27."""
+that a run stayed above for five steps in a row is 1.27."""
 REPETITIVE = 0.5
-"""Share of the starting distinct-2 below which texts are repetitive. Of the same runs none was below 0.64 for five."""
+"""Share of the starting distinct-2 below which texts are repetitive. None of those runs was below 0.64 for five."""
 RATIOS = {
     "entropy": "objective/entropy",
     "distinct": "completions/distinct_2",

@@ -42,7 +42,7 @@ class LevelState:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """What the filters say of a rollout."""
+    """Level and velocity of the KL after one rollout."""
 
     short: float
     """The level, nats per token."""

@@ -4,9 +4,9 @@
 `paper`    the published code's rule [C], to the letter: (x - mean) / (deviation + 1e-8), from a prior of mean 0,
            variance 1 and count 1e-4, over all rewards so far; the batch's variance is the sample variance (n - 1).
 `running`  (x - mean) / deviation, with no prior and no constant in the denominator, so that multiplying every reward
-           by 10 or adding 5 changes nothing but rounding; a deviation of 0 gives 0. Over all rewards of the first 50
-           rollouts; from then on each rollout takes a 50th of the weight of those before it, so that a reward whose
-           scale drifts is followed.
+           by 10 or adding 5 changes nothing but rounding; a deviation of 0 gives 0. The first 50 rollouts count alike.
+           After them the weight of all earlier rewards shrinks by a fiftieth with each rollout, so that the moments
+           follow a reward whose scale drifts.
 
 Both merge moments by Chan, Golub and LeVeque 1979 (parallel variance).
 """

@@ -20,8 +20,8 @@ have no error. In simulated runs of 1,000 steps whose rewards are 1 with probabi
 with two rewards a step, none with 3, 4 or 8 (docs/LOG.md)."""
 START = 5  # rollouts whose mean is the start: one is noisy, and by ten the policy has begun to move
 ERRORS = 6.0
-"""Standard errors that the fall must exceed. So many, because it is measured from the best of many windows: of 200 simulated
-runs of 5,000 steps of pure noise, 9 exceeded 5 errors for five steps in a row, and none exceeded 6."""
+"""Standard errors that the fall must exceed. So many, because it is measured from the best of many windows: of 200
+simulated runs of 5,000 steps of pure noise, 9 exceeded 5 of them for five steps in a row, and none exceeded 6."""
 BEYOND = 1.5
 """Multiple of the threshold in force from which the KL is clearly beyond it. In 18 recorded runs of `safe` the most
 that a run stayed above for five steps in a row is 1.27."""

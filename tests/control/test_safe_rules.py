@@ -317,8 +317,10 @@ def test_the_first_coefficient_goes_inversely_with_the_budget_to_the_power_of_th
 # -- the bound on an update, and a budget per sequence ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kl", "share"), [(0.1, 1.0), (0.3, 1.0), (0.6, 0.125), (0.9, 0.05), (-0.1, 1.0)])
-def test_an_update_may_move_two_percent_of_the_threshold_less_by_the_cube_of_the_excess(
+@pytest.mark.parametrize(
+    ("kl", "share"), [(0.1, 1.0), (0.24, 1.0), (0.3, 0.512), (0.48, 0.125), (0.9, 0.05), (-0.1, 1.0)]
+)
+def test_an_update_may_move_two_percent_of_the_threshold_less_by_the_cube_of_the_excess_over_eight_tenths(
     kl: float, share: float
 ) -> None:
     decision = drive([(0.0, kl, 3.0)])[0]

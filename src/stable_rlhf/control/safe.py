@@ -14,7 +14,7 @@ Once per rollout, in this order:
 3. regulation  `kl_regulator.regulate` brings KL to the threshold and holds it there.
 4. decision    kl_coef = gate * share * beta, share the regulator's proportional part, and the second actuator, the
                bound on what one update may move:
-               update_kl = update_share * threshold * min(1, (threshold / KL)^3), at least a twentieth of that.
+               update_kl = update_share * threshold * min(1, (0.8 threshold / KL)^3), at least a twentieth of that.
                Where the noise of the steps alone would exceed the budget no coefficient holds it; smaller steps do.
 
 Intent: SAFE (arXiv 2602.04651), sections on the gate, the asymmetric penalty and the PID threshold; the forms are ours.
@@ -35,6 +35,8 @@ from stable_rlhf.control.pid import PidGains, PidState, PidTerms, pid_step
 USUAL_BUDGET = 0.3  # nats per token, for which initial_coef is given
 FIRST_POWER = 0.75  # another budget begins with (0.3 / budget)^0.75 times as much. A constant pull needs the power 1/2,
 # recorded runs needed 1.1 to 1.25; a first coefficient that is too small costs an overshoot, one too large only time
+UPDATE_FROM = 0.8  # of the threshold, from which the bound shrinks: on the way up updates are whole, at the threshold
+# they are half as large. A whole one can change the KL by 28 % there, more than it may be off by
 UPDATE_POWER = 3.0  # of threshold / KL in the bound: a KL a fifth too high nearly halves the noise that drives it
 LEAST_UPDATE = 0.05  # of the bound is always left: the policy must be able to come back
 LENGTH_KEEP = 0.9  # share of the length's average that one rollout keeps: a threshold must not jump with one batch
@@ -227,7 +229,8 @@ def _first(regulator: RegulatorState, settings: SafeSettings, threshold: float) 
 
 def _update_kl(settings: SafeSettings, threshold: float, kl: float) -> float:
     """Most that the update may move the policy, nats per token."""
-    share = 1.0 if kl <= threshold else max(LEAST_UPDATE, (threshold / kl) ** UPDATE_POWER)
+    near = UPDATE_FROM * threshold
+    share = 1.0 if kl <= near else max(LEAST_UPDATE, (near / kl) ** UPDATE_POWER)
     return settings.update_share * threshold * share
 
 

@@ -157,7 +157,7 @@ def event_rows(name: str) -> list[str]:
     back = max((i + 1 for i, each in enumerate(windows) if abs(each - 1) > ALLOWED), default=0)
     return [
         f"| a pull that comes late: largest KL / budget | {name} | {max(kl['late']):.2f} |",
-        f"| no effect for 200 rollouts: largest coefficient by the one before | {name} "
+        f"| no effect for 200 rollouts: largest coefficient, divided by the one before | {name} "
         f"| {max(coefficient[100:310]) / coefficient[99]:.0f} |",
         f"| the same: largest KL / budget | {name} | {max(kl['without_effect']):.2f} |",
         f"| the same: rollouts until the KL is back within 15 % | {name} | {back} |",

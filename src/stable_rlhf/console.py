@@ -19,6 +19,7 @@ import rich.progress
 from rich.console import Console
 from rich.text import Text
 
+from stable_rlhf.control import observed_kl
 from stable_rlhf.text import ends, formatted, visible, without_secrets
 
 TRACEBACK = 20_000
@@ -106,7 +107,7 @@ class Progress:
 
 
 def _figures(row: Mapping[str, Any]) -> str:
-    kl = formatted(row.get("objective/kl"), ".3f")
+    kl = formatted(observed_kl(row), ".3f")
     if row.get("safe/threshold") is not None:
         kl += f" / {row['safe/threshold']:.3f}"
     reward, entropy = formatted(row.get("objective/scores"), ".3f"), formatted(row.get("objective/entropy"), ".2f")

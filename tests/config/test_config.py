@@ -534,6 +534,16 @@ def test_a_setting_in_conflict_is_named_with_the_remedy(
     assert refused(setting, value, **context).startswith(f"{setting}={value!r}: {sentence}")
 
 
+@pytest.mark.parametrize("optim", [{"max_update_kl": 0.5}, {"preview": False}])
+def test_a_share_for_updates_is_refused_where_it_bounds_none(optim: dict[str, Any]) -> None:
+    shared = {"kl": {"settings": {"update_share": 0.05}}}
+    assert Config.from_preset("safe", **shared).kl.settings.update_share == 0.05
+    with pytest.raises(
+        ConfigError, match=r"^kl\.settings\.update_share=0\.05: has no effect unless optim\.preview is tr"
+    ):
+        Config.from_preset("safe", optim=optim, **shared)
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -790,3 +800,11 @@ def test_a_best_metric_by_transformers_name_is_told_its_name_here() -> None:
         with pytest.raises(ConfigError) as caught:
             Config(eval_steps=1, metric_for_best_model=given, reward=gold)  # pyright: ignore
         assert str(caught.value) == f"metric_for_best_model={given!r}: {said}"
+
+
+def test_a_resume_names_the_controllers_setting_that_differs() -> None:
+    def saved(**settings: Any) -> dict[str, Any]:
+        return Config.from_preset("safe", kl={"settings": settings}).to_dict()
+
+    with pytest.raises(CheckpointError, match=r"^kl\.settings\.budget_per is 'sequence' here and 'token' in the check"):
+        refuse_changes(saved(budget_per="sequence"), saved())

@@ -235,7 +235,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     good = controller.state_dict()
     state = good["state"]
     for bad, message in (
-        ({**good, "version": 0}, "version 0, this code reads 2"),
+        ({**good, "version": 0}, "version 0, this code reads 3"),
         ({**good, "controller": "paper"}, "is of 'paper', this run's controller is 'safe'"),
         ({**good, "extra": 1}, "expected .'controller', 'next_step'"),
         ({**good, "next_step": -2}, "next_step=-2"),

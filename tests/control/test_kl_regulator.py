@@ -108,22 +108,48 @@ def test_the_coefficient_keeps_its_limits() -> None:
 # -- what fits it to the policy ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rollouts", "rate"), [(10, 1.0), (23, 1.0), (46, 0.5), (230, 0.1)])
-def test_a_policy_that_took_long_to_come_to_its_budget_is_integrated_slowly(rollouts: int, rate: float) -> None:
-    state = dataclasses.replace(still(1.1), rise=rollouts, risen=True)
+@pytest.mark.parametrize(("rollouts", "rate"), [(10.0, 1.0), (30.0, 1.0), (60.0, 0.5), (300.0, 0.1)])
+def test_a_policy_that_takes_long_to_come_to_its_budget_is_integrated_slowly(rollouts: float, rate: float) -> None:
+    state = dataclasses.replace(still(1.1), rise=rollouts, stage=5)
     assert moved(state, 1.1, 1.0) == pytest.approx(2 * 0.25 * rate * math.log(1.1), rel=1e-12)
 
 
-def test_the_rise_is_counted_from_a_sixteenth_to_nine_tenths_and_no_further() -> None:
-    """Levels that stand still; the count begins again where the KL falls back before it came to nine tenths."""
-    state, rises = still(0.0), []
-    for level in (0.06, 0.07, 0.5, 0.06, 0.07, 0.3, 0.89, 0.91, 0.05, 0.5):
+def climbed(levels: list[float]) -> RegulatorState:
+    """The state after a row of levels, each of which stands still."""
+    state = still(0.0)
+    for level in levels:
         state, _ = after(dataclasses.replace(state, level=still(level).level), level, 1.0)
-        rises.append((state.rise, state.risen))
-    assert rises == [
-        *[(0, False), (1, False), (2, False), (0, False), (1, False), (2, False), (3, False)],
-        *[(4, True)] * 3,
-    ]
+    return state
+
+
+WAY = math.sqrt(0.9) - 0.25
+"""From a sixteenth of the budget to 0.9, as a distance."""
+
+
+def test_the_rise_is_that_of_the_quickest_stage_as_if_all_were_as_quick() -> None:
+    """An eighth is passed two rollouts after a sixteenth, a quarter five later, a half one later, 0.9 three later."""
+    climb = [0.0, 0.07, 0.1, 0.13, *[0.2] * 4, 0.26, 0.6, 0.7, 0.8, 0.91]
+    rises = [climbed(climb[:n]).rise for n in (3, 4, 9, 10, 13)]
+    first = 2 * WAY / (math.sqrt(0.125) - 0.25)
+    third = WAY / (math.sqrt(0.5) - 0.5)
+    assert rises == pytest.approx([0.0, first, first, third, third], rel=1e-12)
+    there = climbed([*climb, 0.05, 0.07, 0.13])
+    assert (there.rise, there.stage, there.since) == (pytest.approx(third), 5, 0)
+
+
+def test_a_climb_that_falls_back_begins_again() -> None:
+    slow = [0.07, *[0.1] * 9, 0.13]
+    assert climbed(slow).rise == pytest.approx(10 * WAY / (math.sqrt(0.125) - 0.25))
+    assert climbed([*slow, 0.06, 0.07, 0.13]).rise == pytest.approx(WAY / (math.sqrt(0.125) - 0.25))
+
+
+@pytest.mark.parametrize("level", [0.1, 0.2, 0.4, 0.8])
+def test_a_kl_that_rests_on_its_way_for_a_thousand_rollouts_is_met_as_one_that_did_not(level: float) -> None:
+    """Then it goes to twice its budget: the coefficient grows at the full rate, less what one swing takes of it."""
+    way = [0.07, 0.13, 0.26, 0.51]
+    rested = [each for each in way if each < level] + [level] * 1000 + [each for each in way if each > level]
+    state = dataclasses.replace(climbed([*rested, 0.95]), level=still(2.0).level)
+    assert moved(state, 2.0, 1.0) == pytest.approx(0.85 * 2 * 0.25 * math.log(2.0), rel=1e-9)
 
 
 def swings(levels: list[float], error: float = 0.0) -> list[float]:

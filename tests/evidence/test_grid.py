@@ -56,7 +56,7 @@ def test_a_cells_settings_are_checked_together() -> None:
     assert cell.config == load_config([*flags, "--output_dir", f"SWEEP/cells/{cell.name}"])
     assert len(asked("kl.controller=adaptive,safe", settings=("--optim.preview", "false")).cells) == 2
     assert len(asked("kl.settings.target=0.1,0.2", settings=flags[:4]).cells) == 2  # a setting of `adaptive`
-    assert "optim.preview=True: kl.controller=adaptive sets no bound" in refused(settings=flags[:2])
+    assert "optim.preview=True: has no bound on an update with kl.controller=adaptive" in refused(settings=flags[:2])
 
 
 def test_a_file_names_the_sweep_and_flags_override_it(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def test_the_share_near_the_threshold_counts_steps_that_have_one(tmp_path: Path)
     kls, thresholds = [0.2, 0.251, 0.26, 0.344, 0.35, 0.3], [None, 0.3, 0.3, 0.3, 0.3, None]
     pairs = [{"objective/kl": k, "safe/threshold": t} for k, t in zip(kls, thresholds, strict=True)]
     assert read(write_run(tmp_path / "run", pairs)).figures["kl/near"] == pytest.approx(2 / 4)
+    exact = [row | {"objective/kl_exact": 0.3} for row in pairs[:3]]  # what the controller saw
+    assert read(write_run(tmp_path / "exact", [*exact, *pairs[3:]])).figures["kl/near"] == pytest.approx(3 / 4)
 
 
 def test_steps_that_the_guard_undid_are_not_in_the_means(tmp_path: Path) -> None:

@@ -136,20 +136,39 @@ def regulator(settings: dict[str, Any], log_coef: float) -> Generator[dict[str, 
             e *= min(1.0, (max(0.0, ratio) / 0.9) ** 4)
         if e < 0 and not may_relax:
             e = 0.0
-        log_coef += trust * settings["gain"] * min(1.0, 23 / max(1, risen_in(ratios))) * e
+        log_coef += trust * settings["gain"] * min(1.0, 30 / max(1.0, rise_of(ratios))) * e
         log_coef = sorted((math.log(settings["min_coef"]), log_coef, math.log(settings["max_coef"])))[1]
         share = min(math.exp(2), (max(0.0, predicted) / budget) ** (2.25 * trust))
         figures = {"coefficient": math.exp(log_coef), "share": share, "short": short, "long": long}
         kl, kl_error, budget, may_relax = yield {**figures, "predicted": predicted}
 
 
-def risen_in(ratios: list[float]) -> int:
-    """Rollouts in a row above a sixteenth, up to the first at 0.9 or, before there is one, to the last."""
-    end = next((i for i, ratio in enumerate(ratios) if ratio >= 0.9), len(ratios) - 1)
-    start = end
-    while start >= 0 and ratios[start] > 1 / 16:
-        start -= 1
-    return end - start
+def rise_of(ratios: list[float]) -> float:
+    """The shortest of the rollouts between two levels, each by its share of the way; 0 while there is none.
+
+    The way is measured by roots, from 0.25 to 0.949. A level counts from the first rollout after the KL was last at or
+    below 1/16, up to the first above 0.9.
+    """
+    levels = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.9]
+    done = next((i for i, ratio in enumerate(ratios) if ratio > 0.9), len(ratios) - 1)
+    seen: list[float] = []
+    start = 0
+    for end in range(done + 1):  # every climb, of which all but the last fell back to 1/16
+        if ratios[end] <= 1 / 16:
+            seen, start = seen + stages(ratios[start:end], levels), end + 1
+    seen += stages(ratios[start : done + 1], levels)
+    return min(seen, default=0.0)
+
+
+def stages(climb: list[float], levels: list[float]) -> list[float]:
+    """Rollouts of each stage of a climb, scaled to the whole way."""
+    reached = [next((i for i, ratio in enumerate(climb) if ratio > level), None) for level in levels]
+    way = math.sqrt(0.9) - math.sqrt(1 / 16)
+    return [
+        (later - first) * way / (math.sqrt(high) - math.sqrt(low))
+        for first, later, low, high in zip(reached, reached[1:], levels, levels[1:], strict=False)
+        if first is not None and later is not None
+    ]
 
 
 def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:

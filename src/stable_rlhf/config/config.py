@@ -18,7 +18,7 @@ from stable_rlhf.config.files import over, read_settings
 from stable_rlhf.config.names import fields_of, setting_types, suggestion
 from stable_rlhf.config.presets import PRESETS, preset_section
 from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig, RolloutConfig
-from stable_rlhf.control import CONTROLLERS, GuardConfig, has_threshold
+from stable_rlhf.control import CONTROLLERS, GuardConfig, SafeSettings, has_threshold
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.text import without_secrets
 
@@ -144,10 +144,20 @@ class Config(Named):
             "optim.preview=false"
         )
         require(bounded, "optim.preview", True, remedy)
+        self._check_update_share()
         self._check_ceiling()
         remedy = "divides by the number of rewards minus 1: set rollout.batch_size to 2 or more"
         fits = self.reward.normalise != "paper" or self.rollout.batch_size > 1
         require(fits, "reward.normalise", self.reward.normalise, remedy)
+
+    def _check_update_share(self) -> None:
+        """The controller's bound on an update acts only where a preview enforces it, and no number takes its place."""
+        if not isinstance(self.kl.settings, SafeSettings):
+            return
+        share, default = self.kl.settings.update_share, SafeSettings().update_share
+        acts = self.optim.preview and self.optim.max_update_kl is None
+        remedy = "has no effect unless optim.preview is true and optim.max_update_kl is None; leave it out"
+        require(acts or share == default, "kl.settings.update_share", share, remedy)
 
     def _check_ceiling(self) -> None:
         """The guard has one ceiling of the KL: a multiple of the controller's threshold or, without one, a number."""

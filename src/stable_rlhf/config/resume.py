@@ -26,11 +26,11 @@ def refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> Non
     """Raises CheckpointError for the first setting that differs from the run's own, unless it may change."""
 
     def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-        sections = {name: value for name, value in settings.items() if name in SECTIONS}
-        plain = {name: value for name, value in settings.items() if name not in SECTIONS}
-        return plain | {
-            f"{name}.{field}": value for name, section in sections.items() for field, value in section.items()
-        }
+        found: dict[str, Any] = {}
+        for name, value in settings.items():
+            inner = flat(value) if name in SECTIONS or name == "settings" else None
+            found |= {name: value} if inner is None else {f"{name}.{field}": each for field, each in inner.items()}
+        return found
 
     here, there = flat(settings), flat(saved)
     for name in sorted(here.keys() | there.keys()):

@@ -22,7 +22,7 @@ from stable_rlhf.control.baselines import (
 )
 from stable_rlhf.control.guard import Action, Guard, Verdict
 from stable_rlhf.control.guard_config import GuardConfig
-from stable_rlhf.control.guard_rules import WINDOW, standard_error
+from stable_rlhf.control.guard_rules import WINDOW, observed_kl, standard_error
 from stable_rlhf.control.normaliser import RewardNormaliser
 from stable_rlhf.control.paper import PaperSettings
 from stable_rlhf.control.rescored import Rescored
@@ -53,6 +53,7 @@ __all__ = [
     "controller_settings",
     "has_threshold",
     "make_controller",
+    "observed_kl",
     "settings_class",
     "standard_error",
 ]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-STATE_VERSION = 2  # of the layout of state_dict(): raise it whenever a field of any state changes its meaning
+STATE_VERSION = 3  # of the layout of state_dict(): raise it whenever a field of any state changes its meaning
 
 
 @dataclass(frozen=True)

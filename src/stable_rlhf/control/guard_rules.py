@@ -161,7 +161,7 @@ def max_kl(config: GuardConfig, state: GuardState, figures: Figures) -> str | No
 
     The KL is the exact one where it is measured, since at a small budget the noise of objective/kl is not small.
     """
-    kl, threshold = _kl(figures), figures.get("safe/threshold")
+    kl, threshold = observed_kl(figures), figures.get("safe/threshold")
     if threshold is None:
         ceiling, words = config.max_kl, ""
     elif config.max_kl_ratio is None:
@@ -229,8 +229,8 @@ def min_explained_variance(config: GuardConfig, state: GuardState, figures: Figu
     return f"the critic's explained variance is {share:.3g}, below {config.min_explained_variance:.3g}"
 
 
-def _kl(figures: Figures) -> float | None:
-    """The exact KL where it is measured, else the estimate."""
+def observed_kl(figures: Figures) -> float | None:
+    """The KL that controller and guard see, of a step's metrics: the exact one where it is measured, else k1."""
     exact = figures.get("objective/kl_exact")
     return figures.get("objective/kl") if exact is None else exact
 
@@ -241,7 +241,7 @@ def _within_budget(state: GuardState, figures: Figures) -> bool:
     A reward may then be earned by short, sure or surprising answers: what the KL budget allows is no failure. Without a
     threshold nothing says so.
     """
-    kl, threshold, distinct = _kl(figures), figures.get("safe/threshold"), figures.get(RATIOS["distinct"])
+    kl, threshold, distinct = observed_kl(figures), figures.get("safe/threshold"), figures.get(RATIOS["distinct"])
     if kl is None or threshold is None or kl > BEYOND * threshold:
         return False
     return not state.distinct.known or distinct is None or distinct >= REPETITIVE * state.distinct.mean

@@ -12,10 +12,10 @@ Once per rollout, in this order:
                falls, the coefficient may not relax, else the regulator would undo it. Where the entropy has stopped
                falling, it may: a task whose answers are certain is no collapse, and its KL belongs at the budget.
 3. regulation  `kl_regulator.regulate` brings KL to the threshold and holds it there.
-4. decision    kl_coef = gate * share * beta, share the regulator's proportional part, and the second actuator, the
-               bound on what one update may move:
+4. decision    kl_coef = gate * min(share * beta, max_coef), share the regulator's proportional part; at least
+               gate * min(1, gate - 1) * beta. And the second actuator, the bound on what one update may move:
                update_kl = update_share * threshold * min(1, (0.8 threshold / KL)^3), at least a twentieth of that.
-               Where the noise of the steps alone would exceed the budget no coefficient holds it; smaller steps do.
+               No coefficient can hold the KL if random movement alone exceeds the budget; smaller updates can.
 
 Intent: SAFE (arXiv 2602.04651), sections on the gate, the asymmetric penalty and the PID threshold; the forms are ours.
 """
@@ -36,7 +36,7 @@ USUAL_BUDGET = 0.3  # nats per token, for which initial_coef is given
 FIRST_POWER = 0.75  # another budget begins with (0.3 / budget)^0.75 times as much. A constant pull needs the power 1/2,
 # recorded runs needed 1.1 to 1.25; a first coefficient that is too small costs an overshoot, one too large only time
 UPDATE_FROM = 0.8  # of the threshold, from which the bound shrinks: on the way up updates are whole, at the threshold
-# they are half as large. A whole one can change the KL by 28 % there, more than it may be off by
+# they are half as large. A whole one can change the KL by 26 to 30 % there, twice what it may be off by
 UPDATE_POWER = 3.0  # of threshold / KL in the bound: a KL a fifth too high nearly halves the noise that drives it
 LEAST_UPDATE = 0.05  # of the bound is always left: the policy must be able to come back
 LENGTH_KEEP = 0.9  # share of the length's average that one rollout keeps: a threshold must not jump with one batch
@@ -77,7 +77,7 @@ class SafeSettings:
     """Largest coefficient, before the gate. No reward of unit deviation outweighs it; it only prevents overflow."""
     gain: float = setting(0.3, 0.0, 2.0)
     """Integral gain: change of the coefficient's logarithm in one rollout, for each unit of log(KL / threshold). On
-    simulated policies (benchmarks/control) 0.25 to 0.35 hold the KL alike."""
+    simulated policies (benchmarks/control) 0.25 to 0.35 hold the KL alike, but for bounds missed by little."""
     lead: float = setting(2.9, 0.0, 20.0)
     """Rollouts by which the KL is predicted ahead. Prediction damps: the KL answers two or three rollouts after the
     coefficient. With less the first overshoot is larger, with more than 3 noise moves the coefficient."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from stable_rlhf.config import flat_settings
-from stable_rlhf.control import WINDOW
+from stable_rlhf.control import WINDOW, observed_kl
 from stable_rlhf.errors import RunError
 from stable_rlhf.evidence.measures import END, NEAR
 from stable_rlhf.report import Facts, Headline, Run, facts_of, headline, moving_average, read_run, series
@@ -218,7 +218,7 @@ def _inputs(run: Run, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _near(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    pairs = [(row.get("objective/kl"), row.get("safe/threshold")) for row in rows]
+    pairs = [(observed_kl(row), row.get("safe/threshold")) for row in rows]
     known = [abs(kl / limit - 1) <= NEAR for kl, limit in pairs if kl is not None and limit]
     return sum(known) / len(known) if known else None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stable_rlhf.control import WINDOW
+from stable_rlhf.control import WINDOW, observed_kl
 from stable_rlhf.report.plots import series
 from stable_rlhf.report.run import Headline, Run
 from stable_rlhf.runs.evaluation import GOLD_NAME, gold_names
@@ -75,16 +75,16 @@ def facts_of(run: Run, head: Headline) -> Facts:
     planned = run.config.get("max_steps")
     undone = {incident["step"] for incident in run.incidents if incident["action"] in UNDOES}
     kept = [row for row in run.rows if row["step"] not in undone]
-    rewards, variety, entropy, kl, budgets = (
+    rewards, variety, entropy, budgets = (
         series(kept, name)[1]
         for name in (
             "objective/scores",
             "completions/distinct_2",
             "objective/entropy",
-            "objective/kl",
             "safe/threshold",
         )
     )
+    kl = [value for row in kept if (value := observed_kl(row)) is not None]
     reward = _held_out_reward(run.evaluation) or change(rewards, WINDOW, FEW)
     return Facts(
         steps=head.steps,

@@ -14,6 +14,7 @@ from stable_rlhf.checkpoints import snapshots
 from stable_rlhf.checkpoints import state as checkpoints_state
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.sections import SECTIONS
+from stable_rlhf.control import SafeSettings
 from stable_rlhf.errors import CheckpointError
 from tests.tiny_runs import settings, trainer
 
@@ -22,8 +23,8 @@ NAMES = [
     f"{section}.{field}" if section else field
     for section in ("", *SECTIONS)
     for field in (SECTIONS[section] if section else Config).__dataclass_fields__
-    if section or field not in SECTIONS
-]
+    if (section or field not in SECTIONS) and (section, field) != ("kl", "settings")
+] + [f"kl.settings.{field}" for field in SafeSettings.__dataclass_fields__]
 MAY_CHANGE = [
     "preset", "output_dir", "overwrite_output_dir", "max_steps", "save_steps", "save_total_limit",
     "eval_steps", "load_best_model_at_end", "push_to_hub", "hub_model_id", "hub_private",
@@ -47,16 +48,19 @@ def run(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFac
 def saved_with(run: SAFETrainer, name: str) -> tuple[snapshots.Tensors, dict[str, Any]]:
     """The run's state, saved by a run with another value of the setting."""
     tensors, state = checkpoints_state.capture(run.parts, run.steps_done)
-    section, _, field = name.rpartition(".")
-    saved = state["parts"]["settings"]
-    (saved[section] if section else saved)[field] = ANOTHER
+    section_of(state["parts"]["settings"], name)[name.rpartition(".")[2]] = ANOTHER
     return tensors, state
+
+
+def section_of(values: dict[str, Any], name: str) -> dict[str, Any]:
+    for part in name.split(".")[:-1]:
+        values = values[part]
+    return values
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in MAY_CHANGE])
 def test_a_setting_that_makes_it_another_run_is_refused_with_both_values(run: SAFETrainer, name: str) -> None:
-    section, _, field = name.rpartition(".")
-    here = (run.settings[section] if section else run.settings)[field]
+    here = section_of(run.settings, name)[name.rpartition(".")[2]]
     with pytest.raises(CheckpointError) as caught:
         checkpoints_state.restore(run.parts, *saved_with(run, name))
     assert str(caught.value) == (

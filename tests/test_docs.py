@@ -210,7 +210,8 @@ README_KL = {
     "adaptive": "rises above a KL of {target} and falls below it (Ziegler et al. 2019)",
     "asymmetric": "rises with a KL above {threshold}, and with its growth",
     "pid-lagrangian": "a PID controller's, on a KL above {limit} (Stooke et al. 2020)",
-    "safe": "follows the KL to keep it near {budget} nats per token, a bound that rises while the reward climbs",
+    "safe": "follows the KL to keep it near {budget} nats per token, a budget that opens while the reward climbs and "
+    "closes when it falls",
     "paper": "as in the paper's published code, with constants that act",
 }
 

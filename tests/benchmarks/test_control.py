@@ -56,7 +56,7 @@ def test_any_budget_is_held_for_any_pull_and_size_of_step(pull: float, size: flo
     known = pull / (2 * budget) ** 0.5 < 5 * 0.05 * (0.3 / budget) ** 0.75
     assert found.within > (0.84 if known else 0.8)
     assert found.peak < (1.4 if known else 1.65)
-    assert abs(found.error) < 0.04
+    assert abs(found.error) < 0.01
 
 
 @pytest.mark.parametrize("name", loop.SWINGING)

@@ -154,10 +154,9 @@ class Config(Named):
         """The controller's bound on an update acts only where a preview enforces it, and no number takes its place."""
         if not isinstance(self.kl.settings, SafeSettings):
             return
-        share, default = self.kl.settings.update_share, SafeSettings().update_share
         acts = self.optim.preview and self.optim.max_update_kl is None
-        remedy = "has no effect unless optim.preview is true and optim.max_update_kl is None; leave it out"
-        require(acts or share == default, "kl.settings.update_share", share, remedy)
+        condition = "optim.preview is true and optim.max_update_kl is None"
+        only_with("kl.settings", self.kl.settings, "update_share", acts, condition)
 
     def _check_ceiling(self) -> None:
         """The guard has one ceiling of the KL: a multiple of the controller's threshold or, without one, a number."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from stable_rlhf.config.checks import is_url
-from stable_rlhf.config.sections import SECTIONS
 from stable_rlhf.errors import CheckpointError
 
 MAY_CHANGE = {
@@ -28,8 +27,10 @@ def refuse_changes(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> Non
     def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in settings.items():
-            inner = flat(value) if name in SECTIONS or name == "settings" else None
-            found |= {name: value} if inner is None else {f"{name}.{field}": each for field, each in inner.items()}
+            if isinstance(value, Mapping):
+                found |= {f"{name}.{field}": inner for field, inner in flat(value).items()}
+            else:
+                found[name] = value
         return found
 
     here, there = flat(settings), flat(saved)

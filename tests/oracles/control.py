@@ -200,7 +200,7 @@ def safe(rows: list[Row], settings: dict[str, Any]) -> list[dict[str, Any]]:
                 "entropy_floor": floor,
                 "update_kl": settings["update_share"]
                 * budget
-                * sorted((0.05, (0.8 * budget / max(short, 0.8 * budget)) ** 3, 1.0))[1],
+                * sorted((0.15, (0.8 * budget / max(short, 0.8 * budget)) ** 12, 1.0))[1],
             }
         )
         if settings["threshold_on"] and step + 1 < len(rows):

@@ -14,7 +14,7 @@ Once per rollout, in this order:
 3. regulation  `kl_regulator.regulate` brings KL to the threshold and holds it there.
 4. decision    kl_coef = gate * min(share * beta, max_coef), share the regulator's proportional part; at least
                gate * min(1, gate - 1) * beta. And the second actuator, the bound on what one update may move:
-               update_kl = update_share * threshold * min(1, (0.8 threshold / KL)^3), at least a twentieth of that.
+               update_kl = update_share * threshold * clip((0.8 threshold / KL)^12, 0.15, 1).
                No coefficient can hold the KL if random movement alone exceeds the budget; smaller updates can.
 
 Intent: SAFE (arXiv 2602.04651), sections on the gate, the asymmetric penalty and the PID threshold; the forms are ours.
@@ -35,10 +35,13 @@ from stable_rlhf.control.pid import PidGains, PidState, PidTerms, pid_step
 USUAL_BUDGET = 0.3  # nats per token, for which initial_coef is given
 FIRST_POWER = 0.75  # another budget begins with (0.3 / budget)^0.75 times as much. A constant pull needs the power 1/2,
 # recorded runs needed 1.1 to 1.25; a first coefficient that is too small costs an overshoot, one too large only time
-UPDATE_FROM = 0.8  # of the threshold, from which the bound shrinks: on the way up updates are whole, at the threshold
-# they are half as large. A whole one can change the KL by 26 to 30 % there, twice what it may be off by
-UPDATE_POWER = 3.0  # of threshold / KL in the bound: a KL a fifth too high nearly halves the noise that drives it
-LEAST_UPDATE = 0.05  # of the bound is always left: the policy must be able to come back
+UPDATE_FROM = 0.8  # of the threshold, from which the bound shrinks: on the way up updates are whole
+UPDATE_POWER = 12.0  # of threshold / KL in the bound: it has shrunk before the KL is at the threshold. A policy whose
+# updates all point one way changes its KL by 2 sqrt(KL update_kl): a whole update by 28 % there, this one by 11 %. It
+# answers to the coefficient two rollouts later, so it swings by twice that and must stay within 15 %
+LEAST_UPDATE = (
+    0.15  # of the bound is always left, so that the policy can come back and goes on learning at the threshold
+)
 LENGTH_KEEP = 0.9  # share of the length's average that one rollout keeps: a threshold must not jump with one batch
 WINDOW_START = 10  # rollouts before the first verdict on the reward: halves of 5 are the least with a usable variance
 MULTIPLE = {  # of the base budget that each phase asks for

@@ -125,8 +125,9 @@ class Saturating:
 BUILT_IN = Saturating(
     pull=0.18, reach=0.58, noise=0.1, advance=0.69, momentum=0.58, wander=0.19, delay=0, kl_noise=0.05
 )
-"""With the figures of recorded runs of the built-in pair at budgets of 0.05 to 0.3 (docs/deviations.md): rollouts to the
-threshold, largest KL, deviation and autocorrelation of KL / threshold, swing of the coefficient, steps within 15 %."""
+"""With the figures of recorded runs of the built-in pair at budgets of 0.05 to 0.3 (docs/deviations.md): rollouts to
+the threshold, largest KL, deviation and autocorrelation of KL / threshold, swing of the coefficient, steps within
+15 %."""
 SMOLLM2 = Saturating(
     pull=0.09, reach=0.65, noise=0.009, advance=0.63, momentum=0.36, wander=0.3, delay=1, kl_noise=0.03
 )

@@ -182,6 +182,7 @@ def test_a_gradient_that_is_not_finite_costs_its_own_step_and_no_other(
     for name in ("val/ratio", "loss/value_avg", "loss/policy_avg", "policy/entropy_avg"):
         assert seen.metrics[name] == pytest.approx(means[name], rel=1e-5, abs=1e-6), name
     assert all(figure is not None and math.isfinite(figure) for figure in seen.metrics.values())
+    assert limit is None or 0 < size(seen, seen.states[-1]) == pytest.approx(seen.metrics["safe/moved_kl"], rel=1e-3)
 
 
 @pytest.mark.parametrize("limit", [None, LIMIT], ids=["no preview", "preview"])

@@ -219,16 +219,11 @@ class Preview:
                 self._end(0.0, 0.0)
             return
         surprising = not size <= SURPRISE * limit
-        # Once a longer update was beyond the limit, a short one is kept: rounding can turn each into the other.
-        longer = too_long = False
         for _ in range(RETRIES):
-            fills = too_long or not last or self._share in (0.0, 1.0) or size >= SHORT * limit
+            fills = not last or self._share in (0.0, 1.0) or size >= SHORT * limit
             if size <= limit and fills:
                 break
-            too_long = too_long or (longer and not size <= limit)
-            factor = self._factor(size, limit)
-            longer = longer or factor > 1.0
-            self._resize(factor)
+            self._resize(self._factor(size, limit))
             size = self._look(probe, limit).item()
         if not size <= limit:
             self._resize(0.0)

@@ -12,7 +12,7 @@ preview then had) on `Policy`, whose figures are those of recorded runs (fit.py)
 13, steps over a factor of 100, with and without a rollout of delay and a momentum of 0.5. One row a budget; then what
 happens where a pull comes late, where the coefficient has no effect for a while, and where one rollout is far off.
 
-The last holds `safe` with its moving threshold on two policies that swing as recorded runs of an earlier law did.
+The last holds `safe` with its moving threshold on two policies that were fitted to recorded runs.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ SWINGING = {
     "built-in pair": (BUILT_IN, (0.02, 0.05, 0.1, 0.3)),
     "SmolLM2": (SMOLLM2, (0.02, 0.05, 0.1, 0.3)),
 }
-"""Policies that were fitted to recorded runs, and the budgets of those runs."""
+"""Policies that were fitted to recorded runs, and budgets of those runs at which they agree with them."""
 
 
 def swinging_row(name: str, policy: Saturating, budget: float) -> str:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from stable_rlhf import Config
 from stable_rlhf.learner import Preview, make_preview, update
 from stable_rlhf.learner import step_preview as preview
 from stable_rlhf.learner.microbatches import Grain, Lengths
+from stable_rlhf.records import Tokens
 from tests import graphs_on_cpu as reruns
 from tests import tiny_runs as runs
 from tests.tiny_previews import (
@@ -289,6 +291,29 @@ def test_an_update_that_was_interrupted_leaves_nothing_to_the_next(tokenizer) ->
     new.preview = fresh
     assert same.update(1) == new.update(1)
     assert_same(weights(same.model), weights(new.model), 0.0)
+
+
+@pytest.mark.parametrize(("at", "steps"), [(2, 0), (3, 1)], ids=["of the rounding", "of a longer step"])
+def test_a_look_that_is_interrupted_leaves_the_weights_as_they_were(
+    tokenizer, at: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 and far below what it rounds, so that the look after a step is at one several times as long."""
+    run = looked(tokenizer, 1e-6, HEALTHY, model={"dtype": "bfloat16"})
+    states = [weights(run.model)]
+    run.optimizer.register_step_post_hook(lambda *_: states.append(weights(run.model)))
+    real, calls = run.passes.hidden, []
+
+    def interrupted(tokens: Tokens) -> Tensor:
+        calls.append(tokens)
+        if len(calls) == at:
+            raise InterruptedError
+        return real(tokens)
+
+    monkeypatch.setattr(run.passes, "hidden", interrupted)
+    with pytest.raises(InterruptedError):
+        run.update(0)
+    assert len(states) == steps + 1
+    assert_same(weights(run.model), states[-1], 1e-6 if steps else 0.0)
 
 
 def test_no_preview_is_made_where_it_is_off(tokenizer) -> None:

@@ -7,7 +7,7 @@ made from, and their log-probs move up to twenty times as far as those of others
 
 1. Prediction. The KL is about quadratic in the length of the steps, so the last update's measured size says which share
    s of every step will bring this one to AIM x limit:  s = min(1, sqrt(AIM limit / (gain lr^2))), where gain is the
-   measured size / (s lr)^2. AdamW runs with s lr: a share of the step and of its decay, to the bit the whole for s = 1.
+   measured size / (s lr)^2. AdamW runs with s lr: a share of the step and of its decay, the whole for s = 1.
 2. Measurement. After the last step the update is looked at. Beyond the limit, or below half of it although s < 1, it is
    put at another point of its line, theta_0 + f (theta - theta_0) with f = sqrt(AIM limit / size), no longer than the
    whole steps would have made it, and looked at again. What is kept was measured.
@@ -17,7 +17,8 @@ made from, and their log-probs move up to twenty times as far as those of others
 In bfloat16 any change of the weights, however small, rounds the hidden states otherwise: that alone is some 2e-5 nats
 in a 3B model and 1e-3 in one of 135M, which does not shrink with the step and does not add up. It is measured twice,
 with weights moved by NUDGE, and subtracted. Where the limit is not LEVER times as large, the look is at a longer step,
-theta_0 + k (theta - theta_0), whose size is k^2 times as large: k^2 = LEVER floor / limit.
+theta_0 + k (theta - theta_0), whose size is k^2 times as large: k^2 = LEVER floor / limit. Then the size is that of the
+longer step divided by k^2, and the way there and back has rounded the weights.
 
 So the size of an update grows with the learning rate up to the limit and stays there. An update that is still beyond
 the limit after RETRIES corrections, or whose log-probs are not finite, is not taken. Only the policy is scaled: the
@@ -164,10 +165,12 @@ class Preview:
         self._looks = 0
         if self.floors < FLOORS:
             torch._foreach_add_(self._parameters, NUDGE)  # pyright: ignore[reportPrivateImportUsage]
-            found = self._distance(self._probe).item()
+            try:
+                found = self._distance(self._probe).item()
+            finally:
+                torch._foreach_copy_(self._parameters, self._start)  # pyright: ignore[reportPrivateImportUsage]
             self.floor = max(self.floor, found) if math.isfinite(found) else self.floor
             self.floors += 1
-            torch._foreach_copy_(self._parameters, self._start)  # pyright: ignore[reportPrivateImportUsage]
 
     def _before(self, batch: Batch, rows: Microbatch) -> Probe:
         """The probe at the policy as it is."""
@@ -258,7 +261,8 @@ class Preview:
             torch._foreach_copy_(self._parameters, self._start)  # pyright: ignore[reportPrivateImportUsage]
         else:
             self._stretch(factor)
-        self._share *= factor
+        share = self._share * factor
+        self._share = 1.0 if math.isclose(share, 1.0, rel_tol=1e-12) else share  # 1 / 49 x 49 is just below 1
 
     def _stretch(self, factor: float) -> None:
         torch._foreach_lerp_(self._parameters, self._start, 1.0 - factor)  # pyright: ignore[reportPrivateImportUsage]
@@ -276,11 +280,14 @@ class Preview:
     def _look(self, probe: Probe, limit: float) -> Tensor:
         """Size of the update so far, nats per token, as exactly as a comparison with ``limit`` needs."""
         lever = math.sqrt(max(1.0, LEVER * self.floor / limit)) if limit > 0.0 else 1.0
-        if lever > 1.0:
+        if lever == 1.0:
+            found = self._distance(probe)
+        else:
             self._stretch(lever)
-        found = self._distance(probe)
-        if lever > 1.0:
-            self._stretch(1.0 / lever)
+            try:
+                found = self._distance(probe)
+            finally:
+                self._stretch(1.0 / lever)
         return ((found - self.floor) / lever**2).clamp(min=0.0)  # of NaN it is NaN
 
     def _distance(self, probe: Probe) -> Tensor:

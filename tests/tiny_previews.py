@@ -73,7 +73,8 @@ def updated(
     config = make_config(optim=optim, **sections)
     model = make_model(tokenizer, config, adapter)
     made, optimizer = passes_of(model, config), make_optimizer(model, config)
-    batch = measured_batch(made, make_rollout(len(tokenizer), skipped=(1,)), 0.3)
+    looks = make_preview(made)
+    batch = measured_batch(made, make_rollout(len(tokenizer), skipped=(1,)), 0.3, preview=looks)
     probed = preview.probe(lengths(batch.tokens), config.optim, config.seed, 0, made.grain)
     states: list[Weights] = []
     moments: list[list[Weights]] = []
@@ -86,7 +87,7 @@ def updated(
     optimizer.register_step_pre_hook(note)
     optimizer.register_step_post_hook(lambda *_: proposed.append(weights(model)))
     prepare(model, optimizer)
-    stats = update(made, optimizer, batch, decide(0.3, limit), 0, make_preview(made))
+    stats = update(made, optimizer, batch, decide(0.3, limit), 0, looks)
     note()
     rows = [] if probed is None else probed.rows.tolist()
     return Seen(model, stats.metrics, batch.tokens, optimizer, states, moments, proposed, rows)

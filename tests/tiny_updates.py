@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stable_rlhf import Config
 from stable_rlhf.control import Decision
-from stable_rlhf.learner import Learning, Passes, make_batch, make_passes, measure, optimizer_groups, update
+from stable_rlhf.learner import Learning, Passes, Preview, make_batch, make_passes, measure, optimizer_groups, update
 from stable_rlhf.policy.actor_critic import ActorCritic
 from stable_rlhf.records import Batch, Rollout, Tokens
 from tests.tiny_runs import moved, new_lora, policy
@@ -143,9 +143,11 @@ def prepare(model: ActorCritic, rollout: Rollout, config: Config, kl_coef: float
     return measured_batch(passes_of(model, config), rollout, kl_coef, step)
 
 
-def measured_batch(passes: Passes, rollout: Rollout, kl_coef: float = 0.0, step: int = 0) -> Batch:
+def measured_batch(
+    passes: Passes, rollout: Rollout, kl_coef: float = 0.0, step: int = 0, preview: Preview | None = None
+) -> Batch:
     """The batch of a rollout as it is measured at a step."""
-    measured = measure(passes, rollout, step)
+    measured = measure(passes, rollout, step, preview)
     return make_batch(passes.model, measured, rollout.scores, decide(kl_coef), passes.learning)[0]
 
 

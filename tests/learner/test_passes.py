@@ -168,7 +168,7 @@ def updated(
     rollout, metrics = make_rollout(len(tokenizer), skipped=(1,)), []
     for turn in range(times):
         at = step + turn * onward
-        batch = measured_batch(made, rollout, 0.3, at)
+        batch = measured_batch(made, rollout, 0.3, at, preview)
         metrics.append(update(made, optimizer, batch, decide(0.3), at, preview).metrics)
         assert all(parameter.grad is None for parameter in model.parameters())
     return metrics, model, seen

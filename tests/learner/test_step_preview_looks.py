@@ -147,16 +147,15 @@ class Updates:
         self.optimizer.register_step_pre_hook(lambda *_: self.rates.append(self.optimizer.param_groups[0]["lr"]))
 
     def update(self, step: int) -> dict[str, float | None]:
-        batch = measured_batch(self.passes, make_rollout(len(self.tokenizer)), 0.3, step)
+        batch = measured_batch(self.passes, make_rollout(len(self.tokenizer)), 0.3, step, self.preview)
         self.rates.clear()
         limit = self.config.optim.max_update_kl
         return update(self.passes, self.optimizer, batch, decide(0.3, limit), step, self.preview).metrics
 
 
 def looked(tokenizer: PreTrainedTokenizerFast, limit: float, rate: float = HEALTHY, **sections: Any) -> Updates:
-    return Updates(
-        tokenizer, make_config(optim={"preview": True, "max_update_kl": limit, "learning_rate": rate}, **sections)
-    )
+    optim = {"preview": True, "max_update_kl": limit, "learning_rate": rate, **sections.pop("optim", {})}
+    return Updates(tokenizer, make_config(optim=optim, **sections))
 
 
 @pytest.mark.parametrize(("wary", "looks"), [(True, STEPS), (False, 1)])
@@ -238,7 +237,7 @@ def test_an_update_that_moves_little_halves_the_gain_at_most_and_one_that_moves_
 def test_a_batch_that_says_nothing_is_not_looked_at_and_the_first_that_does_is_at_every_step(tokenizer) -> None:
     """A first update that moved nothing must not let the next one go whole and unwatched."""
     run = looked(tokenizer, LIMIT, TOO_HIGH)
-    batch = measured_batch(run.passes, make_rollout(len(tokenizer)), 0.0)
+    batch = measured_batch(run.passes, make_rollout(len(tokenizer)), 0.0, preview=run.preview)
     batch = dataclasses.replace(batch, advantages=torch.zeros_like(batch.returns))
     quiet = update(run.passes, run.optimizer, batch, decide(0.0, LIMIT), 0, run.preview)
     assert not FIGURES & quiet.metrics.keys()
@@ -265,7 +264,8 @@ def test_the_critics_warm_up_is_not_looked_at(tokenizer) -> None:
 def test_a_rollout_without_any_reward_is_not_looked_at(tokenizer) -> None:
     run = looked(tokenizer, LOOSE)
     batch = measured_batch(run.passes, make_rollout(len(tokenizer)), 0.3)
-    run.preview.begin(batch, Lengths(prompt=[4] * 8, response=[0] * 8), 0, LOOSE, STEPS)
+    run.preview.draw(Lengths(prompt=[4] * 8, response=[0] * 8), 0)
+    run.preview.begin(batch, LOOSE, STEPS)
     assert run.preview.metrics() == {}
 
 
@@ -293,7 +293,21 @@ def test_an_update_that_was_interrupted_leaves_nothing_to_the_next(tokenizer) ->
     assert_same(weights(same.model), weights(new.model), 0.0)
 
 
-@pytest.mark.parametrize(("at", "steps"), [(2, 0), (3, 1)], ids=["of the rounding", "of a longer step"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_is_compared_with_what_was_measured(tokenizer, dtype: str) -> None:
+    """Row by row the hidden states of a forward of that row alone, with what a microbatch of another shape rounds."""
+    run = looked(tokenizer, LIMIT, model={"dtype": dtype}, optim={"microbatch_tokens": 24})
+    batch = measured_batch(run.passes, make_rollout(len(tokenizer)), 0.3, preview=run.preview)
+    rows, kept = run.preview._rows, run.preview._before
+    assert rows is not None
+    assert kept is not None
+    for number, row in enumerate(rows.rows.tolist()):
+        length = int(batch.tokens.mask[row].sum())
+        alone = run.passes.hidden(batch.tokens.rows(torch.tensor([row])))[0, :length].float()
+        torch.testing.assert_close(kept[number, :length], alone, atol=1e-5 if dtype == "float32" else 0.05, rtol=0)
+
+
+@pytest.mark.parametrize(("at", "steps"), [(1, 0), (2, 1)], ids=["of the rounding", "of a longer step"])
 def test_a_look_that_is_interrupted_leaves_the_weights_as_they_were(
     tokenizer, at: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

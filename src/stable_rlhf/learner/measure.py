@@ -13,16 +13,18 @@ from stable_rlhf.control import Observation
 from stable_rlhf.errors import DivergenceError
 from stable_rlhf.learner.microbatches import Lengths, plan
 from stable_rlhf.learner.passes import Passes
+from stable_rlhf.learner.step_preview import Preview
 from stable_rlhf.ops.masked import masked_mean, ratio_error
 from stable_rlhf.records import Measured, Rollout, Tokens, on
 
 
 @torch.no_grad()
-def measure(passes: Passes, rollout: Rollout, step: int) -> Measured:
+def measure(passes: Passes, rollout: Rollout, step: int, preview: Preview | None = None) -> Measured:
     """Runs the forward of the policy and of the reference over a rollout, in the microbatches of the first pass.
 
     The first update repeats the same computation on the same rows, so its ratio is exactly 1. The result is copied to
-    the CPU at once: the work that follows is small, and on the device each figure would wait for it.
+    the CPU at once: the work that follows is small, and on the device each figure would wait for it. ``preview``, if
+    the update that follows has one, keeps the hidden states that it will compare with.
     """
     model, learning, device = passes.model, passes.learning, passes.model.device
     learns = learns_policy(learning.critic, step)
@@ -33,7 +35,10 @@ def measure(passes: Passes, rollout: Rollout, step: int) -> Measured:
     names = ("logp", "ref_logp", "entropy", *(["kl"] if exact else []))
     figures = torch.zeros(len(names) + 2 * heads, *shape, device=device)
     there = on(tokens, device)
-    for minibatch in plan(lengths(tokens), learning.optim, learning.seed, step, 0, device, passes.grain):
+    of_rows = lengths(tokens)
+    if preview is not None:
+        preview.draw(of_rows, step)
+    for minibatch in plan(of_rows, learning.optim, learning.seed, step, 0, device, passes.grain):
         for micro in minibatch:
             rows = micro.rows.to(device)
             part = there.rows(rows, micro.width, micro.length, micro.count)
@@ -41,6 +46,8 @@ def measure(passes: Passes, rollout: Rollout, step: int) -> Measured:
             grids = [out.logp, ref_logp, out.entropy, *([out.exact_kl] if exact else [])]
             parts = [torch.stack(grids), out.values, model.target_values(out.state)]
             figures[:, rows[: micro.count], : micro.length] = torch.cat(parts)[:, : micro.count]
+            if preview is not None:
+                preview.keep(micro, out.state)
     figures = figures.cpu()
     named = dict(zip(names, figures, strict=False))
     values, targets = figures[len(names) :].split(heads)

@@ -67,9 +67,9 @@ FORGET = 0.5
 next one leap."""
 
 SHARE = 16
-"""A look takes one row of the rollout in this many: two looks an update, before and after, and sometimes a third, next
-to the forwards of measuring and learning, which are eight over all rows with two passes, and to the sampling
-(docs/LOG.md has the price)."""
+"""A look takes one row of the rollout in this many: one look an update and sometimes a second, next to the forwards of
+measuring and learning, which are eight over all rows with two passes, and to the sampling (docs/LOG.md has the
+price)."""
 
 FEWEST = 4
 """Least rows of a look, where the rollout has as many."""
@@ -115,8 +115,8 @@ class Probe:
 
     tokens: Tokens
     before: Tensor
-    """[n, T, h] the policy's hidden states before the update, by a forward of this shape: one of another shape would
-    differ by its rounding, which in bfloat16 adds some 1e-4 nats to a size."""
+    """[n, T, h] the policy's hidden states before the update, as the rollout was measured. That forward had another
+    shape, which in bfloat16 rounds otherwise: it is part of the floor."""
     head: Tensor
     """[V, h] the LM head before the update."""
     count: Tensor
@@ -126,8 +126,9 @@ class Probe:
 class Preview:
     """Keeps each update of a run within its trust region; one object serves the whole run.
 
-    An update calls ``begin``, then ``take`` for each optimiser step, then ``metrics``. During the critic's warm-up, and
-    where no row has a reward, there is nothing to look at: the steps are taken whole and there are no metrics.
+    Measuring a rollout calls ``draw`` and then ``keep`` for each microbatch; its update calls ``begin``, then ``take``
+    for each optimiser step, then ``metrics``. During the critic's warm-up, and where no row has a reward, there is
+    nothing to look at: the steps are taken whole and there are no metrics.
     """
 
     def __init__(self, passes: Passes) -> None:
@@ -140,27 +141,46 @@ class Preview:
         """How often it has been measured."""
         self.wary = True
         """Whether the next update is looked at after every step."""
+        self._rows: Microbatch | None = None  # of the probe of the rollout that was measured last
+        self._before: Tensor | None = None  # their hidden states
         self._probe: Probe | None = None  # None where this update has nothing to look at
         self._start: list[Tensor] = []  # the policy's weights before the update
         self._stepped: list[Tensor] = []  # whether the optimiser took each step
         self._metrics: dict[str, float | None] = {}
 
-    @torch.no_grad()
-    def begin(self, batch: Batch, lengths: Lengths, step: int, limit: float, steps: int) -> None:
-        """Draws the rows for the looks of this update.
-
-        ``batch`` is on the model's device; ``lengths`` are those of its rows; ``step`` is the run's; ``limit`` bounds
-        the update's KL(before || after), nats per token; ``steps``: optimiser steps of the update.
-        """
+    def draw(self, lengths: Lengths, step: int) -> None:
+        """Draws the rows of the looks at the update of a rollout; ``step`` is the run's."""
         learning = self.passes.learning
+        self._rows, self._before = probe(lengths, learning.optim, learning.seed, step, self.passes.grain), None
+
+    @torch.no_grad()
+    def keep(self, micro: Microbatch, state: Tensor) -> None:
+        """Copies the hidden states of its rows from a microbatch's; ``state`` [n, T, h] as ``Output.state``."""
+        if self._rows is None:
+            return
+        if self._before is None:
+            self._before = state.new_zeros(len(self._rows.rows), self._rows.length, state.shape[-1])
+        places = {row: place for place, row in enumerate(micro.rows[: micro.count].tolist())}
+        for number, row in enumerate(self._rows.rows.tolist()):
+            if row in places:
+                columns = min(state.shape[1], self._rows.length)
+                self._before[number, :columns] = state[places[row], :columns]
+
+    @torch.no_grad()
+    def begin(self, batch: Batch, limit: float, steps: int) -> None:
+        """Begins the update of the rollout that was measured last.
+
+        ``batch`` is on the model's device; ``limit`` bounds the update's KL(before || after), nats per token;
+        ``steps``: optimiser steps of the update.
+        """
+        rows = self._rows
         self._probe, self._start, self._stepped = None, [], []  # an interrupted update may have left some
         self._metrics = {}
-        rows = probe(lengths, learning.optim, learning.seed, step, self.passes.grain)
         if rows is None:
             return
         # Copies, by a launch for many tensors where `clone` takes one each.
         self._start = list(torch._foreach_mul(self._parameters, 1.0))  # pyright: ignore[reportPrivateImportUsage]
-        self._probe = self._before(batch, rows)
+        self._probe = self._made(batch, rows)
         self._limit, self._steps, self._share = limit, steps, 1.0
         self._looks = 0
         if self.floors < FLOORS:
@@ -172,12 +192,13 @@ class Preview:
             self.floor = max(self.floor, found) if math.isfinite(found) else self.floor
             self.floors += 1
 
-    def _before(self, batch: Batch, rows: Microbatch) -> Probe:
+    def _made(self, batch: Batch, rows: Microbatch) -> Probe:
         """The probe at the policy as it is."""
         tokens = batch.tokens.rows(rows.rows.to(batch.logp.device), rows.width, rows.length)
         head = self.passes.model.head()
         trained = (copy for own, copy in zip(self._parameters, self._start, strict=True) if own is head)
-        hidden = self.passes.hidden(tokens).clone()
+        assert self._before is not None
+        hidden = self._before.to(self.passes.model.hidden_dtype)  # Output.state is float32, which holds every number
         return Probe(tokens=tokens, before=hidden, head=next(trained, head), count=tokens.mask.sum())
 
     @torch.no_grad()

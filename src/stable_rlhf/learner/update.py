@@ -53,7 +53,7 @@ def update(
     preview = preview if learns else None  # else there is nothing to look at, and nothing to learn from it
     if preview is not None:
         assert decision.update_kl is not None, "Config refuses a preview without a bound"
-        preview.begin(batch, of_rows, step, decision.update_kl, len(work))
+        preview.begin(batch, decision.update_kl, len(work))
     rows = _rows_on(device, work)
     kl_coef = torch.full((), decision.kl_coef, device=device)
     names: list[str] = []

@@ -110,7 +110,7 @@ class ActorCritic(nn.Module):
         self.dropout_off()
         own = causal_lm(policy).config._attn_implementation
         ways = [UNMASKED, own] if own == "sdpa" and self.span == UNBOUNDED else [own]
-        self._hidden_dtype = torch.float32  # of the last forward
+        self.hidden_dtype = torch.float32  # of the last forward
         self.attention = self._first_sound(ways) if self_check else ways[0]
 
     def _first_sound(self, ways: list[str]) -> str:
@@ -141,7 +141,7 @@ class ActorCritic(nn.Module):
         ``exact_kl`` adds the KL over the vocabulary, at the cost of a forward of the reference.
         """
         hidden = self._hidden(self.policy, tokens)
-        self._hidden_dtype = hidden.dtype
+        self.hidden_dtype = hidden.dtype
         against: tuple[Any, Any] = (None, None)
         if exact_kl:
             with torch.no_grad(), self.reference() as reference:
@@ -182,7 +182,7 @@ class ActorCritic(nn.Module):
         with self.reference() as reference:
             hidden = self._hidden(reference, tokens)
             # float32 holds every number of a narrower type, so the way back loses nothing
-            given = state.to(self._hidden_dtype)
+            given = state.to(self.hidden_dtype)
             found = token_statistics(given, weight, tokens.response, temperature, hidden, lm_head(reference))
         assert found.ref_logp is not None
         assert found.kl is not None

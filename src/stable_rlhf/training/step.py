@@ -72,7 +72,7 @@ def take_step(loop: Loop, watch: Stopwatch) -> Step:
     indices = loop.stream.take(loop.rollout.batch_size)
     rollout, seconds = loop.sampler.collect(loop.dataset, loop.prompts, indices)
     watch.add(seconds)
-    measured = measure(loop.passes, rollout, step)
+    measured = measure(loop.passes, rollout, step, loop.preview)
     watch.lap("logprobs_s")
     loop.counters.episode += len(indices)
     decided = loop.controller.observe(observe(step, rollout, measured))

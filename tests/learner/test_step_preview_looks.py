@@ -307,6 +307,17 @@ def test_an_update_is_compared_with_what_was_measured(tokenizer, dtype: str) -> 
         torch.testing.assert_close(kept[number, :length], alone, atol=1e-5 if dtype == "float32" else 0.05, rtol=0)
 
 
+def test_an_update_whose_rollout_was_not_measured_with_the_preview_is_refused(tokenizer) -> None:
+    """The first, and one after an update: the hidden states of that one's rollout are not its own."""
+    run = looked(tokenizer, LIMIT)
+    for measured in (False, True):
+        if measured:
+            run.update(0)
+        batch = measured_batch(run.passes, make_rollout(len(tokenizer)), 0.3)
+        with pytest.raises(RuntimeError, match="give `measure` the preview"):
+            update(run.passes, run.optimizer, batch, decide(0.3, LIMIT), 1, run.preview)
+
+
 @pytest.mark.parametrize(("at", "steps"), [(1, 0), (2, 1)], ids=["of the rounding", "of a longer step"])
 def test_a_look_that_is_interrupted_leaves_the_weights_as_they_were(
     tokenizer, at: int, steps: int, monkeypatch: pytest.MonkeyPatch

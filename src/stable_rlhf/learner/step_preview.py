@@ -141,7 +141,8 @@ class Preview:
         """How often it has been measured."""
         self.wary = True
         """Whether the next update is looked at after every step."""
-        self._rows: Microbatch | None = None  # of the probe of the rollout that was measured last
+        self._drawn = False  # whether a rollout was measured since the last update
+        self._rows: Microbatch | None = None  # of its probe; None where no row has a reward
         self._before: Tensor | None = None  # their hidden states
         self._probe: Probe | None = None  # None where this update has nothing to look at
         self._start: list[Tensor] = []  # the policy's weights before the update
@@ -151,6 +152,7 @@ class Preview:
     def draw(self, lengths: Lengths, step: int) -> None:
         """Draws the rows of the looks at the update of a rollout; ``step`` is the run's."""
         learning = self.passes.learning
+        self._drawn = True
         self._rows, self._before = probe(lengths, learning.optim, learning.seed, step, self.passes.grain), None
 
     @torch.no_grad()
@@ -171,9 +173,12 @@ class Preview:
         """Begins the update of the rollout that was measured last.
 
         ``batch`` is on the model's device; ``limit`` bounds the update's KL(before || after), nats per token;
-        ``steps``: optimiser steps of the update.
+        ``steps``: optimiser steps of the update. Raises RuntimeError where none was measured with this preview since
+        the last update: nothing would bound this one.
         """
-        rows = self._rows
+        if not self._drawn:
+            raise RuntimeError("the update has no measured rollout to be compared with: give `measure` the preview")
+        rows, self._drawn = self._rows, False
         self._probe, self._start, self._stepped = None, [], []  # an interrupted update may have left some
         self._metrics = {}
         if rows is None:

@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -63,18 +64,22 @@ CHECKPOINTING = next(
 
 
 class CountedReward:
-    """Our reward function with TRL's signature. It counts completions, and keeps distinct-2 and length of the last."""
+    """Our reward function with TRL's signature. It counts completions, and keeps distinct-2 and length of the last. The
+    gold rewards' means are logged beside it, as gold/0 and so on, and nothing is learned from them."""
 
     __name__ = "reward"
 
     def __init__(self, config: Config) -> None:
-        self.function = resolve_reward(config.reward.functions[0], device=resolve_device(config.model.device)).function
+        device = resolve_device(config.model.device)
+        self.function = resolve_reward(config.reward.functions[0], device=device).function
+        self.gold = [resolve_reward(name, device=device).function for name in config.reward.gold]
         self.completions = 0
         self.last: dict[str, float] = {}
 
     def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[Any], log_metric: Any = None, **more: Any
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[Any], log_metric: Any = None, **more: Any
     ) -> list[float]:
+        answers = [given if isinstance(given, str) else given[-1]["content"] for given in completions]
         ids = [torch.as_tensor(row) for row in completion_ids]
         tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
@@ -85,7 +90,9 @@ class CountedReward:
         }
         if log_metric is not None:  # GRPO and RLOO log the length themselves
             log_metric("completions/distinct_2", self.last["completions/distinct_2"])
-        return self.function(prompts, completions)
+            for at, gold in enumerate(self.gold):
+                log_metric(f"gold/{at}", math.fsum(gold(prompts, answers)) / len(answers))
+        return self.function(prompts, answers)
 
 
 class RewardAsModel(torch.nn.Module):
@@ -112,15 +119,23 @@ class RewardAsModel(torch.nn.Module):
         return SimpleNamespace(hidden_states=[values[:, None, None].expand(*input_ids.shape, 1)])
 
 
-def our_inputs(config: Config) -> tuple[list[str], dict[str, str | None]]:
-    """The prompts that a run of ours with these settings trains on, and the digests that it records of data, reward
-    and model: `compare` then knows that they are the same."""
+def our_inputs(config: Config) -> tuple[list[Any], dict[str, str | None]]:
+    """The prompts (texts or chats) that a run of ours with these settings trains on, and the digests that it records of
+    data, reward and model: `compare` then knows that they are the same. Of chats those that are too long are left out:
+    ours loses the first turns of such a chat, TRL would keep them."""
     run = SAFETrainer(config.model.name, args=config)
-    return run.train_dataset["prompt"][:], {**run.inputs.digests(), "model": run.reference.fingerprint}
+    prompts = run.train_dataset["prompt"][:]
+    if not isinstance(prompts[0], str):
+        tokenizer = load_tokenizer(config.model)
+        whole = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in prompts]
+        lengths = [len(ids) for ids in tokenizer(whole, add_special_tokens=False)["input_ids"]]
+        most = config.data.max_prompt_length
+        prompts = [chat for chat, length in zip(prompts, lengths, strict=True) if length <= most]
+    return prompts, {**run.inputs.digests(), "model": run.reference.fingerprint}
 
 
 def groups(
-    config: Config, prompts: list[str], algorithm: str, beta: float, common: dict[str, Any], reward: CountedReward
+    config: Config, prompts: list[Any], algorithm: str, beta: float, common: dict[str, Any], reward: CountedReward
 ) -> Any:
     """GRPO's or RLOO's trainer. A generation serves num_iterations passes of num_mini_batches optimiser steps."""
     if algorithm == "grpo":
@@ -243,7 +258,11 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="builtin", help="builtin, or a folder or hub name of a policy")
     parser.add_argument("--gguf-file", help="name of a GGUF file in it")
     parser.add_argument("--lora-r", type=int, default=0, help="rank of the adapter; 0 trains every weight")
+    parser.add_argument("--data", default="builtin", help="as data.train")
+    parser.add_argument("--data-format", default="auto", help="as data.format; grpo and rloo take chats too")
+    parser.add_argument("--max-prompt-length", type=int, default=512)
     parser.add_argument("--reward", default="builtin", help="as reward.functions, one of them")
+    parser.add_argument("--gold", action="append", default=[], help="as reward.gold, one of them; grpo and rloo")
     parser.add_argument("--steps", type=int, default=60, help="rollouts")
     parser.add_argument("--batch-size", type=int, default=64, help="completions of a rollout")
     parser.add_argument("--max-completion-length", type=int, default=32)
@@ -281,7 +300,12 @@ def main(given: Sequence[str]) -> None:
             "lora_r": arguments.lora_r,
             "device": arguments.device,
         },
-        "reward": {"functions": [arguments.reward]},
+        "data": {
+            "train": arguments.data,
+            "format": arguments.data_format,
+            "max_prompt_length": arguments.max_prompt_length,
+        },
+        "reward": {"functions": [arguments.reward], "gold": arguments.gold},
         "rollout": {"batch_size": arguments.batch_size, "max_completion_length": arguments.max_completion_length},
         "optim": {"learning_rate": arguments.learning_rate},
     }

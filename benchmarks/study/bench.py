@@ -109,6 +109,7 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--jobs", type=int, help="cells at a time: on each GPU (1), or of all cores (all)")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seconds", type=float, help="stop the cells after so long; they save and can go on")
     parser.add_argument("--only", help="parts, such as main,budget; without it all")
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str]) -> None:
     more: dict[str, Any] = {"model": {"device": "cpu" if given.device == "cpu" else "cuda"}}
     if given.batch_size:
         more["rollout"] = {"batch_size": given.batch_size}
-    sweep = cells_of(chosen(made.arms, given), range(given.seeds), given.out, more)
+    sweep = cells_of(chosen(made.arms, given), range(given.first_seed, given.first_seed + given.seeds), given.out, more)
     if not sweep.cells:
         raise SystemExit("no arm is chosen")
     where = places_of(given.device, given.jobs)

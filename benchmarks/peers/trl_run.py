@@ -64,8 +64,8 @@ CHECKPOINTING = next(
 
 
 class CountedReward:
-    """Our reward function with TRL's signature. It counts completions, and keeps distinct-2 and length of the last. The
-    gold rewards' means are logged beside it, as gold/0 and so on, and nothing is learned from them."""
+    """Our reward function with TRL's signature. It counts completions, keeps distinct-2 and length of the last, and logs
+    the gold rewards' means as gold/0 and so on."""
 
     __name__ = "reward"
 
@@ -129,8 +129,9 @@ def our_inputs(config: Config) -> tuple[list[Any], dict[str, str | None]]:
         tokenizer = load_tokenizer(config.model)
         whole = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in prompts]
         lengths = [len(ids) for ids in tokenizer(whole, add_special_tokens=False)["input_ids"]]
-        most = config.data.max_prompt_length
+        most, before = config.data.max_prompt_length, len(prompts)
         prompts = [chat for chat, length in zip(prompts, lengths, strict=True) if length <= most]
+        print(f"{before - len(prompts)} of {before} chats have more than {most} tokens and are left out")
     return prompts, {**run.inputs.digests(), "model": run.reference.fingerprint}
 
 
@@ -238,7 +239,10 @@ def settings(config: Config, arguments: argparse.Namespace, inputs: dict[str, st
         "model.name": config.model.name,
         "model.lora_r": config.model.lora_r,
         "data.train": config.data.train,
+        "data.format": config.data.format,
+        "data.max_prompt_length": config.data.max_prompt_length,
         "reward.functions": config.reward.functions,
+        "reward.gold": config.reward.gold,
         "rollout.batch_size": config.rollout.batch_size,
         "rollout.max_completion_length": config.rollout.max_completion_length,
         "optim.learning_rate": config.optim.learning_rate,
@@ -274,6 +278,8 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(given)
     if arguments.algorithm != "ppo" and arguments.batch_size % (2 * GENERATIONS):
         parser.error(f"--batch-size {arguments.batch_size}: give a multiple of {2 * GENERATIONS}, whole groups a part")
+    if arguments.algorithm == "ppo" and (arguments.gold or arguments.data_format not in ("auto", "prompt")):
+        parser.error("--gold and chats (--data-format) need --algorithm grpo or rloo")
     return arguments
 
 

@@ -109,7 +109,7 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--jobs", type=int, help="cells at a time: on each GPU (1), or of all cores (all)")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--first-seed", type=int, default=0, help="the seeds are this and the next ones")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seconds", type=float, help="stop the cells after so long; they save and can go on")
     parser.add_argument("--only", help="parts, such as main,budget; without it all")

@@ -90,8 +90,8 @@ def run_all(waiting: list[list[str]], logs: list[Path], where: Sequence[Place], 
             )
     for job, _, log in running:
         job.terminate()
-        job.wait()
-        print(f"{log.stem}: stopped, the time is up", flush=True)
+        ended = job.wait() == 0 or is_done(log.with_suffix(""))  # it may have ended in the last second
+        print(f"{log.stem}: {'done' if ended else 'stopped, the time is up'}", flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -64,8 +64,8 @@ CHECKPOINTING = next(
 
 
 class CountedReward:
-    """Our reward function with TRL's signature. It counts completions, keeps distinct-2 and length of the last, and logs
-    the gold rewards' means as gold/0 and so on."""
+    """Our reward function with TRL's signature. It counts completions, keeps distinct-2 and length of the last, and
+    logs the gold rewards' means as gold/0 and so on."""
 
     __name__ = "reward"
 
@@ -121,17 +121,16 @@ class RewardAsModel(torch.nn.Module):
 
 def our_inputs(config: Config) -> tuple[list[Any], dict[str, str | None]]:
     """The prompts (texts or chats) that a run of ours with these settings trains on, and the digests that it records of
-    data, reward and model: `compare` then knows that they are the same. Of chats those that are too long are left out:
-    ours loses the first turns of such a chat, TRL would keep them."""
+    data, reward and model: `compare` then knows that they are the same. Chats that are too long are left out."""
     run = SAFETrainer(config.model.name, args=config)
     prompts = run.train_dataset["prompt"][:]
     if not isinstance(prompts[0], str):
-        tokenizer = load_tokenizer(config.model)
+        tokenizer, most = load_tokenizer(config.model), config.data.max_prompt_length
         whole = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in prompts]
-        lengths = [len(ids) for ids in tokenizer(whole, add_special_tokens=False)["input_ids"]]
-        most, before = config.data.max_prompt_length, len(prompts)
-        prompts = [chat for chat, length in zip(prompts, lengths, strict=True) if length <= most]
-        print(f"{before - len(prompts)} of {before} chats have more than {most} tokens and are left out")
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        fits = [chat for chat, own in zip(prompts, ids, strict=True) if len(own) <= most]
+        print(f"{len(prompts) - len(fits)} of {len(prompts)} chats have more than {most} tokens and are left out")
+        prompts = fits
     return prompts, {**run.inputs.digests(), "model": run.reference.fingerprint}
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stable_rlhf.errors import PromptError as PromptError
     from stable_rlhf.errors import RewardError as RewardError
     from stable_rlhf.errors import StableRLHFError as StableRLHFError
+    from stable_rlhf.integrations import RunMonitor as RunMonitor
     from stable_rlhf.report import write_report as write_report
     from stable_rlhf.rewards import RewardModel as RewardModel
     from stable_rlhf.training import SAFETrainer as SAFETrainer
@@ -30,6 +31,7 @@ _ROOMS = {
     "write_report": "report",
     "RewardError": "errors",
     "RewardModel": "rewards",
+    "RunMonitor": "integrations",
     "StableRLHFError": "errors",
     "SAFETrainer": "training",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "PromptError",
     "RewardError",
     "RewardModel",
+    "RunMonitor",
     "SAFETrainer",
     "StableRLHFError",
     "load_prompts",

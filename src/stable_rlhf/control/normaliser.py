@@ -90,11 +90,15 @@ class RewardNormaliser:
                 "the reward normaliser 'paper' was given 1 reward: its rule divides by n - 1. Use a batch of 2 or "
                 "more, or the kind 'running'."
             )
-        mean, variance = mean_variance(rewards, 1 if self.kind == "paper" else 0)
+        self.add(*mean_variance(rewards, 1 if self.kind == "paper" else 0), len(rewards))
+
+    def add(self, mean: float, variance: float, count: int) -> None:
+        """Adds one rollout of ``count`` rewards by their finite moments. The variance's denominator is ``count``, of
+        `paper` count - 1."""
         before = self.moments
         if self.kind == "running" and self.rollouts >= MEMORY:
             before = dataclasses.replace(before, count=before.count * (1.0 - 1.0 / MEMORY))
-        self.moments = merge(before, mean, variance, len(rewards))
+        self.moments = merge(before, mean, variance, count)
         self.rollouts += 1
 
     def normalise(self, rewards: Sequence[float]) -> list[float]:

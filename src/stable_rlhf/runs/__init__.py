@@ -4,7 +4,14 @@ from stable_rlhf.runs import evaluation, incidents, starts, sweeps
 from stable_rlhf.runs.card import model_card
 from stable_rlhf.runs.evaluation import evaluation_rows, gold_figures, read
 from stable_rlhf.runs.lock import RunLock
-from stable_rlhf.runs.metrics import LARGEST_FIGURE, STEP_LIMIT, MetricsWriter, read_rows, write_completions
+from stable_rlhf.runs.metrics import (
+    LARGEST_FIGURE,
+    STEP_LIMIT,
+    MetricsWriter,
+    decision_metrics,
+    read_rows,
+    write_completions,
+)
 from stable_rlhf.runs.names import METRICS, TEXT_METRICS, TIMINGS
 from stable_rlhf.runs.output import check_output, check_writable, remove_run
 
@@ -18,6 +25,7 @@ __all__ = [
     "RunLock",
     "check_output",
     "check_writable",
+    "decision_metrics",
     "evaluation",
     "evaluation_rows",
     "gold_figures",

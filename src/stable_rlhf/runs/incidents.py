@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.console import tell
+from stable_rlhf.control import Action, Verdict
 from stable_rlhf.errors import RunError
 from stable_rlhf.files import finite, replace_text
 
@@ -23,6 +24,12 @@ UNDOES = ("roll back", "stop")
 
 NOT_FINITE = ("nan", "inf", "-inf")
 """Texts that stand for figures that are not finite, because JSON has no such numbers."""
+
+
+def of_verdict(step: int, verdict: Verdict, action: Action, done: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of incidents.jsonl for a verdict: what was seen at ``step`` (from 0), what was ``done``, and figures."""
+    seen = {"step": step, "action": action.value, "rule": verdict.rule, "seen": verdict.seen}
+    return seen | {"done": done, "advice": verdict.advice, "figures": dict(figures)}
 
 
 def record(run_dir: Path, incident: Mapping[str, Any]) -> None:

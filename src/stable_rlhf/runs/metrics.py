@@ -6,6 +6,7 @@ bytes as one that was never stopped; times go to timings.jsonl.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stable_rlhf.control import Decision
 from stable_rlhf.errors import RunError
 from stable_rlhf.files import finite, replace_file, replace_text
 from stable_rlhf.runs.names import METRICS, TEXT_METRICS, TIMINGS
@@ -163,6 +165,12 @@ def write_completions(run_dir: str | Path, step: int, rows: Sequence[Mapping[str
         schema = schema.append(pa.field(valid_unicode(name), "string" if text else "float64"))
     replace_file(path, partial(pq.write_table, pa.Table.from_pylist(clean, schema=schema)))
     return path
+
+
+def decision_metrics(decision: Decision) -> dict[str, Any]:
+    """A controller's decision as metrics ``safe/...``: those of its fields that METRICS lists."""
+    fields = dataclasses.asdict(decision)
+    return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in METRICS}
 
 
 def check_value(name: str, value: Any, *, text: bool = False) -> None:

@@ -94,9 +94,3 @@ class Recovery:
             f"(roll-back {self.guard.state.rollbacks} of {most}) and continues with other prompts, the learning rate "
             f"and the bound on an update's movement at {self.factor:g} x their settings"
         )
-
-
-def incident(step: int, verdict: Verdict, action: Action, done: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The line of incidents.jsonl for a verdict: what was seen at ``step`` (from 0), what was ``done``, and figures."""
-    seen = {"step": step, "action": action.value, "rule": verdict.rule, "seen": verdict.seen}
-    return seen | {"done": done, "advice": verdict.advice, "figures": dict(figures)}

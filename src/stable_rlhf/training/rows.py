@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from stable_rlhf.control import Decision, RewardNormaliser
+from stable_rlhf.control import RewardNormaliser
 from stable_rlhf.data import prompt_text
 from stable_rlhf.learner import rollout_metrics
 from stable_rlhf.ops.masked import masked_sum
 from stable_rlhf.records import Measured, Rollout
-from stable_rlhf.runs import METRICS
+from stable_rlhf.runs import decision_metrics
 from stable_rlhf.training.resume import Counters
 from stable_rlhf.training.step import Step
 
@@ -35,12 +34,6 @@ def step_row(step: Step, counters: Counters, normaliser: RewardNormaliser, rollb
     row["objective/non_score_reward"] *= normaliser.unit  # back in the scorer's units
     row["objective/rlhf_reward"] = row["objective/scores"] + row["objective/non_score_reward"]
     return row
-
-
-def decision_metrics(decision: Decision) -> dict[str, Any]:
-    """A controller's decision as metrics ``safe/...``: those of its fields that METRICS lists."""
-    fields = dataclasses.asdict(decision)
-    return {f"safe/{name}": value for name, value in fields.items() if f"safe/{name}" in METRICS}
 
 
 def completion_rows(rollout: Rollout, measured: Measured) -> list[dict[str, Any]]:

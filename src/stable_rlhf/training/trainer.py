@@ -27,7 +27,7 @@ from stable_rlhf.text import counted
 from stable_rlhf.training.evaluate import evaluate
 from stable_rlhf.training.failures import failures_named, misfits_named
 from stable_rlhf.training.given import held_out_remedy
-from stable_rlhf.training.recovery import GOES_ON, incident
+from stable_rlhf.training.recovery import GOES_ON
 from stable_rlhf.training.result import TrainResult
 from stable_rlhf.training.rows import completion_rows, step_row
 from stable_rlhf.training.saving import PolicySaving
@@ -291,7 +291,7 @@ class SAFETrainer(PolicySaving):
                 done = f"could not go back, since the last good state cannot be read ({error}), and stopped"
             if fault is None:
                 done += f" {self.recovery.what_next(action)}"
-        entry = incident(self.steps_done - 1, verdict, action, done, figures)
+        entry = incidents.of_verdict(self.steps_done - 1, verdict, action, done, figures)
         sentence = incidents.sentence(entry)
         with said_if_lost(sentence):
             incidents.record(self.run_dir, entry)

@@ -42,7 +42,9 @@ class SAFECallback(TrainerCallback):
         controller, settings, guard: as in `stable_rlhf.RunMonitor`.
         roll_back: whether a failing run goes back to its last good state and continues with smaller steps (`guarded`).
             If not, it is stopped with a checkpoint.
-        trust_region: whether the movement of each generation's optimiser steps is bounded (`safe_trainer`).
+        trust_region: whether what the optimiser steps of a generation move is bounded, by `Decision.update_kl`. Without
+            it a learning rate that is too high keeps the KL above its budget, whatever beta is. It takes a copy of the
+            trainable weights, and needs them whole in each process: False for DeepSpeed and FSDP.
         run_dir: folder of metrics.jsonl and incidents.jsonl; None is ``output_dir/safe`` of the trainer.
         overwrite: whether a run that is there is replaced.
 
@@ -58,7 +60,7 @@ class SAFECallback(TrainerCallback):
         settings: Mapping[str, Any] | None = None,
         guard: GuardConfig | None = None,
         roll_back: bool = False,
-        trust_region: bool = False,
+        trust_region: bool = True,
         run_dir: str | Path | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -175,14 +177,14 @@ class SAFECallback(TrainerCallback):
         if math.isnan(reward) and math.isfinite(kl) and math.isfinite(entropy):
             tell(f"step {state.global_step}: no completion was scored; SAFE keeps beta as it is")
             return None
-        region = self._trust_region
+        region, std = self._trust_region, found["reward_std"]
         moved = {} if region is None else {"safe/moved_kl": region.moved, "safe/step_scale": region.scale}
         return self.monitor.observe(
             reward,
             kl,
             entropy,
             length=found["completions/mean_length"],
-            reward_std=found["reward_std"],
+            reward_std=None if std is None else std * math.sqrt(1 - 1 / self._rows),  # TRL divides by n - 1
             rows=self._rows,
             figures={"completions/distinct_2": found["distinct_2"], "lr": _rate(self._trainer), **moved},
         )
@@ -237,14 +239,14 @@ def guarded(trainer: Any, budget: float = 0.3, **options: Any) -> Any:
 
 
 def safe_trainer(trainer_class: type[Any], budget: float = 0.3, **options: Any) -> type[Any]:
-    """A subclass of GRPOTrainer or RLOOTrainer whose trainers are `guarded` and move within a trust region.
+    """A subclass of GRPOTrainer or RLOOTrainer whose trainers are `guarded` from the start.
 
     Its arguments are those of ``trainer_class``. ``options``: of SAFECallback.
     """
 
     def __init__(self: Any, *args: Any, **more: Any) -> None:
         trainer_class.__init__(self, *args, **more)
-        self.safe = SAFECallback(self, budget, **{"roll_back": True, "trust_region": True, **options})
+        self.safe = SAFECallback(self, budget, **{"roll_back": True, **options})
         self.add_callback(self.safe)
 
     return type(f"SAFE{trainer_class.__name__}", (trainer_class,), {"__init__": __init__})

@@ -20,18 +20,18 @@ class State:
     monitor: dict[str, Any]
 
 
-def check_whole(trainer: Any, what: str) -> None:
+def check_whole(trainer: Any, what: str, remedy: str) -> None:
     """Raises ConfigError where a process does not hold whole weights, so that ``what`` cannot work."""
     kind = getattr(trainer.accelerator.distributed_type, "value", "NO")
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise ConfigError(f"{what} needs whole weights in each process, and {kind} shards them: use SAFECallback alone")
+        raise ConfigError(f"{what} needs whole weights in each process, and {kind} shards them: {remedy}")
 
 
 class LastGood:
     """Keeps a candidate, which the next verdict makes the last good state, or drops."""
 
     def __init__(self, trainer: Any) -> None:
-        check_whole(trainer, "a roll-back")
+        check_whole(trainer, "a roll-back", "set roll_back=False")
         self._trainer = trainer
         self._good: State | None = None
         self._candidate: State | None = None

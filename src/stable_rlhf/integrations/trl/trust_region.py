@@ -28,7 +28,7 @@ class TrustRegion:
     """
 
     def __init__(self, trainer: Any) -> None:
-        check_whole(trainer, "the bound on an update")
+        check_whole(trainer, "the bound on an update", "set trust_region=False")
         self._trainer = trainer
         self._start: dict[str, torch.Tensor] = {}
         self._probe: dict[str, torch.Tensor] = {}

@@ -48,6 +48,7 @@ from transformers.utils import logging
 from stable_rlhf import SAFETrainer
 from stable_rlhf.config import Config
 from stable_rlhf.hardware import resolve_device
+from stable_rlhf.integrations.trl import SAFECallback
 from stable_rlhf.ops.masked import distinct_n
 from stable_rlhf.policy import load_policy, load_tokenizer
 from stable_rlhf.policy.loading import policy_source
@@ -232,7 +233,7 @@ def settings(config: Config, arguments: argparse.Namespace, inputs: dict[str, st
     """settings.json: what `compare` cannot know from trainer_state.json."""
     each = config.optim.num_iterations * config.optim.num_mini_batches
     return {
-        "framework": f"TRL {arguments.algorithm.upper()}",
+        "framework": f"TRL {arguments.algorithm.upper()}" + (" with SAFE" if arguments.budget else ""),
         "trl": importlib.metadata.version("trl"),
         "seed": config.seed,
         "model.name": config.model.name,
@@ -248,7 +249,7 @@ def settings(config: Config, arguments: argparse.Namespace, inputs: dict[str, st
         "optim.num_iterations": config.optim.num_iterations,
         "optim.num_mini_batches": config.optim.num_mini_batches,
         "optimizer_steps_per_rollout": each,
-        "kl.settings.beta": arguments.beta,
+        **({"kl.settings.budget": arguments.budget} if arguments.budget else {"kl.settings.beta": arguments.beta}),
         "inputs": {name: digest for name, digest in inputs.items() if digest is not None},
     }
 
@@ -271,14 +272,17 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-completion-length", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.05, help="coefficient of the KL")
+    parser.add_argument("--budget", type=float, help="put SAFECallback into grpo or rloo, with this KL budget")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True, help="folder of trainer_state.json and settings.json")
     arguments = parser.parse_args(given)
     if arguments.algorithm != "ppo" and arguments.batch_size % (2 * GENERATIONS):
         parser.error(f"--batch-size {arguments.batch_size}: give a multiple of {2 * GENERATIONS}, whole groups a part")
-    if arguments.algorithm == "ppo" and (arguments.gold or arguments.data_format not in ("auto", "prompt")):
-        parser.error("--gold and chats (--data-format) need --algorithm grpo or rloo")
+    if arguments.algorithm == "ppo" and (
+        arguments.budget or arguments.gold or arguments.data_format not in ("auto", "prompt")
+    ):
+        parser.error("--budget, --gold and chats (--data-format) need --algorithm grpo or rloo")
     return arguments
 
 
@@ -338,6 +342,8 @@ def main(given: Sequence[str]) -> None:
         trainer = groups(config, prompts, arguments.algorithm, arguments.beta, common, reward)
     (arguments.out / "settings.json").write_text(json.dumps(settings(config, arguments, inputs), indent=1) + "\n")
     trainer.add_callback(KeepsState(arguments.out))
+    if arguments.budget:
+        trainer.add_callback(SAFECallback(trainer, arguments.budget))
     trainer.train()
     trainer.save_state()
     ours = (

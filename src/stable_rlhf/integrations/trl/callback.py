@@ -214,7 +214,7 @@ class SAFECallback(TrainerCallback):
         coefficient, self._bound = self._from_main((self.monitor.coefficient, self.monitor.update_kl))
         if self.monitor.steps or coefficient:
             self._trainer.beta = max(LEAST_BETA, coefficient)
-            self._trainer._metrics["train"]["safe/beta"].append(self._trainer.beta)
+            self._trainer._metrics["train"]["beta"].append(self._trainer.beta)
 
     def _from_main(self, value: Any) -> Any:
         """Process 0's value, in every process."""

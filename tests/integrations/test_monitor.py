@@ -192,6 +192,17 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_to_be_replaced(tmp_path: Pa
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")[0]) == 2
 
 
+def test_a_state_of_before_the_first_step_continues_too(tmp_path: Path) -> None:
+    first = RunMonitor(tmp_path / "run")
+    first.save(tmp_path / "state.json")
+    observe(first, range(3))
+    first.close()
+    second = RunMonitor(tmp_path / "run")
+    second.load(tmp_path / "state.json")
+    observe(second, range(1))
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")[0]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

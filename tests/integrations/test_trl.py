@@ -241,6 +241,16 @@ def test_a_small_rate_is_not_touched(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+def test_a_trainer_that_trains_again_is_observed_again(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=2)
+    made.add_callback(SAFECallback(made, overwrite=True))
+    made.train()
+    made.args.max_steps = 3 * GENERATION
+    made.train()
+    assert made.state.global_step == 3 * GENERATION
+    assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 2, 3, 4]  # goes on: it is the same controller
+
+
 def test_a_safe_trainer_is_made_with_the_arguments_of_its_class(tmp_path: Path) -> None:
     made = trainer(tmp_path, steps=2, wrap=lambda cls: safe_trainer(cls, 0.05, settings={"gain": 0.2}))
     assert type(made).__name__ == "SAFEGRPOTrainer"

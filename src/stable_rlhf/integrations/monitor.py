@@ -120,6 +120,7 @@ class RunMonitor:
         self._row: dict[str, Any] = {}
         self._verdict: Verdict | None = None
         self._writer: MetricsWriter | None = None
+        self._loaded = False
         self._lock = RunLock(self.run_dir, "run_dir")
         self._config = {
             **({} if planned is None else {"max_steps": planned}),
@@ -257,7 +258,7 @@ class RunMonitor:
             return
         self._lock.take()
         writer = MetricsWriter(self.run_dir)
-        if self.steps == 0 and not self._overwrite and (self.run_dir / "metrics.jsonl").exists():
+        if not self._loaded and self.steps == 0 and not self._overwrite and (self.run_dir / "metrics.jsonl").exists():
             self._lock.release()
             raise ConfigError(
                 f"run_dir={str(self.run_dir)!r}: holds a run already; choose another folder, set overwrite=True, or "
@@ -297,7 +298,7 @@ class RunMonitor:
         self.rewards.load_state_dict(saved["rewards"])
         self.guard.load_state_dict(saved["guard"])
         self.controller.load_state_dict(saved["controller"])
-        self._decision, self.steps = decision, saved["steps"]
+        self._decision, self.steps, self._loaded = decision, saved["steps"], True
         self.close()
 
     def save(self, file: str | Path) -> None:

@@ -100,6 +100,11 @@ class SAFECallback(TrainerCallback):
         return args.per_device_train_batch_size * args.steps_per_generation * self._trainer.accelerator.num_processes
 
     @property
+    def _each(self) -> int:
+        """Micro-steps of a generation."""
+        return self._trainer.args.steps_per_generation * self._trainer.num_iterations
+
+    @property
     def _main(self) -> bool:
         return self._trainer.accelerator.is_main_process
 
@@ -107,7 +112,7 @@ class SAFECallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Begins the run's files; continues from the checkpoint that the trainer was resumed from."""
-        self.stopped, self._generations = None, 0
+        self.stopped, self._generations = None, self._trainer._step // self._each
         if self._main:
             if state.global_step > 0:
                 self._load(state.global_step)
@@ -120,7 +125,7 @@ class SAFECallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._trust_region is not None and not self._trust_region.begun:
+        if self._trust_region is not None and self._bound is not None and not self._trust_region.begun:
             self._trust_region.begin()
 
     def on_optimizer_step(
@@ -132,8 +137,7 @@ class SAFECallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Collects figures; after the last optimiser step of a generation, decides and acts."""
         self._figures.collect()
-        each = self._trainer.args.steps_per_generation * self._trainer.num_iterations
-        done = self._trainer._step // each
+        done = self._trainer._step // self._each
         if done == self._generations:
             return
         self._generations = done
@@ -145,7 +149,7 @@ class SAFECallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Saves the monitor's state in the checkpoint that was just written."""
-        if self._main and self.monitor.steps:
+        if self._main:
             self.monitor.save(self._file(state.global_step))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -211,8 +215,9 @@ class SAFECallback(TrainerCallback):
 
     def _tell_all(self) -> None:
         """Gives process 0's coefficient and bound to all, and to the trainer's log."""
-        coefficient, self._bound = self._from_main((self.monitor.coefficient, self.monitor.update_kl))
-        if self.monitor.steps or coefficient:
+        known = self.monitor.coefficient if self.monitor.steps else None
+        coefficient, self._bound = self._from_main((known, self.monitor.update_kl))
+        if coefficient is not None:
             self._trainer.beta = max(LEAST_BETA, coefficient)
             self._trainer._metrics["train"]["beta"].append(self._trainer.beta)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import random
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,7 +34,7 @@ from stable_rlhf.integrations.verl import (
 )
 from stable_rlhf.runs.names import METRICS
 from tests.control.plants import Policy, hold
-from tests.integrations.verl_places import Settings, Verl, batch_of, installed, stand_in, trainer_of
+from tests.integrations.verl_places import Fixed, Settings, Verl, batch_of, installed, stand_in, trainer_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SAFE = ("algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=safe", "+algorithm.kl_ctrl.budget=0.1")
@@ -471,3 +474,153 @@ def test_the_settings_of_the_stand_in_are_those_that_verl_ships(verl: Verl) -> N
     assert kl_ctrl == {"type": "safe", "kl_coef": 0.001, "horizon": 10000, "target_kl": 0.1, "budget": 0.1}
     assert made.algorithm.kl_penalty == "kl"
     assert isinstance(made, Settings) == (verl.name == "stand-in")
+
+
+# -- verl's default trainer, on its own data ------------------------------------------------------------------------
+
+
+def test_the_default_trainer_of_verl_asks_for_the_controller_and_shows_it_its_rollouts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PPOTrainerSync as verl makes it, and its step from stored log-probs to advantages (GRPO, groups of two).
+
+    The store is the only stand-in. Responses have 2, 4, 3 and 1 tokens and are stored without padding, as verl does.
+    """
+    with installed() as verl:
+        from tensordict import NonTensorData, NonTensorStack, TensorDict
+
+        verl_attach.attach()
+        config = verl.settings(*SAFE, "algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=2")
+        trainer = verl.trainers["PPOTrainer"](config=config)
+        ours = trainer.kl_ctrl_in_reward
+        assert isinstance(ours, SafeKLController)
+
+        def rows(*values: list[float]) -> torch.Tensor:
+            return torch.nested.as_nested_tensor([torch.tensor(row) for row in values], layout=torch.jagged)
+
+        logp = [[-1.0, -2.0], [-1.0, -1.0, -1.0, -1.0], [-3.0, -1.0, -2.0], [-4.0]]
+        ref = [[-1.5, -2.0], [-1.0, -1.25, -1.0, -1.25], [-3.0, -1.0, -2.5], [-4.0]]
+        scores = [[0.0, 1.0], [0.0, 0.0, 0.0, 3.0], [0.0, 0.0, 2.0], [2.0]]
+        stored = TensorDict(
+            {
+                "response_mask": rows(*[[1.0] * len(row) for row in logp]),
+                "rm_scores": rows(*scores),
+                "old_log_probs": rows(*logp),
+                "ref_log_prob": rows(*ref),
+                "uid": NonTensorStack(*[NonTensorData(uid) for uid in "aabb"]),
+            },
+            batch_size=[4],
+        )
+        written: dict[str, Any] = {}
+        monkeypatch.setattr(verl.v1.tq, "kv_batch_get", lambda **kwargs: stored)
+        monkeypatch.setattr(verl.v1.tq, "kv_batch_put", lambda **kwargs: written.update(kwargs["fields"]))
+        names = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
+        keys = verl.v1.KVBatchMeta(keys=names, partition_id="train", tags=[{} for _ in names])
+        metrics: dict[str, float] = {}
+        trainer._compute_advantage(keys, metrics)
+
+        assert metrics["objective/kl"] == pytest.approx((0.5 + 0.5 + 0.5) / 10)
+        assert metrics["objective/entropy"] == pytest.approx((3 + 4 + 6 + 4) / 10)
+        assert metrics["objective/scores"] == 2.0
+        assert metrics["safe/reward_std"] == pytest.approx(math.sqrt(0.5))
+        beta = metrics["actor/reward_kl_penalty_coeff"]
+        assert beta == ours.value > 0.0
+        rewards = written["token_level_rewards"].unbind()
+        for row, (p, q, score) in enumerate(zip(logp, ref, scores, strict=True)):
+            wanted = [s - beta * (a - b) for a, b, s in zip(p, q, score, strict=True)]
+            assert rewards[row].tolist() == pytest.approx(wanted, abs=1e-6)
+        assert ours.controller.next_step == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "attached"),
+    [
+        ({"VERL_USE_EXTERNAL_MODULES": "stable_rlhf.integrations.verl_plugin"}, True),
+        ({"VERL_USE_EXTERNAL_PLUGINS": "none"}, False),
+    ],
+)
+def test_verl_loads_the_plugin_by_itself(environment: dict[str, str], attached: bool) -> None:
+    with installed():
+        code = "from verl.trainer.ppo import core_algos\nprint(hasattr(core_algos.get_kl_controller, 'stable_rlhf'))"
+        ran = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, **environment},
+        )
+        assert ran.stdout.split()[-1] == str(attached)
+
+
+# -- the page -------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "verl.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_version_the_lines_and_the_file() -> None:
+    assert re.findall(r"verl==([\d.]+)", PAGE) == list(SUPPORTED)
+    shown = re.findall(r"^  (\+?algorithm\.\S+=\S+)", PAGE, flags=re.MULTILINE)
+    assert [line.lower() for line in shown] == list(SAFE)
+    assert f"global_step_N/{STATE_FILE}" in PAGE
+    assert verl_attach.FULLY_ASYNC in PAGE
+    named = set(re.findall(r"`((?:objective|safe)/\w+)`", PAGE))
+    ours = SafeKLController()
+    ours.observe(figures())
+    assert len(named) >= 4
+    assert named <= set(ours.metrics())
+
+
+def test_the_recipe_for_skyrl_observes_every_rollout_and_resumes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its code on a stand-in of SkyRL's trainer, which keeps what the recipe relies on."""
+
+    class RayPPOTrainer:
+        def __init__(self, cfg: Any) -> None:
+            self.cfg, self.global_step, self.reward_kl_controller = cfg, 0, None
+
+        def apply_reward_kl_penalty(self, data: dict[str, Any]) -> dict[str, Any]:
+            assert isinstance(self.reward_kl_controller, Fixed)
+            kl = data["action_log_probs"] - data["base_action_log_probs"]
+            return data | {"rewards": data["rewards"] - self.reward_kl_controller.value * kl}
+
+        def save_checkpoints(self) -> str:
+            return str(Path(self.cfg.trainer.ckpt_path) / f"global_step_{self.global_step}")
+
+        def load_checkpoints(self) -> tuple[int, str | None]:
+            found = list(Path(self.cfg.trainer.ckpt_path).glob("global_step_*"))
+            return (int(found[0].name.split("_")[-1]), str(found[0])) if found else (0, None)
+
+    for name, content in {
+        "skyrl.train.trainer": {"RayPPOTrainer": RayPPOTrainer},
+        "skyrl.backends.skyrl_train.utils.ppo_utils": {"FixedKLController": Fixed},
+    }.items():
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            module = ModuleType(".".join(parts[:end]))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        module.__dict__.update(content)
+    (recipe,) = re.findall(r"```python\n(.*?)```", PAGE.split("## SkyRL")[1], flags=re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(recipe, space)  # noqa: S102
+
+    def data(kl: float) -> dict[str, Any]:
+        batch = batch_of(kl, 0.01)
+        names = {"response_mask": "loss_mask", "token_level_scores": "rewards"}
+        names |= {"old_log_probs": "action_log_probs", "ref_log_prob": "base_action_log_probs"}
+        return {names[name]: value for name, value in batch.items()}
+
+    config = Settings(trainer={"ckpt_path": str(tmp_path)})
+    first, alone = space["SafeTrainer"](cfg=config), SafeKLController(SafeSettings(budget=0.1))
+    assert first.load_checkpoints() == (0, None)
+    for kl in (0.05, 0.12):
+        given = data(kl)
+        scores = first.apply_reward_kl_penalty(given)["rewards"]
+        alone.observe(measure(batch_of(kl, 0.01)))
+        ratio = given["action_log_probs"] - given["base_action_log_probs"]
+        torch.testing.assert_close(scores, given["rewards"] - alone.value * ratio)
+    first.global_step = 2
+    first.save_checkpoints()
+    second = space["SafeTrainer"](cfg=config)
+    assert second.load_checkpoints()[0] == 2
+    assert second.safe.state_dict() == alone.state_dict()

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from stable_rlhf.control import Observation, SafeSettings, make_controller
+from stable_rlhf.control import Observation, SafeSettings, controller_of, make_controller
 from stable_rlhf.errors import CheckpointError, ConfigError
 from stable_rlhf.integrations import verl_attach
 from stable_rlhf.integrations.verl import (
@@ -106,6 +106,27 @@ def test_the_coefficient_is_that_of_the_law_times_the_running_deviation_of_the_r
         deviation = [1.0, math.sqrt(8.75), math.sqrt(53) / 3][step]  # of 1 3; of 1 3 5 9; of 1 3 5 9 4 4
         assert ours.value == pytest.approx(decision.kl_coef * deviation, rel=1e-12)
         ours.update(kl, 2)
+
+
+def test_the_law_is_given_every_figure_as_it_was_measured() -> None:
+    settings = SafeSettings(budget=2.0, budget_per="sequence", gate_on=True)
+    ours, law = SafeKLController(settings), controller_of(settings)
+    rng = random.Random(2)
+    gates = set()
+    for step in range(30):
+        seen = RolloutFigures(
+            rewards=(1.0, 4.0),
+            kl=abs(rng.gauss(0.1, 0.05)),
+            entropy=3.0 if step < 15 else 1.0,
+            kl_error=rng.choice([0.0, 0.2]),
+            length=rng.uniform(10, 30),
+        )
+        decision = law.observe(
+            Observation(step, 2.5, seen.kl, seen.entropy, kl_error=seen.kl_error, length=seen.length)
+        )
+        assert ours.observe(seen) == decision
+        gates.add(decision.gate)
+    assert len(gates) > 1
 
 
 def test_rewards_in_another_unit_give_the_coefficient_in_that_unit() -> None:
@@ -279,6 +300,7 @@ def test_a_resumed_controller_equals_an_uninterrupted_one_bit_for_bit(
     folder = tmp_path / "global_step_25"
     assert {path.name for path in folder.iterdir()} == {"data.pt", STATE_FILE}
     if mode == "resume_path":
+        folder = folder.rename(tmp_path / "kept_global_step_25")  # anywhere: verl looks for the number only
         overrides += ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={folder}")
     resumed = safe_in(verl)
     loading = trainer_of(verl, trainer, verl.settings(*overrides), resumed)

@@ -13,7 +13,6 @@ verl. Importing this module imports neither verl nor torch.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.control import Decision, Observation, RewardNormaliser, SafeSettings, make_controller
+from stable_rlhf.control import Decision, Observation, RewardNormaliser, SafeSettings, controller_of, make_controller
 from stable_rlhf.control.base import check_keys
 from stable_rlhf.errors import CheckpointError, ConfigError
 from stable_rlhf.files import parsed, replace_text
@@ -105,7 +104,7 @@ class SafeKLController:
 
     def __init__(self, settings: SafeSettings | None = None, *, resume_without_state: bool = False) -> None:
         settings = settings or SafeSettings()
-        self.controller = make_controller(TYPE, **dataclasses.asdict(settings))
+        self.controller = controller_of(settings)
         self.normaliser = RewardNormaliser("running")
         self.least = settings.min_coef
         self.value = settings.initial_coef

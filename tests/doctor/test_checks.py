@@ -101,6 +101,8 @@ def verdicts(found: list[tuple[str, str]]) -> dict[str, str]:
 
 
 GOOD = dict.fromkeys(("output_dir", "data", "reward", "disk", "memory", "model", "step", "forecast"), "ok")
+# The tiny policy, which is not trained, rarely ends within 4 tokens, and never writes "wonderful".
+GOOD |= dict.fromkeys(("completions", "scores"), "warning")
 
 
 # --- a run ------------------------------------------------------------------------------------------
@@ -129,9 +131,17 @@ def test_a_good_run_is_described_line_by_line_and_leaves_nothing_behind(
     assert "needed for 2 + 1 checkpoints of 215 kB, 323 kB of snapshots and the final model of 36.2 kB" in texts[1]
     assert "gradients 35.7 kB, AdamW's two moments 71.5 kB, KV cache of the rollout 5.12 kB" in texts[9]
     assert texts[10].startswith("model: a few tokens have the same log-probs alone")
-    assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[11])
-    assert texts[12].startswith("forecast: 50 steps x ")
-    assert texts[12].endswith("; checkpoints of 215 kB every 20 steps and at the end")
+    assert texts[11] == (
+        "completions: 88% of those of the dry steps are cut off by rollout.max_completion_length=4; a cut answer is "
+        "scored without its end: raise it, or see whether the policy ends at all"
+    )
+    assert texts[12] == (
+        "scores: the completions of each dry step all have the same score, so there is nothing to learn from: give a "
+        "reward with steps in between, or a better policy to begin with"
+    )
+    assert re.match(r"step: [\d.]+ s \(rollout [\d.e-]+ s, scoring ", texts[13])
+    assert texts[14].startswith("forecast: 50 steps x ")
+    assert texts[14].endswith("; checkpoints of 215 kB every 20 steps and at the end")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -507,3 +517,18 @@ def test_the_estimate_is_near_what_the_built_in_policy_takes(capsys: pytest.Capt
     assert main(["doctor", "--model.device", "cpu", "--data.eval_size", "0"]) == 0
     ((estimated, taken),) = re.findall(r"(?s)memory: about (\d+) MB .*the steps took (\d+) MB", capsys.readouterr().out)
     assert 1 / 1.6 < int(taken) / int(estimated) < 1.6
+
+
+@pytest.mark.parametrize(
+    ("cut", "deviations", "verdicts_"),
+    [([0.0, 0.1], [0.0, 0.5], ["ok", "ok"]), ([0.0, 0.5], [0.0, 0.0], ["warning", "warning"])],
+)
+def test_the_samples_of_the_dry_steps_are_judged(
+    cut: list[float], deviations: list[float], verdicts_: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"completions/clipped_ratio": share, "objective/scores_std": deviation}
+        for share, deviation in zip(cut, deviations, strict=True)
+    ]
+    dry_run.judge_samples(findings.Findings(), Config(), rows)
+    assert [verdict for verdict, _ in lines(capsys)] == verdicts_

@@ -26,6 +26,7 @@ stable-rlhf report RUN [--watch]                                write RUN/report
 stable-rlhf export CHECKPOINT OUT [--merge]                     make a checkpoint a folder for from_pretrained
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
 stable-rlhf doctor [FILE] [--section.field VALUE ...]           check a run before it starts, forecast its time
+stable-rlhf doctor --trl FILE [--script rloo]                   check the arguments of TRL's own GRPO or RLOO script
 
 `stable-rlhf train --help` lists the usual settings, `--help-all` every one. A FILE is YAML, or recipe:NAME for one that
 ships with the package.

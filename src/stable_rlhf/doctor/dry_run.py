@@ -32,6 +32,9 @@ captured. The forecast uses the median of the second half: on an H100 the first 
 PARTS = {"rollout": "rollout_s", "scoring": "scoring_s", "log-probs": "logprobs_s", "update": "update_s"}
 
 
+CUT_OFF = 0.1
+"""Share of cut completions without a warning: a few long answers are cut in most runs."""
+
 OUTSIDE = (
     "eval_steps",
     "metric_for_best_model",
@@ -108,8 +111,7 @@ def dry_steps(
                 if config.model.self_check:
                     found.ok("model: a few tokens have the same log-probs alone, side by side and as they are sampled")
                 with GracefulStop(), memory.shortage_named("step"):
-                    for _ in range(dry.max_steps):
-                        trainer.step()
+                    figures = [row for _ in range(dry.max_steps) if (row := trainer.step()) is not None]
                 trainer.end()
         except (RewardError, DivergenceError) as error:
             found.fail(f"step: {error}")
@@ -118,11 +120,35 @@ def dry_steps(
             found.fail(str(error))
             return
         lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
+    judge_samples(found, config, figures)
     timing = usual_step([json.loads(line) for line in lines])
     taken = "" if peak.taken is None else f"; the steps took {readable_size(peak.taken)} at most"
     parts = ", ".join(f"{name} {timing[key]:.3g} s" for name, key in PARTS.items())
     found.ok(f"step: {timing['total_s']:.3g} s ({parts}), {timing['tokens_per_s']:.0f} tokens/s{taken}")
     found.ok(forecast(config, timing, held_out, checkpoint))
+
+
+def judge_samples(found: Findings, config: Config, rows: list[dict[str, Any]]) -> None:
+    """Says how many of the dry steps' completions were cut off, and whether the rewards told them apart.
+
+    ``rows``: of metrics.jsonl, one a step.
+    """
+    cut = statistics.fmean(row["completions/clipped_ratio"] for row in rows)
+    limit = config.rollout.max_completion_length
+    text = f"completions: {cut:.0%} of those of the dry steps are cut off by rollout.max_completion_length={limit}"
+    if cut > CUT_OFF:
+        found.warning(
+            f"{text}; a cut answer is scored without its end: raise it, or see whether the policy ends at all"
+        )
+    else:
+        found.ok(text)
+    if all(row["objective/scores_std"] == 0 for row in rows):
+        found.warning(
+            "scores: the completions of each dry step all have the same score, so there is nothing to learn from: give "
+            "a reward with steps in between, or a better policy to begin with"
+        )
+    else:
+        found.ok("scores: the completions of a dry step have different scores")
 
 
 def _skips(function: Any) -> bool:

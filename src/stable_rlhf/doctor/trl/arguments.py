@@ -15,12 +15,15 @@ from typing import Any, NoReturn
 
 import yaml
 
-from stable_rlhf.errors import ConfigError, StableRLHFError
+from stable_rlhf.errors import ConfigError, OutOfMemoryError, StableRLHFError
 from stable_rlhf.integrations.trl.figures import check_version
 from stable_rlhf.text import ends, kind_of, quoted
 
 SCRIPTS = {"grpo": "GRPO", "rloo": "RLOO"}
 """TRL's scripts that doctor reads, and how the names of their classes begin."""
+
+KNOWN_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
+"""Names that TRL's script knows; any other has to be MODULE.FUNCTION."""
 
 SHOWN = 500
 """Most characters of each end of TRL's own message."""
@@ -78,9 +81,12 @@ class TRLArguments:
         try:
             yield
         except StableRLHFError as error:
-            text = str(error)
+            if (text := str(error)).startswith(f"--trl {self.file}: "):
+                raise
             for ours, theirs in _NAMES:
                 text = text.replace(ours, theirs)
+            if isinstance(error, OutOfMemoryError):
+                raise OutOfMemoryError(text) from error
             raise self.error(text) from error
 
 
@@ -300,6 +306,12 @@ def _check_complete(given: TRLArguments) -> None:
     count = len(script.reward_funcs or []) + bool(script.reward_model_name_or_path)
     if count == 0:
         raise given.error("reward_funcs and reward_model_name_or_path are missing: give one of them")
+    for name in map(str, script.reward_funcs or []):
+        if name not in KNOWN_REWARDS and not set(".:") & set(name):
+            raise given.error(
+                f"reward_funcs: TRL's script does not know {quoted(name)}: name one of {', '.join(KNOWN_REWARDS)}, or "
+                "a function as MODULE.FUNCTION"
+            )
     if training.reward_weights is not None and len(training.reward_weights) != count:
         raise given.error(f"reward_weights={training.reward_weights}: give {count}, one weight for each reward")
     if getattr(training, "multi_objective_aggregation", "sum_then_normalize") not in (

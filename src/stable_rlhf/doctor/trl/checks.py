@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from stable_rlhf.config import ModelConfig
+from stable_rlhf.config import Config, ModelConfig
 from stable_rlhf.data import PromptStream
 from stable_rlhf.doctor.checks import CHARACTERS, PLEASANT, SHOWN, UNPLEASANT
 from stable_rlhf.doctor.findings import Findings
+from stable_rlhf.doctor.memory import skeleton
 from stable_rlhf.doctor.trl.arguments import SCRIPTS, TRLArguments, batch_fault, number_of_processes
 from stable_rlhf.doctor.trl.groups import Group, KnownTexts, judge_completions, judge_groups, judge_rewards
 from stable_rlhf.doctor.trl.prompts import TRLPrompts, encode, load_rows, not_read_by_trl
@@ -28,7 +28,7 @@ from stable_rlhf.errors import RewardError, RewardInputError
 from stable_rlhf.files import unwritable
 from stable_rlhf.hardware import resolve_device, shortage_named
 from stable_rlhf.hub import hub_fault, looked_up
-from stable_rlhf.policy import context_length, embedding_rows, load_tokenizer
+from stable_rlhf.policy import check_model, context_length, embedding_rows, load_tokenizer
 from stable_rlhf.text import counted, printable, quoted
 
 GROUPS = 8
@@ -55,16 +55,22 @@ def examine_trl(given: TRLArguments, say: Callable[[str], object] = print) -> bo
         rows = load_rows(given)
         if (said := not_read_by_trl(given)) is not None:
             found.warning(said)
-        tokenizer = _tokenizer(given)
-        model = _model(given, device)
-        context = context_length(model)
-        prompts = encode(given, rows, tokenizer, embedding_rows(model))
+        named = ModelConfig(
+            name=given.model.model_name_or_path,
+            trust_remote_code=given.training.trust_remote_code,
+            revision=_revision(given),
+        )
+        check_model(named)
+        tokenizer, shapes = load_tokenizer(named), skeleton(Config(model=named))
+        context = context_length(shapes)
+        prompts = encode(given, rows, tokenizer, embedding_rows(shapes))
         check_prompts(found, given, prompts, tokenizer, context)
         rewards = _rewards(found, given, device)
-        known = None if rewards is None else check_rewards(found, rewards, prompts)
+        known = None if rewards is None else check_rewards(found, rewards, prompts, tokenizer)
         if rewards is None or known is None:
             found.detail("no completion was sampled: fix what failed first")
             return False
+        model = _model(given, device)
         ends, others = end_ids(given, model, tokenizer)
         sampler = GroupSampler(given, model, tokenizer, ends, time.monotonic() + SECONDS)
         groups = sample_groups(found, given, sampler, prompts, rewards, context)
@@ -127,10 +133,10 @@ def check_beta(found: Findings, given: TRLArguments) -> None:
 # -- data and model -------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(given: TRLArguments) -> PreTrainedTokenizerBase:
-    model = given.model
-    named = ModelConfig(name=model.model_name_or_path, trust_remote_code=given.training.trust_remote_code)
-    return load_tokenizer(named)
+def _revision(given: TRLArguments) -> str | None:
+    """The commit, tag or branch, where it is not the default branch."""
+    revision = given.model.model_revision
+    return None if revision == "main" else revision
 
 
 def _model(given: TRLArguments, device: torch.device) -> Any:
@@ -196,7 +202,7 @@ def _rewards(found: Findings, given: TRLArguments, device: torch.device) -> TRLR
     return rewards
 
 
-def check_rewards(found: Findings, rewards: TRLRewards, prompts: TRLPrompts) -> KnownTexts | None:
+def check_rewards(found: Findings, rewards: TRLRewards, prompts: TRLPrompts, tokenizer: Any) -> KnownTexts | None:
     """Scores a pleasant and an unpleasant answer to the first prompt, twice. None where that failed."""
     row = prompts.rows[0]
     columns = {name: [value, value] for name, value in row.items() if name != "prompt"}
@@ -205,9 +211,11 @@ def check_rewards(found: Findings, rewards: TRLRewards, prompts: TRLPrompts) -> 
             f"reward: {name} does not take {argument!r}, which TRL passes to every reward function, so the first step "
             "fails; add **kwargs to its parameters"
         )
-    if found.failed and rewards.unaccepted(list(columns)):
+    if rewards.unaccepted(list(columns)):
         return None
-    first, again = (_scored(found, rewards, [row["prompt"]] * 2, [PLEASANT, UNPLEASANT], columns) for _ in range(2))
+    answers = [PLEASANT, UNPLEASANT]
+    ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    first, again = (_scored(found, rewards, [row["prompt"]] * 2, answers, columns, ids) for _ in range(2))
     return None if first is None or again is None else KnownTexts(first=first, again=again)
 
 
@@ -217,7 +225,7 @@ def _scored(
     prompts: list[Any],
     texts: list[str],
     columns: dict[str, list[Any]],
-    ids: list[list[int]] | None = None,
+    ids: list[list[int]],
 ) -> dict[str, list[float | None]] | None:
     try:
         return rewards.score(prompts, texts, columns, ids)

@@ -7,13 +7,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stable_rlhf.doctor.dry_run import CUT_OFF
 from stable_rlhf.doctor.findings import Findings
 from stable_rlhf.doctor.trl.arguments import TRLArguments
 from stable_rlhf.doctor.trl.rewards import TRLRewards
 from stable_rlhf.doctor.trl.sampling import Completion
-
-CUT_OFF = 0.1
-"""Share of cut completions without a warning: a few long answers are cut in most runs."""
 
 ENOUGH = 0.95
 """Share of completions that the recommended length lets end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +13,10 @@ import torch
 from transformers import TrainerState
 
 from stable_rlhf.data import Text
-from stable_rlhf.doctor.trl.arguments import TRLArguments
+from stable_rlhf.doctor.trl.arguments import KNOWN_REWARDS, TRLArguments
 from stable_rlhf.rewards import RewardFunction, RewardModel, Scorer, resolve_reward
 from stable_rlhf.rewards.load_model import BUILTIN_MODEL, load_reward_model
 from stable_rlhf.rewards.parameters import OF_RUN, accepts
-
-KNOWN = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
-"""Names that TRL's script knows; any other is MODULE.FUNCTION."""
 
 NOTHING = 1e-8
 """A standard deviation of a group's rewards that is zero to TRL (torch.isclose)."""
@@ -49,7 +47,7 @@ class TRLRewards:
     """Sentences about names that doctor understands and TRL does not."""
 
     def score(
-        self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]], ids: list[list[int]] | None
+        self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]], ids: list[list[int]]
     ) -> dict[str, list[float | None]]:
         """The scores of each function by its name; None for none. Raises RewardError."""
         return self.scorer.answers(prompts, completions, columns, ids)
@@ -87,13 +85,13 @@ def _flat(values: Sequence[float | None]) -> bool:
 
 
 def make_rewards(given: TRLArguments, device: torch.device) -> TRLRewards:
-    """Loads the rewards that the script would. Raises RewardInputError, or ConfigError for a name that it refuses."""
+    """Loads the rewards that the script would. Raises RewardInputError."""
     script, training = given.script, given.training
     functions, advice = [], []
     if script.reward_model_name_or_path:
         functions.append(_model(given, script.reward_model_name_or_path, device))
     for name in script.reward_funcs or []:
-        function, said = _function(given, str(name))
+        function, said = _function(str(name))
         functions.append(function)
         advice += [said] if said else []
     state = TrainerState(max_steps=max(training.max_steps, 0))
@@ -114,12 +112,10 @@ def _model(given: TRLArguments, name: str, device: torch.device) -> RewardFuncti
     return RewardFunction(name=title, function=_TRLRewardModel(model, tokenizer, name=title))
 
 
-def _function(given: TRLArguments, name: str) -> tuple[RewardFunction, str | None]:
+def _function(name: str) -> tuple[RewardFunction, str | None]:
     """A function by the name that the file gives it, and a sentence where TRL would not find it."""
-    if name in KNOWN:
-        from trl import rewards
-
-        function = getattr(rewards, name)
+    if name in KNOWN_REWARDS:
+        function = getattr(importlib.import_module("trl.rewards"), name)
         if name == "get_soft_overlong_punishment":  # with the lengths that TRL's script gives it
             function = function(max_completion_len=1280, soft_punish_cache=256)
         return resolve_reward(functools.partial(function), name=name), None
@@ -128,10 +124,5 @@ def _function(given: TRLArguments, name: str) -> tuple[RewardFunction, str | Non
         return resolve_reward(
             name
         ), f"reward_funcs: doctor reads {name!r}, but TRL's script only {dotted!r}: write that"
-    if "." in name:
-        module, _, attribute = name.rpartition(".")
-        return resolve_reward(f"{module}:{attribute}", name=attribute), None
-    raise given.error(
-        f"reward_funcs: TRL's script does not know {name!r}: name one of {', '.join(KNOWN)}, or a function as "
-        "MODULE.FUNCTION"
-    )
+    module, _, attribute = name.rpartition(".")
+    return resolve_reward(f"{module}:{attribute}", name=attribute), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,47 @@ def test_hostile_text_is_shown_as_escapes(
     out = capsys.readouterr().out
     assert "prompt 1: \\x1b]0;title\\x07 \\u202e[bold]row" in out
     assert not {"\x1b", "\x07", "\u202e"} & set(out)
+
+
+def test_a_language_model_as_reward_model_fails(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL would give it a head of random weights, and train on that."""
+    assert doctor(tmp_path, tiny | {"reward_model_name_or_path": tiny["model_name_or_path"]}) == 1
+    found = lines(capsys)
+    assert line(found, "reward:")[0] == "failed"
+    assert "A language model must first be trained as one" in line(found, "reward:")[1]
+    assert found[-1] == ("", "no completion was sampled: fix what failed first")
+
+
+def test_sampling_ends_at_the_deadline(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "SECONDS", 0)
+    doctor(tmp_path, tiny)
+    assert line(lines(capsys), "sampled ")[1].startswith("sampled 1 group of num_generations=4 in ")
+
+
+def test_a_stream_is_read_and_the_environment_is_set(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STABLE_RLHF_TRIED", "0")
+    doctor(tmp_path, tiny | {"dataset_streaming": True, "env": {"STABLE_RLHF_TRIED": 1}})
+    assert line(lines(capsys), "data:")[1].startswith("data: a stream, 20 of them looked at, of 5 to 6 tokens")
+    assert os.environ["STABLE_RLHF_TRIED"] == "1"
+
+
+def test_the_documented_example_gets_the_verdicts_that_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "trl-doctor.md").read_text(encoding="utf-8")
+    file, code, shown = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("yaml", "python", "text"))
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert doctor(tmp_path, file) == 1
+    names = [(each[:9].strip(), each[9:].split(":")[0]) for each in shown.splitlines()[1:] if each[0] != " "]
+    assert [(verdict, text.split(":")[0]) for verdict, text in lines(capsys) if verdict] == names
 
 
 # --- what is refused --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.errors import RunError
+from stable_rlhf.errors import NoRunError, RunError
 from stable_rlhf.evidence.outcome import flat
 from stable_rlhf.runs import LARGEST_FIGURE, STEP_LIMIT
 from stable_rlhf.text import counted, quoted
@@ -32,26 +32,32 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, *, growing: bool = False) -> Table:
     """A CSV or JSON-lines file. A torn last line is left out and noted; nested objects have columns `outer.inner`.
 
-    Raises RunError with file and line for what is neither, and for a file without a row.
+    growing: whether somebody is writing the file. A last line without its newline is then left out, even where it could
+    be read: `0.25` may be the beginning of `0.2561`.
+    Raises RunError with file and line for what is neither, NoRunError for a file without a row.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        text = (content[: content.rfind(b"\n") + 1] if growing else content).decode("utf-8-sig")
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise RunError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
     table = _read_csv(path, text) if path.suffix.lower() in CSV else _read_json_lines(path, text)
     if not table.rows:
-        raise RunError(f"{path}:1: no complete row yet; give a log with at least one step")
+        raise NoRunError(f"{path}:1: no complete row yet; give a log with at least one step")
     return table
 
 
-def number(value: Any) -> float | None:
+def number(value: Any, *, finite: bool = True) -> float | None:
     """A cell as a number; None for an empty one. Raises ValueError, which says what it is, for text, NaN, infinity, and
-    for more than LARGEST_FIGURE."""
+    for more than LARGEST_FIGURE.
+
+    finite: if not, NaN and infinity are numbers too, and what is more than LARGEST_FIGURE is infinite.
+    """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
@@ -59,6 +65,8 @@ def number(value: Any) -> float | None:
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"{quoted(value)}, which is not a number; correct the value") from None
     if not abs(found) <= LARGEST_FIGURE:
+        if not finite and not isinstance(value, bool):
+            return found if math.isnan(found) else math.copysign(math.inf, found)
         what = "a figure of a run" if math.isfinite(found) else "a finite number"
         raise ValueError(f"{quoted(value)}, which is not {what}; correct it, or leave it empty if the step has none")
     return found

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.config.files import read_settings
-from stable_rlhf.errors import ConfigError, RunError
+from stable_rlhf.errors import ConfigError, NoRunError, RunError
 from stable_rlhf.evidence.foreign_rows import Table, number, step_number
 from stable_rlhf.evidence.outcome import CURVES, flat
 from stable_rlhf.runs import METRICS, TEXT_METRICS, TIMINGS
@@ -32,9 +32,12 @@ CONSTANTS = ("settings", "seed", "max_steps")
 
 FIELDS = ("column", "scale", "per")
 
-READ = ("step", "episode", *CURVES, "objective/scores_std", "total_s", "tokens_per_s", "memory_gb")
-"""Names of ours that are understood without a mapping: what an outcome is made from. Another column may hold
-anything."""
+READ = (
+    *("step", "episode", *CURVES, "objective/scores_std", "objective/kl_exact", "completions/skipped"),
+    *("policy/skipped_steps", "total_s", "tokens_per_s", "memory_gb"),
+)
+"""Names of ours that are understood without a mapping: what an outcome and the guard's verdicts are made from. Another
+column may hold anything."""
 
 _OWN_REWARD = re.compile(r"rewards/[^/]+/mean|user/.+")
 
@@ -95,11 +98,14 @@ def read_mapping(path: Path) -> MetricMapping:
     )
 
 
-def apply(columns: Mapping[str, Column], table: Table) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def apply(
+    columns: Mapping[str, Column], table: Table, *, finite: bool = True
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows of metrics, rows of timings), with steps from 0: a log that begins above 0 counts finished steps.
 
-    Rows without any of the metrics (such as those of evaluations) are left out. Raises RunError with file and line for
-    a value that is not a finite number, a step that is missing, repeats or falls, and for a column that is not there.
+    Rows without any of the metrics (such as those of evaluations) are left out; NoRunError where none is left. Raises
+    RunError with file and line for a value that is not a finite number (finite=False: that is not a number), a step
+    that is missing, repeats or falls, and for a column that is not there.
     """
     for metric, column in columns.items():
         for name in (column.name, *([column.per] if column.per else [])):
@@ -112,7 +118,9 @@ def apply(columns: Mapping[str, Column], table: Table) -> tuple[list[dict[str, A
     timings: list[dict[str, Any]] = []
     for place, record in enumerate(table.rows):
         values = {
-            metric: value for metric, column in rest if (value := _value(table, place, record, column)) is not None
+            metric: value
+            for metric, column in rest
+            if (value := _value(table, place, record, column, finite)) is not None
         }
         if not values:
             continue
@@ -121,7 +129,7 @@ def apply(columns: Mapping[str, Column], table: Table) -> tuple[list[dict[str, A
         if times := {name: value for name, value in values.items() if name in TIMINGS}:
             timings.append({"step": step, **times})
     if not rows:
-        raise RunError(f"{table.path}: no row has a value of {', '.join(metric for metric, _ in rest[:SHOWN])}")
+        raise NoRunError(f"{table.path}: no row has a value of {', '.join(metric for metric, _ in rest[:SHOWN])}")
     if rows[0]["step"] > 0:
         for row in (*rows, *timings):
             row["step"] -= 1
@@ -197,20 +205,20 @@ def _step(table: Table, place: int, record: Mapping[str, Any], name: str, last: 
     return step
 
 
-def _value(table: Table, place: int, record: Mapping[str, Any], column: Column) -> float | None:
+def _value(table: Table, place: int, record: Mapping[str, Any], column: Column, finite: bool) -> float | None:
     """None for an empty cell, and where the column that it is divided by is empty or 0."""
     name = column.name
     try:
-        value = number(record.get(name))
+        value = number(record.get(name), finite=finite)
         if value is None:
             return None
         if column.per is not None:
             name = column.per
-            by = number(record.get(name))
+            by = number(record.get(name), finite=finite)
             if not by:
                 return None
             name, value = f"{column.name} / {column.per}", value / by
-        return number(value * column.scale)  # both may overflow
+        return number(value * column.scale, finite=finite)  # both may overflow
     except ValueError as error:
         raise RunError(f"{table.where(place, column.name)}: {name} is {error}") from None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.errors import RunError
+from stable_rlhf.errors import NoRunError, RunError
 from stable_rlhf.evidence import trl
 from stable_rlhf.evidence.foreign_rows import CSV, JSON_LINES, read_table
 from stable_rlhf.evidence.mapping import MetricMapping, apply, not_understood, own_columns, read_mapping
@@ -28,17 +28,22 @@ _SHORT_SEED = re.compile(r"[-_.]s(\d{1,9})$", re.IGNORECASE)
 
 
 @dataclass(kw_only=True)
-class _Log:
-    """A foreign log in our names and units."""
+class Log:
+    """A log in our names and units."""
 
     rows: list[dict[str, Any]]
     timings: list[dict[str, Any]]
     settings: dict[str, Any]
     planned: int | None
     done: int
+    settled: int
+    """Rows, from the first on, that what is still to be written cannot change."""
     held_out: float | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    """What differs from figures of ours with the same name."""
+    caveats: list[str] = field(default_factory=list)
+    """What a comparison does without, or assumes, because the log does not say it."""
 
 
 def is_table(path: Path) -> bool:
@@ -63,13 +68,24 @@ def read_foreign(path: Path, mapping: Path | None = None) -> Outcome:
     given = read_mapping(mapping) if mapping is not None else None
     name = str(path)
     try:
-        state = trl.state_file(path)
-        log = _read_table(path, given) if state is None else _read_trl(state)
+        log = read_log(path, given)
     except RunError as error:
         return Outcome(name=name, status=Status.BROKEN, why=str(error))
+    return _outcome(path, name, log)
+
+
+def read_log(path: Path, mapping: MetricMapping | None = None, *, finite: bool = True, growing: bool = False) -> Log:
+    """Another trainer's log in our names and units. A trainer_state.json does not use the mapping.
+
+    finite: whether a figure that is not finite is an error; if not, it stays in its row.
+    growing: whether somebody is writing it: the last line of a table is then taken with its newline only.
+    Raises RunError with file and line for a log that cannot be read, NoRunError for one without a row.
+    """
+    state = trl.state_file(path)
+    log = _read_table(path, mapping, finite, growing) if state is None else _read_trl(state, finite)
     if log.settings.get("seed") is None and (seed := seed_in(path)) is not None:
         log.settings["seed"] = seed
-    return _outcome(path, name, log)
+    return log
 
 
 def seed_in(path: Path) -> int | None:
@@ -82,11 +98,12 @@ def seed_in(path: Path) -> int | None:
     return None
 
 
-def _outcome(path: Path, name: str, log: _Log) -> Outcome:
+def _outcome(path: Path, name: str, log: Log) -> Outcome:
     last = log.rows[-1]["step"] + 1
     finished = log.planned is None or log.done >= log.planned
+    notes = [*log.notes, *log.caveats]
     if len(log.rows) > 1 and (gap := log.rows[1]["step"] - log.rows[0]["step"]) > 1:
-        log.notes.append(
+        notes.append(
             f"There is a row every {gap} steps: a mean over the last 5 or 20 rows spans {gap} times as many steps."
         )
     run = Run(
@@ -101,7 +118,7 @@ def _outcome(path: Path, name: str, log: _Log) -> Outcome:
         completions=(),
         completions_step=None,
         incidents=(),
-        notes=tuple(log.notes),
+        notes=tuple(notes),
     )
     found = outcome(run, name)
     planned = {} if log.planned is None else {"max_steps": log.planned}
@@ -116,10 +133,10 @@ def _outcome(path: Path, name: str, log: _Log) -> Outcome:
     )
 
 
-def _read_trl(path: Path) -> _Log:
-    state = trl.read_state(path)
+def _read_trl(path: Path, finite: bool) -> Log:
+    state = trl.read_state(path, finite=finite)
     if not state.table.rows:
-        raise RunError(f"{path}:1: log_history has no row of training yet; give a later checkpoint")
+        raise NoRunError(f"{path}:1: log_history has no row of training yet; give a later checkpoint")
     known = trl.columns_of(state.table.columns, certain=True)
     if known is None:
         raise RunError(
@@ -132,11 +149,14 @@ def _read_trl(path: Path) -> _Log:
     seed = settings.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise RunError(f"{path.parent / trl.SETTINGS}: seed is {quoted(seed)}; give an integer")
-    rows, timings = apply(columns, state.table)
+    rows, timings = apply(columns, state.table, finite=finite)
     if framework != "TRL PPO":
         notes += trl.notes_on(str(settings["framework"]), columns)
-    each = _positive(path, settings, trl.STEPS_PER_ROLLOUT) or trl.rollout_steps(rows)
+    told = _positive(path, settings, trl.STEPS_PER_ROLLOUT)
+    each = told or trl.rollout_steps(rows)
     each = 1 if framework == "TRL PPO" else each  # its steps are rollouts
+    sure = told is not None or framework == "TRL PPO" or trl.shows_rollouts(rows)
+    whole = (rows[-1]["step"] + 1) // each * each if sure else 0  # optimiser steps of the rollouts that are complete
     completions = _positive(path, settings, "rollout.batch_size")
     spread = len(rows) > 1 and rows[1]["step"] - rows[0]["step"] > 1
     if each > 1:
@@ -148,42 +168,42 @@ def _read_trl(path: Path) -> _Log:
             "the policy while it moved, ours of the policy that sampled."
         )
     rows, timings = trl.by_rollout(rows, each), trl.seconds_by_rollout(timings, each)
-    _count_completions(rows, timings, completions, notes)
-    return _Log(
+    caveats = _count_completions(rows, timings, completions)
+    return Log(
         rows=rows,
         timings=timings,
         settings=settings,
         planned=None if state.planned is None else -(-state.planned // each),
         done=-(-state.done // each),
+        settled=sum(row["step"] < whole // each for row in rows),
         held_out=state.held_out,
         inputs={**inputs, "framework": str(settings["framework"])},
         notes=notes,
+        caveats=caveats,
     )
 
 
-def _count_completions(
-    rows: list[dict[str, Any]], timings: list[dict[str, Any]], completions: int | None, notes: list[str]
-) -> None:
-    """What needs the number of completions of a step: the error of the mean reward, and tokens a second."""
+def _count_completions(rows: list[dict[str, Any]], timings: list[dict[str, Any]], completions: int | None) -> list[str]:
+    """Adds what needs the number of completions of a step, `episode` (for the error of the mean reward) and tokens a
+    second; where it is not known, a caveat."""
     if completions is None:
-        for row in rows:
-            row.pop("objective/scores_std", None)
-        if not all("episode" in row for row in rows):
-            notes.append(
-                "The number of completions of a step is not known (settings.json may give it as rollout.batch_size): "
-                "no tokens a second, and a reward crash is judged without the error of the mean reward."
-            )
-        return
+        if all("episode" in row for row in rows):
+            return []
+        return [
+            "The number of completions of a step is not known (settings.json may give it as rollout.batch_size): "
+            "no tokens a second, and a reward crash is judged without the error of the mean reward."
+        ]
     lengths = {row["step"]: row["completions/mean_length"] for row in rows if "completions/mean_length" in row}
     for row in rows:
         row["episode"] = completions * (row["step"] + 1)
     for time in timings:
         if time["step"] in lengths and time["total_s"] > 1e-6:  # a microsecond is no step
             time["tokens_per_s"] = completions * lengths[time["step"]] / time["total_s"]
+    return []
 
 
-def _read_table(path: Path, given: MetricMapping | None) -> _Log:
-    table = read_table(path)
+def _read_table(path: Path, given: MetricMapping | None, finite: bool, growing: bool) -> Log:
+    table = read_table(path, growing=growing)
     settings: dict[str, Any] = {}
     notes = list(table.notes)
     if given is not None:
@@ -199,14 +219,20 @@ def _read_table(path: Path, given: MetricMapping | None) -> _Log:
         notes.append("Its columns have our names, so they are read in our units (KL and entropy in nats per token).")
     if "step" not in columns or len(columns) < 2:
         raise not_understood(table)
-    rows, timings = apply(columns, table)
+    rows, timings = apply(columns, table, finite=finite)
     planned = given.max_steps if given else None
-    if planned is None:
-        notes.append("How many steps were planned is not known: it counts as finished.")
+    unknown = "How many steps were planned is not known: it counts as finished."
     framework = {"framework": str(settings["framework"])} if "framework" in settings else {}
-    done = rows[-1]["step"] + 1
-    return _Log(
-        rows=rows, timings=timings, settings=settings, planned=planned, done=done, inputs=framework, notes=notes
+    return Log(
+        rows=rows,
+        timings=timings,
+        settings=settings,
+        planned=planned,
+        done=rows[-1]["step"] + 1,
+        settled=len(rows),
+        inputs=framework,
+        notes=notes,
+        caveats=[unknown] if planned is None else [],
     )
 
 

@@ -98,8 +98,11 @@ def state_file(path: Path) -> Path | None:
     return own if newest is None or _steps(own) >= (_number(newest.parent) or 0) else newest
 
 
-def read_state(path: Path) -> State:
-    """Raises RunError with the file, and the line where it is known."""
+def read_state(path: Path, *, finite: bool = True) -> State:
+    """The state in a file. Raises RunError with the file, and the line where it is known.
+
+    finite: whether the reward of the last evaluation must be a finite number.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
         state = json.loads(text)  # NaN, which Transformers writes, is refused where the value is used
@@ -125,7 +128,7 @@ def read_state(path: Path) -> State:
         ),
         done=done,
         planned=planned or None,
-        held_out=_held_out(path, ends[-1]) if ends else None,
+        held_out=_held_out(path, ends[-1], finite) if ends else None,
     )
 
 
@@ -180,6 +183,12 @@ def rollout_steps(rows: Sequence[Mapping[str, Any]]) -> int:
     return gaps.pop() if len(gaps) == 1 else 1
 
 
+def shows_rollouts(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the rows are enough for `rollout_steps`: a later row does not change it, unless a reward is missing."""
+    rewarded = sum("objective/scores" in row for row in rows)
+    return rewarded > 1 or [row["step"] for row in rows] != list(range(len(rows)))
+
+
 def by_rollout(rows: Sequence[Mapping[str, Any]], each: int) -> list[dict[str, Any]]:
     """Rows of optimiser steps made rows of rollouts: every figure is that of the first row that has it. KL and entropy
     are then those of the policy that sampled, as ours are: the first optimiser step has not moved it yet."""
@@ -223,7 +232,7 @@ def _number(folder: Path) -> int | None:
 def _steps(path: Path) -> int:
     """How far a state got. One that cannot be read got furthest: its error is then the user's to see."""
     try:
-        return read_state(path).done
+        return read_state(path, finite=False).done
     except RunError:
         return STEP_LIMIT
 
@@ -237,9 +246,9 @@ def _count(path: Path, state: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
-def _held_out(path: Path, value: Any) -> float | None:
+def _held_out(path: Path, value: Any, finite: bool) -> float | None:
     try:
-        return number(value)
+        return number(value, finite=finite)
     except ValueError as error:
         raise RunError(f"{path}: eval_reward is {error}") from None
 

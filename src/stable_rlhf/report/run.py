@@ -88,7 +88,7 @@ def _read(path: Path, with_completions: bool) -> Run:
     notes: list[str] = []
     rows, torn = read_rows(path / "metrics.jsonl")
     if not rows:
-        raise ValueError(f"{path / 'metrics.jsonl'}:1: no complete row yet: nothing to report before the first step")
+        raise NoRunError(f"{path / 'metrics.jsonl'}:1: no complete row yet: nothing to report before the first step")
     if torn:
         notes.append("metrics.jsonl ends in an incomplete line: the run was stopped while writing it.")
     config_text, config = _read_config(path / "config.yaml", notes)

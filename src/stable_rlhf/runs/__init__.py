@@ -9,6 +9,7 @@ from stable_rlhf.runs.metrics import (
     STEP_LIMIT,
     MetricsWriter,
     decision_metrics,
+    is_metric,
     read_rows,
     write_completions,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "evaluation_rows",
     "gold_figures",
     "incidents",
+    "is_metric",
     "model_card",
     "read",
     "read_rows",

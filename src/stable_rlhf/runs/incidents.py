@@ -33,10 +33,17 @@ def of_verdict(step: int, verdict: Verdict, action: Action, done: str, figures: 
 
 
 def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
-    """Appends an incident (FIELDS) to the file and prints it on stderr, even if log.progress is off.
+    """Appends an incident to the file and prints it on stderr, even if log.progress is off. A stop is not printed: the
+    error that ends the run says it."""
+    append(run_dir, incident)
+    if incident["action"] != "stop":
+        tell(sentence(incident))
 
-    The line is on the disk when this returns. A stop is not printed: the error that ends the run says it. A figure that
-    is not finite is written as one of the texts NOT_FINITE.
+
+def append(run_dir: Path, incident: Mapping[str, Any]) -> None:
+    """Appends an incident (FIELDS) to the file. The line is on the disk when this returns.
+
+    A figure that is not finite is written as one of the texts NOT_FINITE.
     """
     known = {name: _plain(value) for name, value in incident["figures"].items()}
     line = json.dumps({**{name: incident[name] for name in FIELDS}, "figures": known}, allow_nan=False)
@@ -44,8 +51,6 @@ def record(run_dir: Path, incident: Mapping[str, Any]) -> None:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
-    if incident["action"] != "stop":
-        tell(sentence(incident))
 
 
 def sentence(incident: Mapping[str, Any]) -> str:

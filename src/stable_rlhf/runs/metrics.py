@@ -101,7 +101,7 @@ class MetricsWriter:
         if self._torn:
             raise ValueError(f"{self.run_dir} holds a torn line, the run was stopped: call truncate(step) to resume it")
         for name, value in row.items():
-            if name not in METRICS and not _REWARD_NAME.fullmatch(name):
+            if not is_metric(name):
                 raise ValueError(
                     f"unknown metric {name!r}: correct it, or add it to METRICS in runs/names.py and to docs/metrics.md"
                 )
@@ -165,6 +165,11 @@ def write_completions(run_dir: str | Path, step: int, rows: Sequence[Mapping[str
         schema = schema.append(pa.field(valid_unicode(name), "string" if text else "float64"))
     replace_file(path, partial(pq.write_table, pa.Table.from_pylist(clean, schema=schema)))
     return path
+
+
+def is_metric(name: str) -> bool:
+    """Whether a row of metrics.jsonl may have a figure of this name."""
+    return name in METRICS or _REWARD_NAME.fullmatch(name) is not None
 
 
 def decision_metrics(decision: Decision) -> dict[str, Any]:

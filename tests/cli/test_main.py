@@ -395,7 +395,7 @@ def test_usage_is_shown_when_asked_for_and_an_unknown_command_is_named(capsys: p
     assert said(capsys) == "there is no command 'trian'. Did you mean train?"
     assert main(["zzz"]) == 2
     assert said(capsys).endswith(
-        "no command 'zzz'; the commands are train, resume, sweep, compare, report, doctor, serve-reward, export"
+        "no command 'zzz'; the commands are train, resume, sweep, compare, report, watch, doctor, serve-reward, export"
     )
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"stable-rlhf {metadata.version('stable-rlhf')}\n"

@@ -14,6 +14,7 @@ from stable_rlhf.cli.export import export
 from stable_rlhf.cli.messages import say
 from stable_rlhf.cli.report import report
 from stable_rlhf.cli.train import resume, train
+from stable_rlhf.cli.watch import watch
 from stable_rlhf.console import protect_terminal
 from stable_rlhf.errors import ConfigError, Exit, Interrupted, StableRLHFError
 
@@ -23,6 +24,7 @@ stable-rlhf resume RUN [--max_steps N] [--checkpoint FOLDER]    resume a run fro
 stable-rlhf sweep [FILE] --preset A,B --seeds N --out SWEEP     train a grid of settings and seeds, many runs at a time
 stable-rlhf compare RUN... [--by SETTING,...] [--out PAGE]      tables, intervals and a page of many runs
 stable-rlhf report RUN [--watch]                                write RUN/report.html, or show it while the run goes on
+stable-rlhf watch LOG [--follow] [--guard.RULE VALUE ...]       judge the log of any run, so that a script can stop it
 stable-rlhf export CHECKPOINT OUT [--merge]                     make a checkpoint a folder for from_pretrained
 stable-rlhf serve-reward MODEL [--port N] [--host ADDRESS]      score batches for other machines' runs
 stable-rlhf doctor [FILE] [--section.field VALUE ...]           check a run before it starts, forecast its time
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sweep": _sweep,
         "compare": compare,
         "report": report,
+        "watch": watch,
         "doctor": doctor,
         "serve-reward": _serve_reward,
         "export": export,

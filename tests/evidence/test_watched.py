@@ -372,6 +372,7 @@ def test_a_log_that_stays_unreadable_is_an_error_and_one_that_is_repaired_is_non
     state.write_text(text[:100])
     story = Story([*(nothing,) * 3, lambda: state.write_text(text), nothing])
     assert len(story.follow(folder).rows) == 10
+    assert [s for s in story.said if "tried again for 30 s" in s] == story.said[:1]
     state.write_text(text[:100])
     with pytest.raises(RunError, match=r"trainer_state\.json:\d+: not JSON"):
         Story([nothing] * 9).follow(folder)

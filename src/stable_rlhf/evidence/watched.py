@@ -230,8 +230,10 @@ def follow(
                 if not waits:
                     say(f"waiting for the first row ({error})")
                 waits, failing = True, None
-            except RunError:
-                failing = now if failing is None else failing
+            except RunError as error:
+                if failing is None:
+                    failing = now
+                    say(f"cannot be read, which is tried again for {patience:g} s: {error}")
                 if now - failing >= patience:
                     raise
             if watched.rows and not begun:

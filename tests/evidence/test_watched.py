@@ -352,10 +352,10 @@ def test_a_log_that_is_replaced_is_judged_anew_and_says_so(tmp_path: Path) -> No
 def test_a_torn_line_is_waited_for(tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     whole = "step,reward,kl\n1,0.1,0.1\n2,0.2,0.1\n"
-    acts = [lambda: log.write_text(whole + "3,0.3,2"), nothing, lambda: log.write_text(whole + "3,0.3,0.2\n"), nothing]
+    acts = [lambda: log.write_text(whole + "3,0.3,3"), nothing, lambda: log.write_text(whole + "3,0.3,3e-1\n"), nothing]
     story = Story(acts)
     found = story.follow(log)
-    assert ([row[KL] for row in found.rows], found.incidents) == ([0.1, 0.1, 0.2], [])
+    assert ([row[KL] for row in found.rows], found.incidents) == ([0.1, 0.1, 0.3], [])
 
 
 def test_a_last_line_without_its_newline_counts_once_the_log_has_rested(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from stable_rlhf.cli import sweep as sweep_command
+from stable_rlhf.config.algorithm import OptimConfig
 from stable_rlhf.config.config import Config
 from stable_rlhf.config.loading import load_config
 from stable_rlhf.config.presets import PRESETS
@@ -163,13 +164,20 @@ def test_the_table_of_presets_says_what_they_set(preset: str) -> None:
     (cells,) = [cells for cells in rows(section("Presets", "##")) if cells[0] == f"`{preset}`"]
     _, critic, rewards, kl, other = cells
     config = Config(preset=preset)
-    assert critic.startswith({1: "one head", 2: "two heads"}[config.critic.heads])
+    assert critic.startswith({0: "none", 1: "one head", 2: "two heads"}[config.critic.heads])
     assert rewards == f"`{config.reward.normalise}`"
     place = ", in the reward" if config.kl.in_reward else f", in the loss (`{config.kl.in_loss}`)"
     assert kl == f"`{config.kl.controller}`" + ("" if config.kl.controller == "none" else place)
     given, usual = dataclasses.asdict(config.kl.settings), defaults(config.kl.controller)
     changed: dict[str, Any] = {name: value for name, value in given.items() if value != usual[name]}
     shown = [f"`{name}` {value}" for name, value in changed.items()]
+    if config.rollout.num_generations > 1:
+        shown.append(f"`rollout.num_generations` = {config.rollout.num_generations}")
+    for name in ("advantage", "importance", "denominator"):
+        if (value := getattr(config.optim, name)) != getattr(OptimConfig, name):
+            shown.append(f"`optim.{name}` = `{value}`")
+    if config.optim.num_iterations * config.optim.num_mini_batches == 1:
+        shown.append("one optimiser step")
     if config.optim.entropy_coef:
         shown.append(f"`optim.entropy_coef` = {config.optim.entropy_coef}")
     for name in ("adaptive_kl", "length_alpha", "epsilon_high", "max_update_kl"):
@@ -198,7 +206,8 @@ def test_the_help_of_preset_lists_the_presets() -> None:
     assert isinstance(made, ast.ClassDef)
     below = next(made.body[i + 1] for i, node in enumerate(made.body) if ast.unparse(node).startswith("preset: str"))
     listed = re.findall(
-        r"\b(?:safe|ppo|paper|asymmetric|pid|kl|vapo)(?:-\w+)*", ast.unparse(below).partition("come from: ")[2]
+        r"\b(?:safe|ppo|paper|asymmetric|pid|kl|vapo|grpo|dr|rloo)(?:-\w+)*",
+        ast.unparse(below).partition("come from: ")[2],
     )
     assert listed.count("safe") == 3  # "...; safe with a layer ...: ...; or safe without one layer: ..."
     assert [name for at, name in enumerate(listed) if name != "safe" or at == 0] == list(PRESETS)
@@ -221,7 +230,7 @@ def test_the_readmes_table_of_presets_says_what_they_set(preset: str) -> None:
     table = rows(text(ROOT / "README.md").split("## Presets\n")[1].split("\n## ")[0])
     (cells,) = [cells for cells in table if cells[0].split(" ")[0] == f"`{preset}`"]
     config = Config(preset=preset)
-    critic = {1: "one", 2: "two, the lower prediction counts more"}[config.critic.heads]
+    critic = {0: "none", 1: "one", 2: "two, the lower prediction counts more"}[config.critic.heads]
     critic += "" if config.critic.bootstrap == "online" else "; slow copies give part of the goal"
     place = "the reward" if config.kl.in_reward else "the loss"
     kl = README_KL[config.kl.controller].format(**dataclasses.asdict(config.kl.settings))

@@ -75,7 +75,8 @@ def test_the_settings_of_a_method_are_those_of_its_preset(preset: str, text: str
 def test_every_preset_that_is_a_method_has_its_paper() -> None:
     named = [name for name, _ in SECTIONS]
     assert named == [
-        *("safe", "paper", "ppo", "ppo-adaptive", "asymmetric", "pid-lagrangian", "kl-adaptive-lr", "vapo")
+        *("safe", "paper", "ppo", "ppo-adaptive", "asymmetric", "pid-lagrangian", "kl-adaptive-lr", "vapo", "grpo"),
+        *("dr-grpo", "rloo"),
     ]  # the others take one layer away, or put one in
 
 
@@ -108,7 +109,7 @@ def section(heading: str) -> str:
     ("heading", "file", "preset"),
     [
         ("Settings of PPO", "experimental/ppo/ppo_config.py", "ppo"),
-        ("Settings of GRPO", "trainer/grpo_config.py", "safe"),
+        ("Settings of GRPO", "trainer/grpo_config.py", "grpo"),
     ],
 )
 def test_names_and_defaults_of_trl_and_of_ours_are_true(heading: str, file: str, preset: str) -> None:
@@ -125,7 +126,7 @@ def test_a_setting_of_trl_that_is_given_here_is_told_the_name_that_the_page_has(
         for their_name, _, our_name, _ in tables(section(heading)):
             theirs, ours = their_name.strip("`"), our_name.strip("`")
             assert ours in probable_setting(theirs), theirs
-    (without,) = re.findall(r"(`num_generations`.*) have no counterpart", section("Settings of GRPO"), flags=re.DOTALL)
+    (without,) = re.findall(r"(`top_p`.*) have no counterpart", section("Settings of GRPO"), flags=re.DOTALL)
     for theirs in re.findall(r"`(\w+)`", without):
         assert probable_setting(theirs).startswith("; here there is none"), theirs
     (batch,) = re.findall(r"`(per_device_train_batch_size)` and", section("Settings of GRPO"))

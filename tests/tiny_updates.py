@@ -59,6 +59,8 @@ def learning(config: Config) -> Learning:
         critic=config.critic,
         kl=config.kl,
         temperature=config.rollout.temperature,
+        num_generations=config.rollout.num_generations,
+        max_completion_length=config.rollout.max_completion_length,
         seed=config.seed,
     )
 
@@ -129,7 +131,8 @@ def some_batch(rows: int, width: int, length: int, seed: int = 0, heads: int = 1
 
     names = ("logp", "ref_logp", "entropy", "advantages", "returns")
     grids = {name: grid() - (4.0 if name.endswith("logp") else 0.0) for name in names}
-    return Batch(tokens=some_tokens(rows, width, length, seed), values=grid(heads), **grids)
+    tokens = some_tokens(rows, width, length, seed)
+    return Batch(tokens=tokens, values=grid(heads), counts=torch.ones_like(tokens.mask), **grids)
 
 
 def decide(kl_coef: float, update_kl: float | None = None) -> Decision:

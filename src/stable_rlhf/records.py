@@ -1,6 +1,7 @@
 """The records that pass between parts of the package: frozen, with shape, dtype and mask meaning of every field.
 
-Shapes: B rows (prompts of this step), P prompt positions, T response positions, S positions of both, H value heads.
+Shapes: B rows (completions of this step, those of one prompt next to each other), P prompt positions, T response
+positions, S positions of both, H value heads.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Rollout:
     """One step's prompts, completions and rewards, before anything is learned from them."""
 
     indices: list[int]
-    """B row numbers in the training set."""
+    """B row numbers in the training set; a prompt with several completions has its number several times."""
     prompts: list[Any]
     """B prompts as the data set has them: text or chat messages."""
     completions: list[str]
@@ -110,7 +111,7 @@ class Measured:
     entropy: Tensor
     """Entropy of pi(. | s_t), nats."""
     values: Tensor
-    """[H, B, T] each head's V(s_t), normalised reward units."""
+    """[H, B, T] each head's V(s_t), normalised reward units; H is 0 without a critic."""
     targets: Tensor
     """[H, B, T] each target head's V(s_t), normalised reward units."""
     kl: Tensor | None = None
@@ -142,9 +143,11 @@ class Batch:
     values: Tensor
     """[H, B, T] each head's V(s_t) at sampling time, normalised reward units."""
     advantages: Tensor
-    """Whitened over the batch; 0 outside the mask."""
+    """As ``optim.advantage`` makes them; 0 outside the mask."""
     returns: Tensor
-    """The critic's targets G_t; 0 outside the mask."""
+    """The critic's targets G_t; 0 outside the mask, and everywhere without a critic."""
+    counts: Tensor
+    """[B, T] bool, False in the rows that ``optim.skip_zero_variance_groups`` leaves out of loss and denominators."""
 
     def rows(
         self, index: Tensor, width: int | None = None, length: int | None = None, count: int | None = None

@@ -81,6 +81,9 @@ PPO = {"critic.clip_reduction": "max", "reward.normalise": "none", "optim.whiten
 PPO |= PLAIN
 FIXED = {"kl.controller": "fixed", "kl.settings": {"beta": 0.05}, "kl.length_neutral": False}
 IN_LOSS = {"kl.in_reward": False, "kl.in_loss": "k2"}
+FREE = {"kl.controller": "fixed", "kl.settings": {"beta": 0.0}, **IN_LOSS}
+GROUPS = {"critic.heads": 0, "optim.num_iterations": 1, "optim.num_mini_batches": 1, "reward.normalise": "none"}
+GROUPS |= {"optim.preview": False, "kl.observe": "k1", **NO_GUARD}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "safe": {},
     "paper": {
@@ -114,6 +117,23 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "optim.length_alpha": 0.05,
         "optim.epsilon_high": 0.28,
     },
+    "grpo": {**GROUPS, **FREE, "rollout.num_generations": 8, "optim.advantage": "grpo"},
+    "dr-grpo": {
+        **GROUPS,
+        **FREE,
+        "rollout.num_generations": 8,
+        "optim.advantage": "dr_grpo",
+        "optim.denominator": "length",
+    },
+    "rloo": {
+        **GROUPS,
+        **FIXED,
+        "rollout.num_generations": 2,
+        "optim.advantage": "rloo",
+        "optim.importance": "product",
+        "optim.denominator": "sequence",
+    },
+    "safe-grpo": {"critic.heads": 0, "rollout.num_generations": 8, "optim.advantage": "grpo", **IN_LOSS},
     "safe-double-critic": {"critic.heads": 2},
     "safe-gate": {"kl.settings": {**SAFE, "gate_on": True}},
     "safe-no-regulation": {
@@ -327,8 +347,8 @@ POSITIVE = {
     **dict.fromkeys(
         ["max_steps", "save_total_limit", "data.max_prompt_length", "data.limit", "reward.batch_size"], int
     ),
-    **dict.fromkeys(["rollout.batch_size", "rollout.max_completion_length", "optim.num_iterations"], int),
-    **dict.fromkeys(["optim.num_mini_batches", "optim.microbatch_tokens"], int),
+    **dict.fromkeys(["rollout.batch_size", "rollout.num_generations", "rollout.max_completion_length"], int),
+    **dict.fromkeys(["optim.num_iterations", "optim.num_mini_batches", "optim.microbatch_tokens"], int),
     **dict.fromkeys(["reward.timeout", "reward.max_wait", "reward.uncertainty_coef"], float),
     **dict.fromkeys(["rollout.temperature", "optim.learning_rate", "optim.epsilon", "optim.whiten_floor"], float),
     **dict.fromkeys(["optim.max_grad_norm", "critic.temperature", "critic.huber_delta", "critic.vf_coef"], float),
@@ -449,6 +469,19 @@ def test_the_guard_can_be_turned_off_on_a_preset_that_sets_something_of_it() -> 
     assert off.guard == GuardConfig(enabled=False)
 
 
+def test_without_a_critic_what_a_preset_sets_of_it_is_left_out() -> None:
+    """The same for the settings of an advantage that is no longer the preset's."""
+    made = Config.from_preset("ppo", critic={"heads": 0}, optim={"advantage": "reinforce_pp"})
+    assert made.critic == CriticConfig(heads=0)
+    assert made.optim == OptimConfig(advantage="reinforce_pp", preview=False)
+    kept = Config.from_preset("ppo", optim={"advantage": "gae"})
+    assert kept == Config(preset="ppo")
+
+
+def test_a_batch_of_groups_is_one_of_prompts() -> None:
+    assert [Config(preset=preset).rollout.prompts for preset in ("safe", "grpo", "rloo")] == [64, 8, 32]
+
+
 ANY_NUMBER = ["guard.min_explained_variance"]
 
 
@@ -478,7 +511,7 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
     ("setting", "value", "context", "sentence"),
     [
         ("critic.bootstrap", "targets", {}, "choose one of online, target, mixed"),
-        ("critic.heads", True, {}, "choose one of 1, 2"),
+        ("critic.heads", True, {}, "choose one of 0, 1, 2"),
         ("preset", "safer", {}, f"choose one of {', '.join(PRESETS)}"),
         ("model.lora_alpha", 8.0, {"model": {"lora_r": 0}}, "has no effect without an adapter: set model.lora_r to"),
         ("model.lora_target_modules", ["q_proj"], {}, "has no effect without an adapter: set model.lora_r to a rank"),
@@ -514,6 +547,38 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
             {"optim": {"length_alpha": 0.05}},
             "has no effect unless optim.length_alpha is none; leave it",
         ),
+        (
+            "optim.advantage",
+            "gae",
+            {"preset": "grpo"},
+            "needs a critic, and critic.heads=0 is none: set critic.heads=1",
+        ),
+        ("optim.advantage", "grpo", {}, "has no critic, and critic.heads=1 would train one for nothing: set critic.he"),
+        (
+            "rollout.num_generations",
+            1,
+            {"preset": "rloo"},
+            "optim.advantage=rloo compares the completions of a prompt: ",
+        ),
+        ("rollout.batch_size", 60, {"preset": "grpo"}, "counts completions, and must be divisible by rollout.num_gene"),
+        ("optim.lam", 0.9, {"preset": "grpo"}, "has no effect unless optim.advantage=gae; leave it out"),
+        ("optim.gamma", 0.9, {"preset": "grpo"}, "has no effect unless optim.advantage is gae or reinforce_pp; leave"),
+        (
+            "optim.whiten_floor",
+            0.2,
+            {"preset": "rloo"},
+            "has no effect unless optim.advantage is gae or reinforce_pp; ",
+        ),
+        ("optim.skip_equal_scores", False, {"preset": "rloo"}, "has no effect unless optim.advantage=gae; leave it ou"),
+        ("optim.skip_zero_variance_groups", True, {}, "has no effect unless optim.advantage is not gae; leave it out"),
+        (
+            "optim.epsilon",
+            0.1,
+            {"optim": {"loss": "cispo", "epsilon_high": 1.0}},
+            "has no effect unless optim.loss is clip or optim.epsilon_high is None; leave it out",
+        ),
+        ("critic.vf_coef", 0.5, {"preset": "grpo"}, "has no effect unless critic.heads is 1 or 2; leave it out"),
+        ("guard.min_explained_variance", 0.1, {"preset": "safe-grpo"}, "is of a critic, and critic.heads=0 is none: "),
         ("critic.clip_reduction", "max", {}, "has no effect unless critic.cliprange_value is given; leave it out"),
         ("critic.warmup_steps", 60, {}, "the policy would never learn in max_steps=60: make it smaller"),
         ("kl.in_loss", "k2", {}, "the KL is asked for twice, in the loss and in the reward (kl.in_reward=true): set "),
@@ -551,7 +616,7 @@ def test_a_share_for_updates_is_refused_where_it_bounds_none(optim: dict[str, An
         ("beta", "; here it is kl.settings.budget, a KL in nats per token; with preset ppo a price, kl.settings.beta"),
         ("lr", "; here it is optim.learning_rate"),
         ("logging_steps", "; here there is none, nor is one needed: every step is written to metrics.jsonl"),
-        ("num_generations", "; here there is none: each prompt gets one completion, and a critic takes the place of"),
+        ("num_return_sequences", "; here it is rollout.num_generations"),
         ("temperature", ". Did you mean rollout.temperature or critic.temperature?"),
     ],
 )
@@ -627,11 +692,11 @@ def test_a_section_of_another_kind_is_refused() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_section_given_as_a_dictionary_changes_the_presets_and_is_checked(preset: str) -> None:
-    given = Config(preset=preset, optim={"gamma": 0.5})  # pyright: ignore[reportArgumentType]
-    assert given == Config.from_preset(preset, optim={"gamma": 0.5})
-    assert given.optim == dataclasses.replace(Config(preset=preset).optim, gamma=0.5)
-    with pytest.raises(ConfigError, match=r"^optim\.gamma=2: must be in \(0, 1\]$"):
-        Config(preset=preset, optim={"gamma": 2})  # pyright: ignore[reportArgumentType]
+    given = Config(preset=preset, optim={"weight_decay": 0.5})  # pyright: ignore[reportArgumentType]
+    assert given == Config.from_preset(preset, optim={"weight_decay": 0.5})
+    assert given.optim == dataclasses.replace(Config(preset=preset).optim, weight_decay=0.5)
+    with pytest.raises(ConfigError, match=r"^optim\.weight_decay=-1: must be 0 or more$"):
+        Config(preset=preset, optim={"weight_decay": -1})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

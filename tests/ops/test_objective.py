@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_rlhf.ops import objective
+from stable_rlhf.ops import critic, objective
 from tests.oracles import objective as oracle
 from tests.oracles import reductions
 
@@ -106,7 +106,7 @@ def test_the_clipped_loss_of_literal_numbers():
     result = objective.ppo_clip_loss(ratio.log(), torch.zeros(2, 3, dtype=torch.float64), advantages, mask, 0.2)
     # -1.2 (clipped), -0.5, 1.5, 0.8 (clipped), -2.2; the last is no response token
     assert result.loss.item() == pytest.approx((-1.2 - 0.5 + 1.5 + 0.8 - 2.2) / 5, rel=1e-14)
-    assert result.clip_fraction.item() == pytest.approx(2 / 5, rel=1e-15)
+    assert result.clipped.tolist() == [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
     torch.testing.assert_close(result.ratio, f64(1.5, 0.5, 1.5, 0.5, 1.1, 0.0).view(2, 3), rtol=1e-14, atol=0)
 
 
@@ -135,7 +135,7 @@ def test_the_losses_of_microbatches_add_up_to_the_loss_and_gradient_of_the_minib
     def loss(part: slice, logp: torch.Tensor) -> torch.Tensor:
         tokens = mask[part].sum() if part == slice(None) else mask.sum()
         policy = objective.ppo_clip_loss(logp[part], x[1, part], x[2, part], mask[part], 0.2, tokens).loss
-        value = objective.value_loss(logp[part], x[3, part], x[4, part], mask[part], denominator=tokens).loss
+        value = critic.value_loss(logp[part], x[3, part], x[4, part], mask[part], denominator=tokens).loss
         return policy + value + objective.kl_penalty(logp[part], x[5, part], None, "k2", mask[part], tokens)
 
     logp = x[0].clone().requires_grad_()
@@ -152,7 +152,7 @@ def test_what_stands_outside_the_mask_reaches_neither_the_losses_nor_their_gradi
     other = f64(-1.5, -1e6, torch.nan).view(1, 3)
     losses = (
         objective.ppo_clip_loss(logp, other, other, mask, 0.2).loss,
-        objective.value_loss(logp, other, other, mask).loss,
+        critic.value_loss(logp, other, other, mask).loss,
         objective.kl_penalty(logp, other, None, "k2", mask),
         objective.kl_penalty(logp, other, logp, "exact", mask),
     )
@@ -169,7 +169,7 @@ def test_of_what_a_loss_returns_the_loss_alone_carries_a_gradient():
     policy = objective.ppo_clip_loss(logp, other, other, mask, 0.2)
     assert [x.requires_grad for x in policy] == [True, False, False]
     for cliprange in (None, 0.2):
-        value = objective.value_loss(logp, other, other, mask, cliprange=cliprange)
+        value = critic.value_loss(logp, other, other, mask, cliprange=cliprange)
         assert [x.requires_grad for x in value] == [True, False]
 
 
@@ -197,7 +197,7 @@ def test_an_infinite_ratio_is_seen_in_the_loss():
 def test_the_value_loss_of_literal_numbers(kind, cliprange, reduction, expected):
     mask = torch.tensor([[True, True, False]])
     values, returns = f64(1.0, 3.0, 50.0).view(1, 3), f64(1.25, 1.25, 0.0).view(1, 3)
-    result = objective.value_loss(
+    result = critic.value_loss(
         values, torch.zeros_like(values), returns, mask, kind, 0.5, cliprange=cliprange, reduction=reduction
     )
     assert result.loss.item() == pytest.approx(expected, rel=1e-14)
@@ -208,13 +208,13 @@ def test_values_inside_the_clip_range_count_as_unclipped_whatever_their_rounding
     old = torch.linspace(0.1, 7.0, 1000).view(1, -1)
     values = old + torch.tensor([[0.1, 0.3]]).repeat(1, 500)  # every second one is outside 0.2
     mask = torch.ones_like(old, dtype=torch.bool)
-    assert objective.value_loss(values, old, old, mask, cliprange=0.2).clip_fraction.item() == 0.5
+    assert critic.value_loss(values, old, old, mask, cliprange=0.2).clip_fraction.item() == 0.5
 
 
 def test_a_value_exactly_on_the_clip_range_is_not_clipped():
     old, mask = f64(0.0, 0.0, 0.0, 0.0).view(1, 4), torch.ones(1, 4, dtype=torch.bool)
     values = f64(0.25, -0.25, 0.2501, -0.2501).view(1, 4)
-    assert objective.value_loss(values, old, old, mask, cliprange=0.25).clip_fraction.item() == 0.5
+    assert critic.value_loss(values, old, old, mask, cliprange=0.25).clip_fraction.item() == 0.5
 
 
 @given(
@@ -227,7 +227,7 @@ def test_a_value_exactly_on_the_clip_range_is_not_clipped():
 def test_the_value_loss_is_the_mean_over_tokens(tokens, kind, delta, cliprange, reduction):
     values, old_values, returns = (f64(column) for column in zip(*tokens, strict=True))
     mask = torch.ones(1, len(tokens), dtype=torch.bool)
-    result = objective.value_loss(values, old_values, returns, mask, kind, delta, cliprange, reduction)
+    result = critic.value_loss(values, old_values, returns, mask, kind, delta, cliprange, reduction)
     expected = [oracle.value_token_loss(*token, kind, delta, cliprange, reduction) for token in tokens]
     assert result.loss.item() == pytest.approx(reductions.mean(expected), rel=1e-12, abs=1e-13)
 
@@ -246,7 +246,7 @@ def test_approx_kl_is_half_the_mean_squared_log_ratio():
 def test_explained_variance_is_one_minus_the_share_of_the_residual(pairs):
     returns, values = (f64(column) for column in zip(*pairs, strict=True))
     mask = torch.ones_like(returns, dtype=torch.bool)
-    result = objective.explained_variance(returns, values, mask).item()
+    result = critic.explained_variance(returns, values, mask).item()
     spread = reductions.variance(returns.flatten().tolist())
     if spread > 1e-9:
         residual = reductions.variance((returns - values).flatten().tolist())
@@ -255,10 +255,10 @@ def test_explained_variance_is_one_minus_the_share_of_the_residual(pairs):
 
 def test_explained_variance_is_one_for_a_perfect_critic_zero_for_a_constant_and_undefined_for_constant_returns():
     returns, mask = torch.tensor([[1.0, 2.0, 4.0, torch.nan]]), torch.tensor([[True, True, True, False]])
-    assert objective.explained_variance(returns, returns, mask).item() == 1.0
-    assert objective.explained_variance(returns, torch.full((1, 4), 2.0), mask).item() == 0.0
-    assert objective.explained_variance(returns, -returns, mask).item() == -3.0
-    assert math.isnan(objective.explained_variance(torch.full((1, 4), 0.1), returns, mask).item())
+    assert critic.explained_variance(returns, returns, mask).item() == 1.0
+    assert critic.explained_variance(returns, torch.full((1, 4), 2.0), mask).item() == 0.0
+    assert critic.explained_variance(returns, -returns, mask).item() == -3.0
+    assert math.isnan(critic.explained_variance(torch.full((1, 4), 0.1), returns, mask).item())
 
 
 def test_settings_that_have_no_meaning_are_refused():
@@ -266,13 +266,13 @@ def test_settings_that_have_no_meaning_are_refused():
     with pytest.raises(ValueError, match="epsilon is 0"):
         objective.ppo_clip_loss(x, x, x, mask, 0)
     with pytest.raises(ValueError, match="'l1'"):
-        objective.value_loss(x, x, x, mask, "l1")  # pyright: ignore[reportArgumentType]
+        critic.value_loss(x, x, x, mask, "l1")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="'sum'"):
-        objective.value_loss(x, x, x, mask, reduction="sum")  # pyright: ignore[reportArgumentType]
+        critic.value_loss(x, x, x, mask, reduction="sum")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"cliprange is -0\.2"):
-        objective.value_loss(x, x, x, mask, cliprange=-0.2)
+        critic.value_loss(x, x, x, mask, cliprange=-0.2)
     with pytest.raises(ValueError, match="huber_delta is 0"):
-        objective.value_loss(x, x, x, mask, huber_delta=0)
+        critic.value_loss(x, x, x, mask, huber_delta=0)
 
 
 def test_the_upper_bound_of_the_ratio_may_be_wider_than_the_lower():
@@ -281,6 +281,6 @@ def test_the_upper_bound_of_the_ratio_may_be_wider_than_the_lower():
     mask = torch.ones_like(ratios, dtype=torch.bool)
     result = objective.ppo_clip_loss(ratios.log(), torch.zeros_like(ratios), advantages, mask, 0.2, None, 0.28)
     assert result.loss.item() == pytest.approx((-1.25 - 1.28 + 0.8) / 3, rel=1e-6)
-    assert result.clip_fraction.item() == pytest.approx(2 / 3)
+    assert result.clipped.tolist() == [[0.0, 1.0, 1.0]]
     with pytest.raises(ValueError, match="epsilon_high is 0"):
         objective.ppo_clip_loss(ratios, ratios, advantages, mask, 0.2, None, 0.0)

@@ -1,4 +1,4 @@
-"""The settings sections of the algorithm: optimiser, critic and KL."""
+"""The settings sections of the algorithm: sampling, optimiser, critic and KL."""
 
 from __future__ import annotations
 
@@ -11,6 +11,50 @@ from stable_rlhf.config.checks import Named, check_types, not_negative, only_wit
 from stable_rlhf.config.presets import not_of_controller
 from stable_rlhf.control import CONTROLLERS, ControllerSettings, settings_class
 from stable_rlhf.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Named):
+    """How completions are sampled. A step is one rollout: a batch of prompts with one or several completions each."""
+
+    batch_size: int = 64
+    """Number of completions in a step; with num_generations at 1 it is the number of prompts."""
+    num_generations: int = 1
+    """Number of completions of each prompt: a group, which advantages without a critic compare (``optim.advantage``). A
+    step has batch_size / num_generations prompts. An evaluation samples one completion of each held-out prompt."""
+    max_completion_length: int = 32
+    """Most tokens that are sampled for a completion."""
+    temperature: float = 1.0
+    """Sampling temperature. Log-probs, ratios, entropy and KL are of the distribution at this temperature."""
+    stop_tokens: list[str | int] | None = None
+    """Tokens, by text or id, that end a completion as EOS does, such as [<|im_end|>] where a chat template ends turns
+    with another token than the tokenizer's EOS."""
+    stop_strings: list[str] | None = None
+    """Texts that end a completion, such as ["\\nUser:"]. The token that completes one is the last that is learned from;
+    the completion that rewards get ends before the text. Tokens after it are sampled all the same, and dropped."""
+
+    def __post_init__(self) -> None:
+        check_types("rollout", self)
+        require(
+            "" not in (self.stop_strings or []), "rollout.stop_strings", self.stop_strings, "an empty text ends nothing"
+        )
+        positive("rollout", self, "batch_size", "num_generations", "max_completion_length", "temperature")
+        nearest = max(1, round(self.batch_size / self.num_generations)) * self.num_generations
+        remedy = f"counts completions, and must be divisible by rollout.num_generations={self.num_generations}: "
+        whole = self.batch_size % self.num_generations == 0
+        require(whole, "rollout.batch_size", self.batch_size, f"{remedy}try {nearest}")
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts in a step."""
+        return self.batch_size // self.num_generations
+
+
+OF_CRITIC = ("lam", "length_alpha", "skip_equal_scores")
+"""Settings of ``optim`` that only GAE reads."""
+
+OF_TOKENS = ("gamma", "whiten_floor")
+"""Settings of ``optim`` that advantages read which differ from token to token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +87,43 @@ class OptimConfig(Named):
     """Most tokens, prompts and padding included, in one forward and backward pass. A minibatch is split into as many
     passes as needed (at least one row each), with rows of similar length together. A smaller value takes less memory
     and gives the same gradient."""
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp"] = "gae"
+    """How advantages are made. ``gae`` needs a critic (critic.heads 1 or 2), the others have none (critic.heads 0).
+    ``rloo``, ``grpo`` and ``dr_grpo`` compare the completions of a prompt (rollout.num_generations 2 or more): less the
+    mean of the others, less the mean and divided by the deviation, or only less the mean. ``reinforce_pp`` is each
+    token's reward to go, normalised over the rollout."""
+    skip_zero_variance_groups: bool = False
+    """Leave the completions of a prompt whose rewards are all equal out of loss and denominators. They have no
+    advantages, but count in the means and, with the KL in the loss, are pulled to the reference. Only without a critic
+    and with rollout.num_generations of 2 or more."""
+    loss: Literal["clip", "cispo"] = "clip"
+    """``clip`` is PPO's: a token whose ratio has left the clip range has no gradient. ``cispo`` (MiniMax-M1) clips only
+    the weight of its gradient, at 1 + epsilon_high."""
+    importance: Literal["token", "sequence", "product"] = "token"
+    """Probability ratio that is clipped: of each ``token`` (PPO), or one of the whole completion, the geometric mean of
+    its tokens' (``sequence``, GSPO) or their ``product`` (TRL's RLOO)."""
+    denominator: Literal["token", "sequence", "length"] = "token"
+    """What the policy's loss and the KL in it are divided by: the response tokens of an optimiser step (``token``,
+    DAPO), so that a long completion weighs more; each completion's tokens and then the completions (``sequence``,
+    GRPO); or completions times rollout.max_completion_length, a constant (``length``, Dr. GRPO)."""
     epsilon: float = 0.2
-    """Clip range of the probability ratio (PPO, section 3)."""
+    """Clip range of the probability ratio (PPO, section 3). Not with loss=cispo where epsilon_high is given."""
     epsilon_high: float | None = None
     """Clip range above 1, where a likelier token is rewarded; None is epsilon on both sides. VAPO and DAPO: 0.28."""
     gamma: float = 1.0
-    """Discount of later rewards, for each token; 1 does not discount."""
+    """Discount of later rewards, for each token; 1 does not discount. Only with advantage=gae or reinforce_pp."""
     lam: float = 0.95
-    """GAE's lambda for the advantages (Schulman et al. 2016)."""
+    """GAE's lambda for the advantages (Schulman et al. 2016). Only with advantage=gae."""
     length_alpha: float | None = None
     """Make lambda 1 - 1 / (length_alpha x T), not below 0, for a response of T tokens, instead of lam: the share of a
-    response over which a TD error is spread (VAPO: 0.05)."""
+    response over which a TD error is spread (VAPO: 0.05). Only with advantage=gae."""
     whiten_floor: float = 0.1
     """Smallest standard deviation that advantages are divided by, in normalised reward units. Below it the rewards of a
-    batch hardly differ, and whitening would amplify noise."""
+    batch hardly differ, and whitening would amplify noise. Only with advantage=gae or reinforce_pp."""
     skip_equal_scores: bool = True
     """Learn nothing from the scores of a rollout where all are equal: none of its completions is better than another,
     and what is left of their advantages are the critic's errors. The KL then acts alone; where it does not act either,
-    the policy takes no step."""
+    the policy takes no step. Only with advantage=gae: the others are 0 then."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in the loss, reward per nat. The default is 0, because with 0.01 the entropy grows
     until the text is gibberish (docs/deviations.md)."""
@@ -89,15 +152,28 @@ class OptimConfig(Named):
         not_negative("optim", self, "warmup_steps", "weight_decay", "entropy_coef")
         require(0 < self.gamma <= 1, "optim.gamma", self.gamma, "must be in (0, 1]")
         require(0 <= self.lam <= 1, "optim.lam", self.lam, "must be in [0, 1]")
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Refuses settings that the advantage or the loss does not read."""
+        for name in OF_CRITIC:
+            only_with("optim", self, name, self.advantage == "gae", "optim.advantage=gae")
+        for name in OF_TOKENS:
+            condition = "optim.advantage is gae or reinforce_pp"
+            only_with("optim", self, name, self.advantage in ("gae", "reinforce_pp"), condition)
+        only_with("optim", self, "skip_zero_variance_groups", self.advantage != "gae", "optim.advantage is not gae")
+        bounds = self.loss == "clip" or self.epsilon_high is None
+        only_with("optim", self, "epsilon", bounds, "optim.loss is clip or optim.epsilon_high is None")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig(Named):
     """The value heads on the policy's last hidden state (docs/algorithm.md, Critic)."""
 
-    heads: Literal[1, 2] = 1
+    heads: Literal[0, 1, 2] = 1
     """Number of value heads: 1 is PPO's, 2 the paper's pessimistic double critic. On our benches the second head
-    changed neither reward nor stability (docs/results.md), so it is off."""
+    changed neither reward nor stability (docs/results.md), so it is off. 0 is no critic: ``optim.advantage`` then says
+    what takes its place, and no other setting of this section has an effect."""
     temperature: float = 0.3
     """Alpha of the soft-min of the two heads, in normalised reward units; a smaller value is closer to the minimum.
     Only with heads=2."""
@@ -142,6 +218,8 @@ class CriticConfig(Named):
 
     def __post_init__(self) -> None:
         check_types("critic", self)
+        for name in (field.name for field in dataclasses.fields(self) if field.name != "heads"):
+            only_with("critic", self, name, self.heads > 0, "critic.heads is 1 or 2")
         positive("critic", self, "temperature", "huber_delta", "vf_coef", "max_grad_norm")
         only_with("critic", self, "temperature", self.heads == 2, "critic.heads=2")
         only_with("critic", self, "regress", self.heads == 2, "critic.heads=2")

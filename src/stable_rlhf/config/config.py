@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
+from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig, RolloutConfig
 from stable_rlhf.config.checks import Named, check_types, is_url, made, only_with, require, url_without_secrets
 from stable_rlhf.config.files import over, read_settings
 from stable_rlhf.config.names import fields_of, setting_types, suggestion
 from stable_rlhf.config.presets import PRESETS, preset_section
-from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig, RolloutConfig
+from stable_rlhf.config.sections import SECTIONS, DataConfig, LogConfig, ModelConfig, RewardConfig
 from stable_rlhf.control import CONTROLLERS, GuardConfig, SafeSettings, has_threshold
 from stable_rlhf.errors import ConfigError
 from stable_rlhf.text import without_secrets
@@ -64,11 +64,11 @@ class Config(Named):
 
     preset: str = "safe"
     """Named set of values that settings not given come from: safe, paper, ppo, ppo-adaptive, ppo-nokl, asymmetric,
-    pid-lagrangian, kl-adaptive-lr, vapo; safe with a layer that is off in it: safe-double-critic, safe-gate; or safe
-    without one layer: safe-no-regulation, safe-no-threshold, safe-no-preview, safe-no-guard. The layers: a second
-    critic; the gate (low entropy raises the coefficient); regulation (the KL coefficient follows the KL); the threshold
-    (the KL budget follows the reward); the preview (limits how far one update moves the policy); the guard (rolls a
-    failing run back)."""
+    pid-lagrangian, kl-adaptive-lr, vapo; without a critic: grpo, dr-grpo, rloo, safe-grpo; safe with a layer that is
+    off in it: safe-double-critic, safe-gate; or safe without one layer: safe-no-regulation, safe-no-threshold,
+    safe-no-preview, safe-no-guard. The layers: a second critic; the gate (low entropy raises the coefficient);
+    regulation (the KL coefficient follows the KL); the threshold (the KL budget follows the reward); the preview
+    (limits how far one update moves the policy); the guard (rolls a failing run back)."""
     output_dir: str | None = None
     """Folder of the run; None makes a new folder under runs/, named after the preset and the time."""
     overwrite_output_dir: bool = False
@@ -144,11 +144,29 @@ class Config(Named):
             "optim.preview=false"
         )
         require(bounded, "optim.preview", True, remedy)
+        self._check_advantage()
         self._check_update_share()
         self._check_ceiling()
         remedy = "divides by the number of rewards minus 1: set rollout.batch_size to 2 or more"
         fits = self.reward.normalise != "paper" or self.rollout.batch_size > 1
         require(fits, "reward.normalise", self.reward.normalise, remedy)
+
+    def _check_advantage(self) -> None:
+        """Advantages need a critic or must have none, and those of a group need a group."""
+        advantage, heads, group = self.optim.advantage, self.critic.heads, self.rollout.num_generations
+        remedy = "needs a critic, and critic.heads=0 is none: set critic.heads=1, or optim.advantage to "
+        remedy += "rloo, grpo, dr_grpo or reinforce_pp"
+        require(advantage != "gae" or heads > 0, "optim.advantage", advantage, remedy)
+        remedy = f"has no critic, and critic.heads={heads} would train one for nothing: set critic.heads=0, or "
+        require(advantage == "gae" or heads == 0, "optim.advantage", advantage, f"{remedy}optim.advantage=gae")
+        remedy = f"optim.advantage={advantage} compares the completions of a prompt: give 2 or more"
+        alone = group == 1 and advantage in ("rloo", "grpo", "dr_grpo")
+        require(not alone, "rollout.num_generations", group, remedy)
+        condition = "rollout.num_generations is 2 or more"
+        only_with("optim", self.optim, "skip_zero_variance_groups", group > 1, condition)
+        remedy = "is of a critic, and critic.heads=0 is none: leave it out"
+        ruled = self.guard.min_explained_variance
+        require(ruled is None or heads > 0, "guard.min_explained_variance", ruled, remedy)
 
     def _check_update_share(self) -> None:
         """The controller's bound on an update acts only where a preview enforces it, and no number takes its place."""

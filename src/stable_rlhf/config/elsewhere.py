@@ -6,7 +6,7 @@ Names that are the same here in a section, such as ``learning_rate`` and ``optim
 from __future__ import annotations
 
 _PRICE = "kl.settings.beta with kl.controller=fixed, as in preset ppo; preset safe has kl.settings.budget instead"
-_BATCH = "rollout.batch_size, the prompts of a step; optim.microbatch_tokens bounds the memory that it takes"
+_BATCH = "rollout.batch_size, the completions of a step; optim.microbatch_tokens bounds the memory that it takes"
 _POLICY = "none, nor is one needed: completions are drawn from the policy itself, whose KL and ratios are measured"
 _ALWAYS = "none, nor is one needed: every step is written to metrics.jsonl"
 _REFERENCE = "none, nor is one needed: the reference is the policy as it was before training"
@@ -42,16 +42,19 @@ ELSEWHERE: dict[str, str] = {
     "cliprange": "optim.epsilon",
     "clip_range": "optim.epsilon",
     "clip_eps": "optim.epsilon",
-    "epsilon_high": "none: optim.epsilon is the bound on both sides",
     "value_clip": "critic.cliprange_value",
     "gae_lambda": "optim.lam",
     "lambd": "optim.lam",
     "ent_coef": "optim.entropy_coef",
     "warmup_ratio": "optim.warmup_steps, a number of steps",
     "whiten_rewards": "reward.normalise, which scales rewards over the whole run",
-    "scale_rewards": "reward.normalise",
-    "whiten_advantages": "none: advantages are always whitened, down to optim.whiten_floor",
-    "loss_type": "none: the loss is PPO's",
+    "scale_rewards": "optim.advantage: grpo divides by the group's deviation, dr_grpo does not",
+    "adv_estimator": "optim.advantage",
+    "advantage_estimator": "optim.advantage",
+    "whiten_advantages": "none: optim.advantage=gae and reinforce_pp always whiten, down to optim.whiten_floor",
+    "importance_sampling_level": "optim.importance",
+    "loss_type": "optim.denominator (token for dapo and bnpo, sequence for grpo, length for dr_grpo) or optim.loss=cispo",
+    "loss_agg_mode": "optim.denominator",
     # -- sampling
     "response_length": "rollout.max_completion_length",
     "max_new_tokens": "rollout.max_completion_length",
@@ -60,8 +63,9 @@ ELSEWHERE: dict[str, str] = {
     "prompt_max_len": "data.max_prompt_length",
     "stop_token": "rollout.stop_tokens",
     "stop_token_id": "rollout.stop_tokens",
-    "num_generations": "none: each prompt gets one completion, and a critic takes the place of the group",
-    "num_return_sequences": "none: each prompt gets one completion, and a critic takes the place of the group",
+    "num_return_sequences": "rollout.num_generations",
+    "n_samples_per_prompt": "rollout.num_generations",
+    "rloo_k": "rollout.num_generations",
     "top_p": _POLICY,
     "top_k": _POLICY,
     "min_p": _POLICY,
@@ -103,7 +107,7 @@ ELSEWHERE: dict[str, str] = {
     "rollout_batch_size": _BATCH,
     "num_train_epochs": "max_steps, a number of rollouts",
     "num_epochs": "max_steps, a number of rollouts",
-    "total_episodes": "max_steps: prompts / rollout.batch_size",
+    "total_episodes": "max_steps: completions / rollout.batch_size",
     "eval_strategy": "eval_steps; 0 evaluates only before and after training",
     "evaluation_strategy": "eval_steps; 0 evaluates only before and after training",
     "save_strategy": "save_steps; 0 saves only at the end",

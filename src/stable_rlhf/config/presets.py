@@ -33,6 +33,26 @@ _FIXED: dict[str, Any] = {
     "observe": "k1",
 }
 
+_GROUPS: dict[str, Any] = {
+    "critic": {"heads": 0},
+    "reward": {"normalise": "none"},
+    "optim": {"num_iterations": 1, "num_mini_batches": 1, "preview": False},
+    "guard": {"enabled": False},
+}
+"""No critic and one optimiser step a rollout, as the defaults of TRL 1.16 have it in GRPO and in RLOO: num_iterations 1
+and steps_per_generation as gradient_accumulation_steps. TRL's learning rate, 1e-6, is for models of billions of
+weights; ours stays at 1e-4, so that the presets differ by their method."""
+
+# GRPO's defaults in TRL 1.16: num_generations 8, loss_type dapo (a mean over tokens), scale_rewards group, beta 0,
+# epsilon 0.2. At a beta above 0 TRL's KL in the loss, k3 times the ratio, has at a ratio of 1 the gradient of k2.
+_NO_PRICE: dict[str, Any] = {
+    "controller": "fixed",
+    "settings": {"beta": 0.0},
+    "in_reward": False,
+    "in_loss": "k2",
+    "observe": "k1",
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "safe": {},
     "paper": {
@@ -66,6 +86,35 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl": _FIXED,
         "optim": {**_PPO["optim"], "length_alpha": 0.05, "epsilon_high": 0.28},
     },
+    "grpo": {
+        **_GROUPS,
+        "rollout": {"num_generations": 8},
+        "kl": _NO_PRICE,
+        "optim": {**_GROUPS["optim"], "advantage": "grpo"},
+    },
+    # Liu et al. (2025), in TRL scale_rewards none and loss_type dr_grpo: no division by a deviation or by a length.
+    "dr-grpo": {
+        **_GROUPS,
+        "rollout": {"num_generations": 8},
+        "kl": _NO_PRICE,
+        "optim": {**_GROUPS["optim"], "advantage": "dr_grpo", "denominator": "length"},
+    },
+    # RLOO's defaults in TRL 1.16: num_generations 2, beta 0.05 in the reward, one ratio a completion, epsilon 0.2,
+    # normalize_advantages off.
+    "rloo": {
+        **_GROUPS,
+        "rollout": {"num_generations": 2},
+        "kl": _FIXED,
+        "optim": {**_GROUPS["optim"], "advantage": "rloo", "importance": "product", "denominator": "sequence"},
+    },
+    # GRPO's advantages under SAFE: the KL in the loss, where GRPO has it. In the reward a group's deviation would divide
+    # the coefficient too.
+    "safe-grpo": {
+        "critic": {"heads": 0},
+        "rollout": {"num_generations": 8},
+        "optim": {"advantage": "grpo"},
+        "kl": {"in_reward": False, "in_loss": "k2"},
+    },
     # Layers of the paper that showed nothing on our benches (docs/results.md): each puts one into `safe`.
     "safe-double-critic": {"critic": {"heads": 2}},
     "safe-gate": {"kl": {"settings": {"gate_on": True}}},
@@ -81,6 +130,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "safe-no-guard": {"guard": {"enabled": False}},
 }
 """Preset -> section -> field -> value. ``kl.settings`` holds only changes from the controller's defaults."""
+
+
+_OF_ADVANTAGE = ("lam", "length_alpha", "gamma", "whiten_floor", "skip_equal_scores", "skip_zero_variance_groups")
+"""Settings of ``optim`` that act only with some advantages: another one than the preset's leaves them at defaults."""
 
 
 def owners(field: str) -> list[str]:
@@ -107,6 +160,8 @@ def preset_section(preset: str, name: str, given: dict[str, Any]) -> dict[str, A
     The preset's kl.settings apply only if the caller keeps the preset's controller.
     """
     base = copy.deepcopy(PRESETS[preset].get(name, {}))
+    if name == "optim" and given.get("advantage", base.get("advantage", "gae")) != base.get("advantage", "gae"):
+        base = {field: value for field, value in base.items() if field not in _OF_ADVANTAGE}
     merged = {**base, **copy.deepcopy(given)}
     if name == "kl":
         own = base.get("controller", "safe")  # the default of kl.controller
@@ -114,6 +169,7 @@ def preset_section(preset: str, name: str, given: dict[str, Any]) -> dict[str, A
         changes = given.get("settings")
         if changes is None or isinstance(changes, Mapping):
             merged["settings"] = {**kept, **(changes or {})}
-    if name == "guard" and given.get("enabled") is False:  # what the preset sets of it has no effect then
+    without = {"guard": ("enabled", False), "critic": ("heads", 0)}  # what the preset sets of it has no effect then
+    if name in without and given.get(without[name][0]) == without[name][1]:
         return dict(given)
     return merged

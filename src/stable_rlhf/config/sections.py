@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig
+from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig, RolloutConfig
 from stable_rlhf.config.checks import Named, check_types, check_url, is_url, not_negative, only_with, positive, require
 from stable_rlhf.control import GuardConfig
 
@@ -281,31 +281,6 @@ class RewardConfig(Named):
         hosts = sorted({urlsplit(server).netloc for server in self.servers})
         remedy = f"would be sent to {' and '.join(hosts)}: use it with one server, or leave it out"
         require(self.token_env is None or len(hosts) < 2, "reward.token_env", self.token_env, remedy)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig(Named):
-    """How completions are sampled. A step is one rollout: a batch of prompts with a completion each."""
-
-    batch_size: int = 64
-    """Number of prompts in a step. Each prompt gets one completion."""
-    max_completion_length: int = 32
-    """Most tokens that are sampled for a completion."""
-    temperature: float = 1.0
-    """Sampling temperature. Log-probs, ratios, entropy and KL are of the distribution at this temperature."""
-    stop_tokens: list[str | int] | None = None
-    """Tokens, by text or id, that end a completion as EOS does, such as [<|im_end|>] where a chat template ends turns
-    with another token than the tokenizer's EOS."""
-    stop_strings: list[str] | None = None
-    """Texts that end a completion, such as ["\\nUser:"]. The token that completes one is the last that is learned from;
-    the completion that rewards get ends before the text. Tokens after it are sampled all the same, and dropped."""
-
-    def __post_init__(self) -> None:
-        check_types("rollout", self)
-        require(
-            "" not in (self.stop_strings or []), "rollout.stop_strings", self.stop_strings, "an empty text ends nothing"
-        )
-        positive("rollout", self, "batch_size", "max_completion_length", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)

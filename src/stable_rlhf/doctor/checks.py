@@ -120,7 +120,7 @@ def check_data(
     check_held_out(config, held_out)
     tokenizer = load_tokenizer(config.model)
     if isinstance(train, StreamedRows):
-        train = Prompts.whole(train.first(count := 2 * config.rollout.batch_size), train.name)
+        train = Prompts.whole(train.first(count := 2 * config.rollout.prompts), train.name)
         found.detail(f"data.streaming=true: only the first {count} rows are looked at")
     encoder = PromptEncoder(
         tokenizer,
@@ -139,8 +139,11 @@ def check_data(
     middle = f"{statistics.median(sizes):g}"
     text = f"data: {count} prompts of {min(sizes)} to {max(sizes)} tokens (median {middle}), {cut} of them cut to "
     text += f"data.max_prompt_length={config.data.max_prompt_length}, {twice} duplicates"
-    if count < config.rollout.batch_size:
-        found.warning(f"{text}; fewer than rollout.batch_size={config.rollout.batch_size}: every step sees all of them")
+    if count < config.rollout.prompts:
+        of = config.rollout
+        a_step = f"rollout.batch_size={of.batch_size}"
+        a_step += f" / rollout.num_generations={of.num_generations}" if of.num_generations > 1 else ""
+        found.warning(f"{text}; fewer than {a_step}: every step sees all of them")
     elif cut > CUT * count:
         found.warning(f"{text}; a cut prompt loses its beginning: raise data.max_prompt_length, or shorten the prompts")
     elif twice > TWICE * count:

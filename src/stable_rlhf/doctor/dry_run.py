@@ -79,7 +79,7 @@ def dry_steps(
     checkpoint: int,
 ) -> None:
     """Trains for a few steps: first on the longest prompts, then on the run's first batch, which is timed."""
-    device, size = resolve_device(config.model.device), config.rollout.batch_size
+    device, size = resolve_device(config.model.device), config.rollout.prompts
     by_length = sorted(range(len(encoded)), key=lambda row: -len(encoded.input_ids[row]))
     longest = [by_length[i % len(by_length)] for i in range(size)]
     usual = PromptStream(len(train), config.seed).take(size)

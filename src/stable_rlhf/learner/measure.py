@@ -50,7 +50,7 @@ def measure(passes: Passes, rollout: Rollout, step: int, preview: Preview | None
                 preview.keep(micro, out.state)
     figures = figures.cpu()
     named = dict(zip(names, figures, strict=False))
-    values, targets = figures[len(names) :].split(heads)
+    values, targets = figures[len(names) :].view(2, heads, *shape)
     return Measured(tokens=tokens, values=values, targets=targets, **named)
 
 

@@ -128,8 +128,9 @@ class _PassGraphs:
 
         tokens = _no_tokens(rows, width, length, device)
         grids = {name: zeros(rows, length) for name in ("logp", "ref_logp", "entropy", "advantages", "returns")}
-        self.batch = Batch(tokens=tokens, values=zeros(len(model.heads), rows, length), **grids)
-        self.scale = Scale(kl_coef=zeros(), tokens=zeros() + 1)
+        counts = zeros(rows, length, dtype=torch.bool)
+        self.batch = Batch(tokens=tokens, values=zeros(len(model.heads), rows, length), counts=counts, **grids)
+        self.scale = Scale(kl_coef=zeros(), tokens=zeros() + 1, policy=zeros() + 1)
         self.names: list[str] = []
         last: dict[str, Output] = {}
 

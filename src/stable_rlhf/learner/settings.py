@@ -16,5 +16,9 @@ class Learning:
     kl: KLConfig
     temperature: float
     """Sampling temperature: log-probs, ratios, entropy and KL are those of the distribution at this temperature."""
+    num_generations: int
+    """Completions of a prompt, next to each other in a rollout."""
+    max_completion_length: int
+    """Most tokens of a completion: ``optim.denominator=length`` divides by it."""
     seed: int
     """Determines the order of the rows in every pass over a rollout, and the rows that the preview measures."""

@@ -15,17 +15,21 @@ from stable_rlhf.learner.microbatches import Lengths, Microbatch, plan
 from stable_rlhf.learner.objective import Scale
 from stable_rlhf.learner.passes import Passes
 from stable_rlhf.learner.step_preview import Preview
+from stable_rlhf.ops.objective import loss_denominator
 from stable_rlhf.policy import ActorCritic
 from stable_rlhf.records import Batch, StepStats, on
 
 
 def optimizer_groups(model: ActorCritic, optim: OptimConfig, critic: CriticConfig) -> list[dict]:
-    """AdamW's two groups: the policy, then the critic, with the same learning rate unless the critic has its own."""
+    """AdamW's two groups: the policy, then the critic, with the same learning rate unless the critic has its own.
+
+    Without a critic there is only the first.
+    """
     lr = optim.learning_rate
-    return [
-        {"params": model.policy_parameters(), "lr": lr, "weight_decay": optim.weight_decay},
-        {"params": model.critic_parameters(), "lr": critic.learning_rate or lr, "weight_decay": 0.0},
-    ]
+    policy = {"params": model.policy_parameters(), "lr": lr, "weight_decay": optim.weight_decay}
+    if not critic.heads:
+        return [policy]
+    return [policy, {"params": model.critic_parameters(), "lr": critic.learning_rate or lr, "weight_decay": 0.0}]
 
 
 def update(
@@ -47,8 +51,8 @@ def update(
     """
     device = passes.model.device
     learns = learns_policy(passes.learning.critic, step) and says_something(batch, decision, passes.learning)
-    of_rows = lengths(batch.tokens)
-    work = _minibatches(passes, of_rows, step)
+    counted = (batch.tokens.mask & batch.counts).sum(1).tolist()
+    work = _minibatches(passes, lengths(batch.tokens), counted, step)
     batch = on(batch, device)
     preview = preview if learns else None  # else there is nothing to look at, and nothing to learn from it
     if preview is not None:
@@ -60,23 +64,38 @@ def update(
     steps: list[Tensor] = []
     with passes.training():
         for number, minibatch in enumerate(work, start=1):
-            tokens = sum(of_rows.response[row] for micro in minibatch for row in micro.rows[: micro.count].tolist())
-            scale = Scale(kl_coef=kl_coef, tokens=torch.full((), float(tokens), device=device))
+            scale = _scale(passes, minibatch, counted, kl_coef)
             names, figures = _gradient(passes, batch, minibatch, rows, scale, learns)
             norms = _clipped_step(passes, optimizer, learns, preview, last=number == len(work))
             steps.append(torch.cat([figures, norms]))
     metrics = _means([*names, "grad_norm/policy", "grad_norm/critic"], steps)
+    if not passes.learning.critic.heads:
+        del metrics["grad_norm/critic"]
     return StepStats(metrics=metrics if preview is None else metrics | preview.metrics())
 
 
-def _minibatches(passes: Passes, of_rows: Lengths, step: int) -> list[list[Microbatch]]:
-    """The microbatches of every optimiser step of an update."""
+def _rows_of(minibatch: Sequence[Microbatch]) -> list[int]:
+    return [row for micro in minibatch for row in micro.rows[: micro.count].tolist()]
+
+
+def _scale(passes: Passes, minibatch: Sequence[Microbatch], counted: Sequence[int], kl_coef: Tensor) -> Scale:
+    """The denominators of a minibatch; ``counted``: each row's tokens that enter the loss."""
+    learning = passes.learning
+    tokens = [counted[row] for row in _rows_of(minibatch) if counted[row]]
+    policy = loss_denominator(learning.optim.denominator, sum(tokens), len(tokens), learning.max_completion_length)
+    numbers = [torch.full((), float(number), device=kl_coef.device) for number in (sum(tokens), policy)]
+    return Scale(kl_coef=kl_coef, tokens=numbers[0], policy=numbers[1])
+
+
+def _minibatches(passes: Passes, of_rows: Lengths, counted: Sequence[int], step: int) -> list[list[Microbatch]]:
+    """The microbatches of every optimiser step of an update; ``counted``: each row's tokens that enter the loss."""
     learning, device = passes.learning, passes.model.device
     return [
         minibatch
         for iteration in range(learning.optim.num_iterations)
         for minibatch in plan(of_rows, learning.optim, learning.seed, step, iteration, device, passes.grain)
-        if minibatch  # no row has a reward: AdamW would move the weights by momentum only
+        # Where no row enters the loss, such as one with a reward, AdamW would move the weights by momentum only.
+        if any(counted[row] for row in _rows_of(minibatch))
     ]
 
 

@@ -4,8 +4,9 @@ Nothing here reads files, clocks, ranks or hidden random numbers.
 
 - `masked`: sums, means, variances, whitening and distinct-n over the True entries of a mask.
 - `logprobs`: log-probability, entropy and exact KL per token, chunked through the LM head.
-- `advantages`: rewards per token, generalised advantage estimation.
-- `objective`: PPO's clipped loss, value loss, soft-min, KL estimators and penalty.
+- `advantages`: rewards per token, generalised advantage estimation, advantages of groups and of the batch.
+- `objective`: the policy's losses and their denominators, soft-min, KL estimators and penalty.
+- `critic`: the value loss, explained variance.
 - `sampling`: drawing tokens from logits.
 
 Wherever a mask appears it is boolean, and True marks a response token (EOS included). An entry outside the mask never
@@ -14,6 +15,6 @@ influences a result, NaN or not, and is 0 in a result of the same shape.
 
 from __future__ import annotations
 
-from . import advantages, logprobs, masked, objective
+from . import advantages, critic, logprobs, masked, objective
 
-__all__ = ["advantages", "logprobs", "masked", "objective"]
+__all__ = ["advantages", "critic", "logprobs", "masked", "objective"]

@@ -1,11 +1,16 @@
-"""Rewards per token and generalised advantage estimation. All results are targets: they carry no gradient."""
+"""Rewards per token and advantages: of a critic (`gae`), of a group of completions (`rloo`, `grpo`, `dr_grpo`), or of
+the batch (`reinforce_pp`). All results are targets: they carry no gradient.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .masked import check_mask
+from .masked import DEVIATION_FLOOR, check_mask, whiten
+
+GRPO_EPSILON = 1e-4
+"""Added to a group's deviation: TRL's figure. A group whose rewards are equal has advantages of 0, not of 0 / 0."""
 
 
 @torch.no_grad()
@@ -92,3 +97,128 @@ def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha}: give a positive number")
     return (1 - 1 / (alpha * mask.sum(1).clamp(min=1))).clamp(min=0.0)
+
+
+@torch.no_grad()
+def rloo(rewards: Tensor, valid: Tensor, group: int) -> Tensor:
+    """A_i = R_i - mean of R_j over the other valid completions j of the prompt: REINFORCE, leave-one-out.
+
+    Source: Ahmadian et al. 2024, "Back to Basics" (arXiv 2402.14740), RLOO.
+
+    Args:
+        rewards: R [B], one a completion; the sum of its tokens' (`token_rewards`), so the KL is in it where it
+            acts in the reward.
+        valid: bool [B], True where the completion has a reward. What stands in the other entries is never read.
+        group: completions of a prompt; those of one prompt are next to each other.
+
+    Returns:
+        [B]: 0 where not valid, and for a valid completion that has no other in its group. The denominator is the
+        number of the group's other valid completions.
+
+    Raises:
+        TypeError, ValueError: see `masked.check_mask`; ValueError for a group below 2 or one that does not divide B.
+    """
+    kept, counted = _groups(rewards, valid, group)
+    others = (counted.sum(1, keepdim=True) - 1).clamp(min=0)
+    baselines = (kept.sum(1, keepdim=True) - kept) / others.clamp(min=1)
+    return _ungrouped(torch.where(others > 0, kept - baselines, 0), rewards, valid)
+
+
+@torch.no_grad()
+def grpo(rewards: Tensor, valid: Tensor, group: int, epsilon: float = GRPO_EPSILON) -> Tensor:
+    """A_i = (R_i - mean) / (deviation + epsilon), mean and deviation of the prompt's valid completions.
+
+    Source: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), section 4.1.2. The paper names neither the denominator
+    of the variance nor epsilon: as in TRL, the variance is unbiased (n - 1), and epsilon 1e-4.
+
+    Args:
+        rewards, valid, group: as in `rloo`.
+        epsilon: added to the deviation, in the units of the rewards; positive.
+
+    Returns:
+        [B]: 0 where not valid, and in a group of a single valid completion or of equal rewards. The denominators are
+        n for the mean and n - 1 for the variance, n the group's valid completions.
+
+    Raises:
+        TypeError, ValueError: as `rloo`; ValueError for an epsilon that is not positive.
+    """
+    if not epsilon > 0:
+        raise ValueError(f"epsilon is {epsilon}: give a positive number, or a group of equal rewards divides by 0")
+    centred, counted = _centred(rewards, valid, group)
+    freedom = (counted.sum(1, keepdim=True) - 1).clamp(min=1)
+    deviation = (centred.square().sum(1, keepdim=True) / freedom).sqrt()
+    return _ungrouped(centred / (deviation + epsilon), rewards, valid)
+
+
+@torch.no_grad()
+def dr_grpo(rewards: Tensor, valid: Tensor, group: int) -> Tensor:
+    """A_i = R_i - mean, the mean of the prompt's valid completions: GRPO without the division by the deviation.
+
+    Dividing gives prompts that are nearly solved, or hardly ever, the most weight. Source: Liu et al. 2025,
+    "Understanding R1-Zero-Like Training" (arXiv 2503.20783), section 3, Dr. GRPO.
+
+    Args:
+        rewards, valid, group: as in `rloo`.
+
+    Returns:
+        [B]: 0 where not valid. The mean's denominator is the number of the group's valid completions.
+
+    Raises:
+        TypeError, ValueError: as `rloo`.
+    """
+    return _ungrouped(_centred(rewards, valid, group)[0], rewards, valid)
+
+
+@torch.no_grad()
+def reinforce_pp(rewards: Tensor, mask: Tensor, gamma: float, floor: float = DEVIATION_FLOOR) -> Tensor:
+    """A_t = (G_t - mean) / max(deviation, floor),  G_t = r_t + gamma G_{t+1}: REINFORCE++.
+
+    Mean and deviation are of all tokens of the batch, so it needs no group. Source: Hu 2025, "REINFORCE++" (arXiv
+    2501.03262), section 3: the KL in the rewards of the tokens, and advantages normalised over the whole batch.
+
+    Args:
+        rewards: [B, T], the scorer's units (`token_rewards`, with the KL in it).
+        mask: bool [B, T], True on response tokens, contiguous from 0.
+        gamma: discount per token, 0 to 1.
+        floor: see `masked.whiten`.
+
+    Returns:
+        [B, T], 0 outside the mask. The denominator of mean and variance is the number of True entries.
+
+    Raises:
+        TypeError, ValueError: as `gae` and `masked.whiten`.
+    """
+    nothing = torch.zeros_like(rewards)
+    returns, _ = gae(rewards, nothing, nothing, mask, gamma, 1.0)
+    return whiten(returns, mask, floor)
+
+
+@torch.no_grad()
+def zero_variance(rewards: Tensor, valid: Tensor, group: int) -> Tensor:
+    """Bool [B], True in the rows of a group whose valid rewards are all equal: comparing them teaches nothing.
+
+    So are the groups with a single valid completion, or with none. Arguments and errors are those of `rloo`.
+    """
+    kept, counted = _groups(rewards, valid, group)
+    highest = torch.where(counted, kept, -torch.inf).amax(1)
+    lowest = torch.where(counted, kept, torch.inf).amin(1)
+    return (highest <= lowest).repeat_interleave(group)
+
+
+def _groups(rewards: Tensor, valid: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(rewards, 0 where not valid; valid), both [B / group, group], in float64."""
+    check_mask(valid, rewards=rewards)
+    if group < 2 or len(rewards) % group:
+        raise ValueError(f"group is {group}: give 2 or more completions a prompt, a divisor of the {len(rewards)} rows")
+    return torch.where(valid, rewards, 0).double().view(-1, group), valid.view(-1, group)
+
+
+def _centred(rewards: Tensor, valid: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(R - mean of the group's valid rewards, 0 where not valid; valid), both [B / group, group]."""
+    kept, counted = _groups(rewards, valid, group)
+    mean = kept.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(counted, kept - mean, 0), counted
+
+
+def _ungrouped(grouped: Tensor, rewards: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, grouped.flatten(), 0).to(rewards.dtype)

@@ -1,37 +1,33 @@
-"""PPO's clipped loss, the value loss, the soft-min of two critics, KL estimators and the KL penalty.
+"""The policy's losses and their denominators, the soft-min of two critics, KL estimators and the KL penalty.
 
-Every loss is a sum over the response tokens divided by `denominator`. Give the number of response tokens of the whole
-minibatch, over all microbatches and ranks, and the gradients of the parts add up exactly to those of the whole.
-A denominator that is a tensor is not looked at, which would make the host wait for the device: the caller checks that
-it is positive (`masked.masked_mean`).
+Every loss is a sum over the response tokens divided by `denominator` (`loss_mean`). Give that of the whole minibatch,
+over all microbatches and ranks (`loss_denominator`), and the gradients of the parts add up exactly to those of the
+whole. A denominator that is a tensor is not looked at, which would make the host wait for the device: the caller checks
+that it is positive (`masked.masked_mean`).
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .masked import check_mask, masked_mean, masked_var
+from .masked import check_mask, masked_mean
+
+Denominator: TypeAlias = Literal["token", "sequence", "length"]
+Importance: TypeAlias = Literal["token", "sequence", "product"]
 
 # e^20 = 4.9e8 nats: no policy that writes text comes near it, and float32 overflows only at e^88.
 K3_CLAMP = 20.0
 
 
 class PolicyLoss(NamedTuple):
-    """loss: scalar, with a gradient. clip_fraction: scalar, detached. ratio: [B, T], detached, 0 outside the mask."""
+    """loss: scalar, with a gradient. clipped, ratio: [B, T], detached, 0 outside the mask; clipped is 1 or 0."""
 
     loss: Tensor
-    clip_fraction: Tensor
+    clipped: Tensor
     ratio: Tensor
-
-
-class ValueLoss(NamedTuple):
-    """loss: scalar, with a gradient. clip_fraction: scalar, detached."""
-
-    loss: Tensor
-    clip_fraction: Tensor
 
 
 def soft_min(v1: Tensor, v2: Tensor, temperature: float) -> Tensor:
@@ -95,6 +91,7 @@ def kl_penalty(
     kind: Literal["k2", "exact"],
     mask: Tensor,
     denominator: float | Tensor | None = None,
+    mean: Denominator = "token",
 ) -> Tensor:
     """The KL term of the loss: the mean of k2 or of the exact KL per token, in nats, with a gradient to the policy.
 
@@ -107,7 +104,7 @@ def kl_penalty(
         logp, ref_logp: [B, T], log-probability of the sampled tokens; logp carries the gradient of k2.
         exact_kl: [B, T] (`logprobs.token_statistics`), carries the gradient of `exact`; None with k2.
         mask: bool [B, T], True on response tokens.
-        denominator: see the module; None is the number of True entries.
+        denominator, mean: see `loss_mean`.
 
     Raises:
         ValueError: for k1 and k3, whose gradients are wrong in a loss, for another kind, and for `exact` without
@@ -115,16 +112,71 @@ def kl_penalty(
     """
     if kind == "k2":
         check_mask(mask, logp=logp, ref_logp=ref_logp)
-        return masked_mean(kl_estimate(_keep(logp, mask), _keep(ref_logp, mask), "k2"), mask, denominator)
+        return loss_mean(kl_estimate(_keep(logp, mask), _keep(ref_logp, mask), "k2"), mask, denominator, mean)
     if kind == "exact":
         if exact_kl is None:
             raise ValueError("the KL penalty is 'exact' and exact_kl is None: give token_statistics the reference")
-        return masked_mean(exact_kl, mask, denominator)
+        return loss_mean(exact_kl, mask, denominator, mean)
     if kind == "k1":
         raise ValueError("k1 has an expected gradient of zero in a loss, so it regularises nothing: give k2 or exact")
     if kind == "k3":
         raise ValueError("k3 has in a loss the gradient of KL(ref || pi), not of KL(pi || ref): give k2 or exact")
     raise ValueError(f"the KL penalty is {kind!r}: give k2 or exact")
+
+
+def loss_denominator(kind: Denominator, tokens: int, completions: int, max_completion_length: int) -> int:
+    """The denominator of a minibatch's loss, over all of its microbatches and ranks.
+
+    token: ``tokens``, its response tokens (DAPO, Yu et al. 2025, arXiv 2503.14476); sequence: ``completions``, those
+    with a response token (GRPO, Shao et al. 2024, arXiv 2402.03300, equation 3); length: completions x
+    max_completion_length, a constant, so that no length changes a token's weight (Dr. GRPO, Liu et al. 2025, arXiv
+    2503.20783).
+    """
+    return {"token": tokens, "sequence": completions, "length": completions * max_completion_length}[kind]
+
+
+def loss_mean(
+    x: Tensor, mask: Tensor, denominator: float | Tensor | None = None, kind: Denominator = "token"
+) -> Tensor:
+    """sum_bt m x / denominator; with `sequence` sum_b (sum_t m x / T_b) / denominator, T_b the row's True entries.
+
+    Args:
+        x: [B, T], a loss per token.
+        mask: bool [B, T], True on response tokens.
+        denominator: `loss_denominator` of the whole minibatch; None is that of these rows, for `length` T a row.
+        kind: what each token is divided by, besides the denominator: `sequence` makes completions weigh the same.
+
+    Raises:
+        TypeError, ValueError: see `masked.check_mask` and `masked.masked_mean`.
+    """
+    if kind == "token":
+        return masked_mean(x, mask, denominator)
+    check_mask(mask, x=x)
+    lengths = mask.sum(1, keepdim=True)
+    if denominator is None:
+        denominator = loss_denominator(kind, 0, int((lengths > 0).sum()), mask.shape[1])
+    return masked_mean(x / lengths.clamp(min=1) if kind == "sequence" else x, mask, denominator)
+
+
+def importance_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, level: Importance = "token") -> Tensor:
+    """Probability ratio new / old of every token [B, T], or one of its completion, at all of its tokens.
+
+    token: exp(l_t), l = logp - old_logp (PPO). sequence: exp(mean_t l_t), the geometric mean over the completion (GSPO,
+    Zheng et al. 2025, arXiv 2507.18071). product: exp(sum_t l_t), the ratio of the completion itself, as in
+    TRL's RLOO. Sums and means are over True entries of the mask; a row without any has 1.
+
+    Raises:
+        TypeError, ValueError: see `masked.check_mask`.
+    """
+    check_mask(mask, logp=logp, old_logp=old_logp)
+    # Emptied before exp: a NaN or an overflow there would reach the gradient through 0 * inf.
+    change = _keep(logp, mask) - _keep(old_logp, mask)
+    if level == "token":
+        return change.exp()
+    change = change.sum(1, keepdim=True)
+    if level == "sequence":
+        change = change / mask.sum(1, keepdim=True).clamp(min=1)
+    return change.exp().expand(mask.shape)
 
 
 def ppo_clip_loss(
@@ -135,8 +187,10 @@ def ppo_clip_loss(
     epsilon: float,
     denominator: float | Tensor | None = None,
     epsilon_high: float | None = None,
+    importance: Importance = "token",
+    mean: Denominator = "token",
 ) -> PolicyLoss:
-    """sum m_t max(-A_t rho_t, -A_t clip(rho_t, 1 - epsilon, 1 + epsilon)) / denominator,  rho_t = exp(logp - old_logp).
+    """Mean of max(-A_t rho_t, -A_t clip(rho_t, 1 - epsilon, 1 + epsilon)),  rho the `importance_ratio`.
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7, negated; with epsilon_high,
     Yu et al. 2025, "DAPO" (arXiv 2503.14476), Clip-Higher.
@@ -147,90 +201,60 @@ def ppo_clip_loss(
         advantages: A [B, T].
         mask: bool [B, T], True on response tokens.
         epsilon: half-width of the interval of ratios in which the policy is rewarded for moving; positive.
-        denominator: see the module; None is the number of True entries.
+        denominator, mean: see `loss_mean`.
         epsilon_high: the upper bound is 1 + epsilon_high instead; positive. None is epsilon.
+        importance: the level of the ratio.
 
     Returns:
-        The loss; the fraction (same denominator) of tokens whose gradient the clip cuts off; the ratio per token.
+        The loss; where the clip cuts a token's gradient off; the ratio.
         An infinite ratio is not hidden: it gives a non-finite loss, which the trainer refuses.
 
     Raises:
         ValueError: for an epsilon or epsilon_high that is not positive. TypeError, ValueError: see `masked.check_mask`
             and `masked.masked_mean`.
     """
-    if not epsilon > 0:
-        raise ValueError(f"epsilon is {epsilon}: give a positive number, 0.2 for instance")
-    if epsilon_high is not None and not epsilon_high > 0:
-        raise ValueError(f"epsilon_high is {epsilon_high}: give a positive number, or None for epsilon")
-    check_mask(mask, logp=logp, old_logp=old_logp, advantages=advantages)
-    # Emptied before exp: a NaN or an overflow there would reach the gradient through 0 * inf.
-    ratio = (_keep(logp, mask) - _keep(old_logp, mask)).exp()
+    _check_bounds(epsilon=epsilon, epsilon_high=epsilon_high)
+    check_mask(mask, advantages=advantages)
+    ratio = importance_ratio(logp, old_logp, mask, importance)
     unclipped = -_keep(advantages, mask) * ratio
     clipped = -_keep(advantages, mask) * ratio.clamp(
         1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     )
-    loss = masked_mean(torch.maximum(unclipped, clipped), mask, denominator)
-    clip_fraction = masked_mean((clipped > unclipped).to(logp.dtype), mask, denominator)
-    return PolicyLoss(loss, clip_fraction, _keep(ratio.detach(), mask))
+    loss = loss_mean(torch.maximum(unclipped, clipped), mask, denominator, mean)
+    return PolicyLoss(loss, _keep((clipped > unclipped).to(logp.dtype), mask), _keep(ratio.detach(), mask))
 
 
-def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
+def cispo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
     mask: Tensor,
-    kind: Literal["huber", "mse"] = "huber",
-    huber_delta: float = 0.5,  # SAFE, published code
-    cliprange: float | None = 0.2,  # SAFE, published code; PPO's usual figure
-    reduction: Literal["mean", "max"] = "mean",  # SAFE, published code; PPO: max
+    epsilon_high: float,
     denominator: float | Tensor | None = None,
-) -> ValueLoss:
-    """sum m_t R(f(V_t - G_t), f(V'_t - G_t)) / denominator,  V' = V_old + clip(V - V_old, -cliprange, cliprange).
+    importance: Importance = "token",
+    mean: Denominator = "token",
+) -> PolicyLoss:
+    """Mean of -A_t sg(min(rho_t, 1 + epsilon_high)) logp_t: a clipped weight cuts no token's gradient off.
 
-    huber: f(e) = e^2 / 2 for |e| <= delta, delta (|e| - delta / 2) beyond (the convention of torch's huber_loss).
-    mse: f(e) = e^2 / 2, which is huber with an infinite delta, so that the kinds agree on small errors.
-    R is the mean or the maximum of its two arguments; with cliprange None it is the first of them.
-    Source: SAFE (arXiv 2602.04651), published code; the maximum is that of PPO (Schulman et al. 2017, reference code).
+    sg stops the gradient, rho is the `importance_ratio`. Source: MiniMax 2025, "MiniMax-M1" (arXiv 2506.13585),
+    section 3, CISPO, without a lower bound, as they train and as TRL has it (whose epsilon_high is the bound
+    itself, 1 + ours).
 
     Args:
-        values: V [B, T], of one head or of their soft-min; carries the gradient.
-        old_values: V_old [B, T], the same at the start of the update.
-        returns: G [B, T] (`advantages.gae`).
-        mask: bool [B, T], True on response tokens.
-        huber_delta: delta, in the scorer's units, positive; read by huber only.
-        cliprange: in the scorer's units, positive; None does not clip.
-        denominator: see the module; None is the number of True entries.
+        epsilon_high: the largest weight is 1 + epsilon_high; positive. The others: as in `ppo_clip_loss`.
 
     Returns:
-        The loss; the fraction (same denominator) of tokens with |V - V_old| > cliprange, 0 without clip.
+        The loss; where the weight was clipped; the ratio.
 
     Raises:
-        ValueError: for an unknown kind or reduction, a delta or a cliprange that is not positive. TypeError,
-            ValueError: see `masked.check_mask` and `masked.masked_mean`.
+        As `ppo_clip_loss`.
     """
-    if kind not in ("huber", "mse"):
-        raise ValueError(f"the value loss is {kind!r}: give huber or mse")
-    if reduction not in ("mean", "max"):
-        raise ValueError(f"the value loss's reduction is {reduction!r}: give mean or max")
-    if not huber_delta > 0:
-        raise ValueError(f"huber_delta is {huber_delta}: give a positive number, in the scorer's units")
-    if cliprange is not None and not cliprange > 0:
-        raise ValueError(f"the value loss's cliprange is {cliprange}: give a positive number, or null for no clip")
-    check_mask(mask, values=values, old_values=old_values, returns=returns)
-    values, old_values, returns = _keep(values, mask), _keep(old_values, mask), _keep(returns, mask)
-
-    def error(predicted: Tensor) -> Tensor:
-        if kind == "mse":
-            return (predicted - returns).square() / 2
-        return torch.nn.functional.huber_loss(predicted, returns, reduction="none", delta=huber_delta)
-
-    unclipped = error(values)
-    if cliprange is None:
-        return ValueLoss(masked_mean(unclipped, mask, denominator), torch.zeros_like(unclipped).sum().detach())
-    clipped = error(old_values + (values - old_values).clamp(-cliprange, cliprange))
-    both = torch.maximum(unclipped, clipped) if reduction == "max" else (unclipped + clipped) / 2
-    clip_fraction = masked_mean(((values - old_values).abs() > cliprange).to(values.dtype), mask, denominator)
-    return ValueLoss(masked_mean(both, mask, denominator), clip_fraction)
+    _check_bounds(epsilon_high=epsilon_high)
+    check_mask(mask, advantages=advantages)
+    ratio = importance_ratio(logp, old_logp, mask, importance).detach()
+    weight = ratio.clamp(max=1 + epsilon_high)
+    loss = loss_mean(-_keep(advantages, mask) * weight * _keep(logp, mask), mask, denominator, mean)
+    return PolicyLoss(loss, _keep((ratio > weight).to(logp.dtype), mask), _keep(ratio, mask))
 
 
 @torch.no_grad()
@@ -248,24 +272,10 @@ def approx_kl(logp: Tensor, old_logp: Tensor, mask: Tensor, denominator: float |
     return masked_mean(kl_estimate(logp, old_logp, "k2"), mask, denominator)
 
 
-def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(G - V) / Var(G) over the True entries: 1 is a perfect critic, 0 one that knows only the mean.
-
-    For the batch of all ranks: 1 - a.variance / b.variance of the merged `masked.totals` of G - V (a) and of G (b).
-
-    Args:
-        returns, values: G and V [B, T], the scorer's units.
-        mask: bool [B, T], True on response tokens.
-
-    Returns:
-        A scalar, at most 1; NaN when the returns do not vary (the figure is then undefined).
-
-    Raises:
-        TypeError, ValueError: see `masked.check_mask` and `masked.masked_var`.
-    """
-    check_mask(mask, returns=returns, values=values)
-    spread = masked_var(returns, mask)
-    return torch.where(spread > 0, 1 - masked_var(returns - values, mask) / spread, torch.nan)
+def _check_bounds(**bounds: float | None) -> None:
+    for name, bound in bounds.items():
+        if bound is not None and not bound > 0:
+            raise ValueError(f"{name} is {bound}: give a positive number, 0.2 for instance")
 
 
 def _keep(x: Tensor, mask: Tensor) -> Tensor:

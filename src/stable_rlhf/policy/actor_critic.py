@@ -62,7 +62,7 @@ class Output:
     entropy: Tensor
     """Entropy of pi(. | s_t), nats."""
     values: Tensor
-    """[H, B, T] each head's V(s_t)."""
+    """[H, B, T] each head's V(s_t); H is 0 without a critic."""
     state: Tensor
     """[B, T, h] the input of the heads: the last hidden state, without a gradient unless critic.backbone_gradient."""
     exact_kl: Tensor | None
@@ -133,7 +133,7 @@ class ActorCritic(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.heads.parameters()).device
+        return next(self.policy.parameters()).device
 
     def forward(self, tokens: Tokens, *, temperature: float, exact_kl: bool = False) -> Output:
         """Log-probs, entropy and values of the response tokens in one pass; see ``Output``.
@@ -151,7 +151,7 @@ class ActorCritic(nn.Module):
         return Output(
             logp=statistics.logp,
             entropy=statistics.entropy,
-            values=torch.stack([head(state) for head in self.heads]),
+            values=values(self.heads, state),
             state=state,
             exact_kl=statistics.kl,
         )
@@ -191,7 +191,7 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def target_values(self, state: Tensor) -> Tensor:
         """[H, B, T]: the target heads on ``Output.state``."""
-        return torch.stack([head(state) for head in self.target_heads])
+        return values(self.target_heads, state)
 
     def combine(self, head_values: Tensor) -> Tensor:
         """[H, B, T] -> [B, T]: the one value of a single head, the soft-min of two."""
@@ -302,6 +302,11 @@ class ActorCritic(nn.Module):
                 for name, parameter in causal_lm(model).named_parameters()
                 if self._reference or ("lora_" not in name and ".modules_to_save." not in name)
             )
+
+
+def values(heads: nn.ModuleList, state: Tensor) -> Tensor:
+    """[H, B, T] each head's values of states [B, T, h]; H is 0 without a critic."""
+    return torch.stack([head(state) for head in heads]) if heads else state.new_zeros(0, *state.shape[:2])
 
 
 def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:

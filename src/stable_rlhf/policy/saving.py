@@ -71,7 +71,8 @@ def save_policy(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: 
 
 
 def save_heads(state: dict[str, Tensor], folder: Path) -> None:
-    """Saves the value heads of a ``trained_state``."""
+    """Saves the value heads of a ``trained_state``. Without a critic the file is there and empty: it is the last of a
+    folder, and tells that the folder is whole."""
     heads = {
         name: tensor.cpu().contiguous()
         for name, tensor in state.items()

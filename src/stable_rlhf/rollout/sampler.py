@@ -36,13 +36,16 @@ class Sampler:
         encoded: EncodedPrompts | StreamedPrompts,
         indices: Sequence[int],
         gold: Scorer | None = None,
+        generations: int = 1,
     ) -> tuple[Rollout, dict[str, float]]:
-        """Samples and scores a completion for each of the rows; returns (rollout, seconds by part).
+        """Samples and scores completions for each of the rows; returns (rollout, seconds by part).
 
-        ``gold``: rewards that are only measured. Draws from torch's global generator of the model's device. The
-        rollout's tensors are on the CPU.
+        ``generations``: completions of a row; those of one row follow one another. ``gold``: rewards that are only
+        measured. Draws from torch's global generator of the model's device. The rollout's tensors are on the CPU.
         """
         started = time.perf_counter()
+        truncated = sum(encoded.truncated[i] for i in indices)
+        indices = [i for i in indices for _ in range(generations)]
         prompt, prompt_mask = pad_left([encoded.input_ids[i] for i in indices], self.pad_token_id)
         response = self.generate(prompt, prompt_mask)
         mask, ended = response_mask(response, self.eos_token_ids)
@@ -59,12 +62,12 @@ class Sampler:
         whole = self.decode(prompt, prompt_mask, response, mask, skip_special_tokens=False) if asked else None
         ids = [row[keep].tolist() for row, keep in zip(response, mask, strict=True)]
         sampled = time.perf_counter()
-        rows = dataset[list(indices)]
+        rows = dataset[indices]
         columns = {name: values for name, values in rows.items() if name != "prompt"}
         scores = self.scorer.score(rows["prompt"], completions, columns, ended.tolist(), ids, whole)
         measured = {} if gold is None else gold.answers(rows["prompt"], completions, columns, ids, whole)
         rollout = Rollout(
-            indices=list(indices),
+            indices=indices,
             prompts=rows["prompt"],
             completions=completions,
             tokens=Tokens.pack(prompt, prompt_mask, response, mask),
@@ -76,7 +79,7 @@ class Sampler:
             metrics=scores.metrics,
             extra=scores.extra,
             gold=measured,
-            truncated=sum(encoded.truncated[i] for i in indices),
+            truncated=truncated,
             columns=columns,
             whole=whole,
         )

@@ -55,7 +55,7 @@ def model_card(run_dir: Path, settings: Mapping[str, Any], adapter: bool, steps:
         "## Incidents",
         _incidents(seen),
         "## How to load it",
-        _loading(adapter),
+        _loading(adapter, critic=settings.get("critic.heads", 1) > 0),
         "## Settings",
         "\n".join(
             f"    {printable(f'{name}: {value}', VALUE)}"
@@ -87,9 +87,16 @@ def _subject(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[tu
         ("reward", " + ".join(f"{weight:g} x {_code(name)}" for weight, name in zip(weights, rewards, strict=True))),
         *([("gold reward, only measured", gold)] if gold else []),
         ("KL controller", _code(settings["kl.controller"])),
-        ("steps", f"{rows[-1]['step'] + 1 if rows else 0} of {settings['rollout.batch_size']} prompts each"),
+        ("steps", f"{rows[-1]['step'] + 1 if rows else 0} of {_sampled(settings)} each"),
         ("seed", str(settings["seed"])),
     ]
+
+
+def _sampled(settings: Mapping[str, Any]) -> str:
+    """Prompts of a step, and completions of each where there are several."""
+    group = settings.get("rollout.num_generations", 1)  # a run of an earlier version has none
+    prompts = f"{settings['rollout.batch_size'] // group} prompts"
+    return prompts if group == 1 else f"{prompts} with {group} completions"
 
 
 def _figures(known: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
@@ -115,7 +122,7 @@ def _incidents(found: list[dict[str, Any]]) -> str:
     return "\n".join([f"The guard saw {len(found)}, and rolled the run back {rolled} times.", "", *lines])
 
 
-def _loading(adapter: bool) -> str:
+def _loading(adapter: bool, critic: bool) -> str:
     if adapter:
         load = [
             "from peft import AutoPeftModelForCausalLM",
@@ -130,7 +137,8 @@ def _loading(adapter: bool) -> str:
         ]
     load = ["from transformers import AutoTokenizer", *load, "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
     code = "\n".join(f"    {line}".rstrip() for line in load)
-    heads = "`value_heads.safetensors` has the critic's heads, which generation does not need."
+    of = "has the critic's heads, which generation does not need" if critic else "is empty: there was no critic"
+    heads = f"`value_heads.safetensors` {of}."
     return f"FOLDER is this folder, or its name on the hub.\n\n{code}\n\n{heads}"
 
 

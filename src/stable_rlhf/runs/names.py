@@ -5,7 +5,7 @@ from __future__ import annotations
 # Every name that a row of metrics.jsonl may hold. docs/metrics.md has formula, unit and healthy range; a test compares.
 METRICS: dict[str, str] = {
     "step": "rollouts before this one, from 0",
-    "episode": "prompts seen so far, this rollout included",
+    "episode": "completions sampled so far, this rollout included",
     "objective/scores": "mean raw reward, before any KL",
     "objective/scores_std": "standard deviation of the raw reward over the rollout",
     "objective/kl": "mean of logp - ref over response tokens (k1), nats per token",
@@ -17,6 +17,7 @@ METRICS: dict[str, str] = {
     "objective/ref_nll": "mean of -ref over response tokens: how unlikely the reference finds the text, nats per token",
     "objective/non_score_reward": "mean over sequences of the KL part of the reward",
     "objective/rlhf_reward": "objective/scores + objective/non_score_reward",
+    "frac_reward_zero_std": "share of the scored completions in a group whose rewards are all equal",
     "rewards/<name>/mean": "mean of one reward function, unweighted",
     "reward/disagreement": "mean deviation over the rewards that reward.aggregate combines",
     "user/<name>": "mean of what reward functions gave log_metric under this name",

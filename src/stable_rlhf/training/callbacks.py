@@ -68,7 +68,7 @@ def callback_arguments(config: Config, settings: Mapping[str, Any], run_dir: Pat
         eval_steps=config.eval_steps or None,
         metric_for_best_model=config.metric_for_best_model,
         greater_is_better=config.greater_is_better if config.metric_for_best_model else None,
-        per_device_train_batch_size=config.rollout.batch_size,
+        per_device_train_batch_size=config.rollout.prompts,
         per_device_eval_batch_size=config.rollout.batch_size,
         learning_rate=config.optim.learning_rate,
         lr_scheduler_type=config.optim.lr_scheduler_type,

@@ -53,9 +53,9 @@ class RunPrompts:
 
 
 def encoded(
-    train: Prompts | StreamedRows, held_out: Prompts | None, encoder: PromptEncoder, *, batch_size: int, seed: int
+    train: Prompts | StreamedRows, held_out: Prompts | None, encoder: PromptEncoder, *, ahead: int, seed: int
 ) -> RunPrompts:
-    """Encodes the prompts; of a stream the first ``batch_size``, and the rest as it is needed. Raises PromptError.
+    """Encodes the prompts; of a stream the first ``ahead``, and the rest as it is needed. Raises PromptError.
 
     A line on the console says what held-out rows cost that were taken from the training set.
     """
@@ -68,7 +68,7 @@ def encoded(
         else encoder.encode_all(held_out.dataset, held_out.numbers, held_out.name),
     }
     if isinstance(train, StreamedRows):
-        arriving = StreamedPrompts(train, encoder, ahead=batch_size)
+        arriving = StreamedPrompts(train, encoder, ahead=ahead)
         return RunPrompts(train=arriving, train_prompts=arriving, stream=arriving, **kept)
     return RunPrompts(
         train=train.dataset,

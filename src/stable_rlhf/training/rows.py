@@ -25,8 +25,7 @@ def step_row(step: Step, counters: Counters, normaliser: RewardNormaliser, rollb
         **decision_metrics(step.decision),
         "safe/reward_mean": normaliser.moments.mean,
         "safe/reward_std": normaliser.moments.deviation,
-        "lr": step.learning_rates[0],
-        "lr_critic": step.learning_rates[1],
+        **dict(zip(("lr", "lr_critic"), step.learning_rates, strict=False)),
     }
     row |= {f"user/{name}": value for name, value in step.rollout.metrics.items()}
     if rollbacks is not None:

@@ -115,6 +115,8 @@ class Run(KnownArguments):
             critic=config.critic,
             kl=config.kl,
             temperature=config.rollout.temperature,
+            num_generations=config.rollout.num_generations,
+            max_completion_length=config.rollout.max_completion_length,
             seed=config.seed,
         )
         self.passes = make_passes(self.model, config.model, learning)
@@ -145,7 +147,7 @@ class Run(KnownArguments):
             max_completion_length=config.rollout.max_completion_length,
             vocabulary=embedding_rows(policy),
         )
-        prompts = encoded(train, held_out, encoder, batch_size=config.rollout.batch_size, seed=config.seed)
+        prompts = encoded(train, held_out, encoder, ahead=config.rollout.prompts, seed=config.seed)
         self.train_dataset, self.train_prompts, self.stream = prompts.train, prompts.train_prompts, prompts.stream
         self.eval_dataset, self.eval_prompts = prompts.held_out, prompts.held_out_prompts
         self.rows = prompts.rows

@@ -50,7 +50,7 @@ class Step:
     batch_metrics: dict[str, float | None]
     stats: StepStats
     learning_rates: list[float]
-    """Of the policy and of the critic, in this step."""
+    """Of the policy and, where there is one, of the critic, in this step."""
 
 
 def bounded(decision: Decision, given: float | None, factor: float) -> Decision:
@@ -69,12 +69,14 @@ def take_step(loop: Loop, watch: Stopwatch) -> Step:
     reward can be had, before anything is learned; DivergenceError for a figure that is not finite.
     """
     step = loop.counters.step
-    indices = loop.stream.take(loop.rollout.batch_size)
-    rollout, seconds = loop.sampler.collect(loop.dataset, loop.prompts, indices)
+    indices = loop.stream.take(loop.rollout.prompts)
+    rollout, seconds = loop.sampler.collect(
+        loop.dataset, loop.prompts, indices, generations=loop.rollout.num_generations
+    )
     watch.add(seconds)
     measured = measure(loop.passes, rollout, step, loop.preview)
     watch.lap("logprobs_s")
-    loop.counters.episode += len(indices)
+    loop.counters.episode += len(rollout.indices)
     decided = loop.controller.observe(observe(step, rollout, measured))
     decision = bounded(decided, loop.passes.learning.optim.max_update_kl, loop.factor)
     loop.normaliser.update([score for score, valid in zip(rollout.scores, rollout.valid, strict=True) if valid])

@@ -53,7 +53,8 @@ def test_a_batchs_grids_are_cut_like_its_tokens_and_the_values_of_every_head() -
     grid = torch.arange(6.0).view(3, 2)
     names = ("logp", "ref_logp", "entropy", "advantages", "returns")
     grids = {name: grid + 10 * number for number, name in enumerate(names)}
-    batch = Batch(tokens=some_tokens(), values=torch.stack([grid, grid + 100]), **grids)
+    counts = torch.ones_like(grid, dtype=torch.bool)
+    batch = Batch(tokens=some_tokens(), values=torch.stack([grid, grid + 100]), counts=counts, **grids)
     cut = on(batch.rows(torch.tensor([2, 1]), width=4, length=1, count=1), torch.device("cpu"))
     assert cut.tokens.mask.tolist() == [[True], [False]]
     for number, name in enumerate(names):

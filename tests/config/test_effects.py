@@ -85,6 +85,7 @@ AT_ONCE = {"max_steps": 10, "guard": {"patience": 1}}  # levels are known after 
 ROLLS_BACK = {"max_steps": 7, "guard": {"patience": 1, "min_explained_variance": 0.999}}  # which no critic reaches
 TWO_HEADS = {"critic": {"heads": 2}}
 TWO_REWARDS = {"reward": {"functions": [f"tests.config.test_effects:{name}" for name in ("letters", "length")]}}
+GROUPED = {"rollout": {"num_generations": 4}, "critic": {"heads": 0}, "optim": {"advantage": "grpo"}}
 REWARD_MODEL = {"reward": {"functions": ["builtin"]}}
 
 TURNED: dict[str, Turn | str] = {
@@ -151,6 +152,7 @@ TURNED: dict[str, Turn | str] = {
     "reward.accept_changed": "training/test_fingerprints.py::test_a_repaired_reward_is_accepted_where_it_is_set",
     "reward.trust_remote_code": "config/test_effects.py::test_a_reward_models_own_code_runs_only_when_it_is_trusted",
     "rollout.batch_size": Turn(to=8, of="episode"),
+    "rollout.num_generations": Turn(to=2, of="objective/scores"),
     "rollout.max_completion_length": Turn(to=2, of="completions/max_length"),
     "rollout.temperature": Turn(to=0.5, of="objective/entropy"),
     "rollout.stop_tokens": Turn(to=[*range(2, 100), "<pad>"], of="completions/mean_length"),
@@ -163,6 +165,14 @@ TURNED: dict[str, Turn | str] = {
     "optim.num_iterations": Turn(to=1, of="val/ratio_var"),
     "optim.num_mini_batches": Turn(to=1, of="val/ratio_var"),
     "optim.microbatch_tokens": Turn(to=1, shows_in="passes"),
+    "optim.advantage": Turn(
+        to="grpo", of="loss/policy_avg", given=merged(GROUPED, {"optim": {"advantage": "dr_grpo"}})
+    ),
+    "optim.skip_zero_variance_groups": "learner/test_groups.py::"
+    "test_they_are_left_out_of_loss_and_denominator_where_that_is_asked_for",
+    "optim.loss": Turn(to="cispo", of="loss/policy_avg"),
+    "optim.importance": Turn(to="sequence", of="policy/clipfrac_avg", given={"optim": {"epsilon": 1e-3}}),
+    "optim.denominator": Turn(to="length", of="loss/policy_avg", given={"rollout": {"stop_tokens": [*range(2, 62)]}}),
     "optim.epsilon": Turn(to=1e-4, of="policy/clipfrac_avg"),
     "optim.epsilon_high": Turn(to=1e-4, of="policy/clipfrac_avg"),
     "optim.gamma": Turn(to=0.5, of="val/returns_mean"),
@@ -174,7 +184,7 @@ TURNED: dict[str, Turn | str] = {
     "optim.max_grad_norm": Turn(to=1e-4, shows_in="weights"),
     "optim.preview": Turn(to=True, shows_in="weights", of="safe/step_scale"),
     "optim.max_update_kl": Turn(to=1e-6, of="safe/step_scale", given={"optim": {"preview": True}}),
-    "critic.heads": Turn(to=2, of="val/mean"),
+    "critic.heads": Turn(to=2, of="val/mean"),  # 0: with optim.advantage
     "critic.temperature": Turn(to=0.01, of="val/mean", given=TWO_HEADS),
     "critic.regress": Turn(to="soft_min", of="loss/value_avg", given=TWO_HEADS),
     "critic.bootstrap": Turn(to="target", of="val/returns_mean"),

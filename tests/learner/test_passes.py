@@ -273,7 +273,9 @@ def learned(made: Passes, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     """(figures, gradients) of one microbatch."""
     tokens = batch.tokens.mask.sum().float()
     with made.training():
-        _, figures = made.learn(batch, Scale(kl_coef=torch.tensor(0.3), tokens=tokens), learns_policy=True)
+        _, figures = made.learn(
+            batch, Scale(kl_coef=torch.tensor(0.3), tokens=tokens, policy=tokens), learns_policy=True
+        )
         trained = [p for p in made.model.parameters() if p.requires_grad]
         return figures, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
 
@@ -379,7 +381,7 @@ def test_the_reference_runs_for_the_kl_over_the_vocabulary_only_while_the_policy
     config = make_config(kl={"in_reward": False, "in_loss": in_loss})
     model = make_model(tokenizer, config, adapter=True)  # policy and reference are one decoder
     made, batch = passes_of(model, config), some_batch(3, 16, 4)
-    scale = Scale(kl_coef=torch.tensor(0.3), tokens=torch.tensor(9.0))
+    scale = Scale(kl_coef=torch.tensor(0.3), tokens=torch.tensor(9.0), policy=torch.tensor(9.0))
     ran: list[int] = []
     causal_lm(model.policy).get_decoder().register_forward_pre_hook(lambda *_: ran.append(1))
     counts = []
@@ -401,7 +403,7 @@ def test_a_failed_update_leaves_no_gradient(tokenizer: PreTrainedTokenizerFast, 
 
     def fails() -> None:
         with made.training():
-            scale = Scale(kl_coef=torch.tensor(0.1), tokens=torch.tensor(9.0))
+            scale = Scale(kl_coef=torch.tensor(0.1), tokens=torch.tensor(9.0), policy=torch.tensor(9.0))
             made.learn(some_batch(8, 32, 8), scale, learns_policy=True)
             assert all(p.grad is not None for p in made.model.parameters() if p.requires_grad)
             raise InterruptedError

@@ -25,7 +25,7 @@ def test_gradient_checkpointing_keeps_less_of_a_pass_that_is_learned_from(tokeni
             sizes.append(tensor.numel())
             return tensor
 
-        scale = Scale(kl_coef=torch.tensor(0.3), tokens=torch.tensor(9.0))
+        scale = Scale(kl_coef=torch.tensor(0.3), tokens=torch.tensor(9.0), policy=torch.tensor(9.0))
         with made.training(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             _, figures[recomputed] = made.learn(some_batch(4, 32, 8), scale, learns_policy=True)
         kept[recomputed] = sum(sizes)

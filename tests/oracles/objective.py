@@ -37,3 +37,23 @@ def value_token_loss(
     near = min(max(value, old_value - cliprange), old_value + cliprange)
     pair = (error(value), error(near))
     return max(pair) if reduction == "max" else sum(pair) / 2.0
+
+
+def ratios(change: list[float], level: str) -> list[float]:
+    """The ratio at each token of a completion; ``change``: logp - old_logp of its tokens."""
+    if level == "token":
+        return [math.exp(x) for x in change]
+    total = math.fsum(change) / (len(change) if level == "sequence" else 1)
+    return [math.exp(total)] * len(change)
+
+
+def cispo_token_loss(logp: float, ratio: float, advantage: float, epsilon_high: float) -> float:
+    return -min(ratio, 1.0 + epsilon_high) * advantage * logp
+
+
+def mean_over(losses: list[list[float]], kind: str, most: int) -> float:
+    """The mean of losses per token, a list for each completion that has a token."""
+    if kind == "sequence":
+        return math.fsum(math.fsum(row) / len(row) for row in losses) / len(losses)
+    count = len(losses) * most if kind == "length" else sum(map(len, losses))
+    return math.fsum(math.fsum(row) for row in losses) / count

@@ -53,7 +53,7 @@ ELSEWHERE: dict[str, str] = {
     "advantage_estimator": "optim.advantage",
     "whiten_advantages": "none: optim.advantage=gae and reinforce_pp always whiten, down to optim.whiten_floor",
     "importance_sampling_level": "optim.importance",
-    "loss_type": "optim.denominator (token for dapo and bnpo, sequence for grpo, length for dr_grpo) or optim.loss=cispo",
+    "loss_type": "optim.denominator (token for dapo, bnpo, sequence for grpo, length for dr_grpo) or optim.loss=cispo",
     "loss_agg_mode": "optim.denominator",
     # -- sampling
     "response_length": "rollout.max_completion_length",

@@ -107,8 +107,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl": _FIXED,
         "optim": {**_GROUPS["optim"], "advantage": "rloo", "importance": "product", "denominator": "sequence"},
     },
-    # GRPO's advantages under SAFE: the KL in the loss, where GRPO has it. In the reward a group's deviation would divide
-    # the coefficient too.
+    # GRPO's advantages under SAFE: the KL in the loss, where GRPO has it. In the reward a group's deviation would
+    # divide the coefficient too.
     "safe-grpo": {
         "critic": {"heads": 0},
         "rollout": {"num_generations": 8},

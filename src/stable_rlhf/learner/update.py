@@ -14,6 +14,7 @@ from stable_rlhf.learner.measure import learns_policy, lengths
 from stable_rlhf.learner.microbatches import Lengths, Microbatch, plan
 from stable_rlhf.learner.objective import Scale
 from stable_rlhf.learner.passes import Passes
+from stable_rlhf.learner.settings import Learning
 from stable_rlhf.learner.step_preview import Preview
 from stable_rlhf.ops.objective import loss_denominator
 from stable_rlhf.policy import ActorCritic
@@ -45,14 +46,16 @@ def update(
     ``step`` is the number of the run's step. ``preview`` is the run's; None takes every optimiser step whole.
 
     The policy takes no step on a batch that says nothing (`says_something`); the critic does. A minibatch in which no
-    row has a reward takes no step and enters no mean. A step whose gradient is not finite is
-    not taken either, but is counted. The host waits for the device only in the preview, and at the end, where the
-    metrics are read.
+    row has a reward, or only rows that are left out, takes no step and enters no mean; where that is every one, no mean
+    has a value. A step whose gradient is not finite is not taken either, but is counted. The host waits for the device
+    only in the preview, and at the end, where the metrics are read.
     """
     device = passes.model.device
     learns = learns_policy(passes.learning.critic, step) and says_something(batch, decision, passes.learning)
     counted = (batch.tokens.mask & batch.counts).sum(1).tolist()
     work = _minibatches(passes, lengths(batch.tokens), counted, step)
+    if not work:
+        return StepStats(metrics=_no_step(passes.learning))
     batch = on(batch, device)
     preview = preview if learns else None  # else there is nothing to look at, and nothing to learn from it
     if preview is not None:
@@ -152,6 +155,14 @@ def _clipped_step(
     passes.zero_grad()
     model.update_targets(finite)
     return norms
+
+
+def _no_step(learning: Learning) -> dict[str, float | None]:
+    """The metrics of an update without a step: every row is of a group that ``optim.skip_zero_variance_groups`` leaves
+    out, which is only without a critic."""
+    names = ["loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "policy/entropy_avg", "val/ratio"]
+    names += ["val/ratio_var", *([] if learning.kl.in_loss == "none" else ["loss/kl_avg"]), "grad_norm/policy"]
+    return {**dict.fromkeys(names), "policy/skipped_steps": 0}
 
 
 def _means(names: Sequence[str], steps: Sequence[Tensor]) -> dict[str, float | None]:

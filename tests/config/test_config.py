@@ -560,6 +560,15 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
             {"preset": "rloo"},
             "optim.advantage=rloo compares the completions of a prompt: ",
         ),
+        *(
+            (
+                "rollout.num_generations",
+                1,
+                {"critic": {"heads": 0}, "optim": {"advantage": name}},
+                f"optim.advantage={name} compares the completions of a prompt: give 2 or more",
+            )
+            for name in ("grpo", "dr_grpo")
+        ),
         ("rollout.batch_size", 60, {"preset": "grpo"}, "counts completions, and must be divisible by rollout.num_gene"),
         ("optim.lam", 0.9, {"preset": "grpo"}, "has no effect unless optim.advantage=gae; leave it out"),
         ("optim.gamma", 0.9, {"preset": "grpo"}, "has no effect unless optim.advantage is gae or reinforce_pp; leave"),

@@ -207,3 +207,16 @@ def test_a_constant_reward_leaves_the_policy_to_the_bit(tokenizer, advantage: st
     known = update(passes, optimizer, prepare(model, make_rollout(len(tokenizer)), config), decide(0.0), 2).metrics
     assert metrics.keys() <= known.keys() <= {*metrics, "loss/kl_avg"}
     assert (metrics["val/ratio"] is None) == skip  # no step, no mean
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_what_rounding_leaves_of_the_kl_in_the_reward_is_nothing(tokenizer, advantage: str) -> None:
+    """Log-ratios that should be 0 are 1e-7; a group's deviation would make advantages of any size of them."""
+    config = config_of(advantage, kl={"in_reward": True, "in_loss": "none"})
+    model, rollout = make_model(tokenizer, config), make_rollout(len(tokenizer))
+    measured = measure(passes_of(model, config), rollout, 0)
+    noise = torch.randn(measured.logp.shape, generator=torch.Generator().manual_seed(0))
+    for size, nothing in ((2e-8, True), (1e-2, False)):
+        near = dataclasses.replace(measured, logp=measured.ref_logp + size * noise)
+        batch, _ = make_batch(model, near, [0.3] * ROWS, decide(1.0), learning(config))
+        assert bool(batch.advantages.any()) != nothing

@@ -92,7 +92,7 @@ def test_reinforce_pp_is_the_reward_to_go_normalised_over_the_batch(seed, length
 
 
 def test_groups_of_equal_rewards_are_told_from_those_that_differ() -> None:
-    rewards = torch.tensor([1.0, 1.0, 1.0, 2.0, 5.0, torch.nan, torch.nan, torch.nan])
+    rewards = torch.tensor([1.0, 1.0, 1.0, 2.0, -5.0, torch.nan, torch.nan, torch.nan])
     valid = torch.tensor([True, True, True, True, True, False, False, False])
     found = advantages.zero_variance(rewards, valid, 2)
     assert found.tolist() == [True, True, False, False, True, True, True, True]

@@ -164,6 +164,20 @@ def test_of_a_stream_the_first_rows_are_looked_at(settings: list[str], capsys: p
     assert "data: 8 prompts" in shown
 
 
+def test_a_run_with_groups_is_tried_with_as_many_prompts_as_a_step_has(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step of two completions each of two prompts; of a stream two steps' prompts are looked at."""
+    grouped = ["--preset", "grpo", "--rollout.num_generations", "2", "--data.eval_size", "0"]
+    assert main(["doctor", *settings, *grouped, "--data.streaming", "true"]) == 0
+    shown = capsys.readouterr().out
+    assert "data.streaming=true: only the first 4 rows are looked at" in shown
+    assert "checkpoints of 106 kB" in shown  # 8,832 weights x 3 x 4 bytes, and no heads
+    assert main(["doctor", *settings, *grouped, "--data.limit", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "fewer than rollout.batch_size=4 / rollout.num_generations=2: every step sees all of them" in shown
+
+
 def test_settings_that_two_steps_alone_would_refuse_are_no_obstacle(
     settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

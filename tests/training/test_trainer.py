@@ -38,8 +38,10 @@ def test_metrics_have_documented_names_alone_and_count_steps_and_prompts(tokeniz
     assert [row["episode"] for row in found] == [8, 16, 24, 32]
     assert set().union(*found) - METRICS.keys() == {"rewards/letters/mean"}
     missing = METRICS.keys() - found[0].keys()
-    # `safe` has no KL in the loss, its one head has no gap to another, and one reward has nobody to disagree with.
-    assert missing == {"rewards/<name>/mean", "user/<name>", "loss/kl_avg", "reward/disagreement", "safe/head_gap"}
+    # `safe` has no KL in the loss, its one head has no gap to another, one reward has nobody to disagree with, and one
+    # completion a prompt is no group.
+    elsewhere = {"loss/kl_avg", "reward/disagreement", "safe/head_gap", "frac_reward_zero_std"}
+    assert missing == {"rewards/<name>/mean", "user/<name>"} | elsewhere
     for row in found:
         assert row["objective/rlhf_reward"] == pytest.approx(
             row["objective/scores"] + row["objective/non_score_reward"]

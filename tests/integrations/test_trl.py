@@ -174,6 +174,162 @@ def test_a_guarded_run_goes_back_to_the_last_good_state_with_half_the_rate(tmp_p
     assert made.optimizer.param_groups[0]["lr"] == pytest.approx(3e-2 * 0.5 ** len(undone), rel=1e-12)
 
 
+class Fails(TrainerCallback):
+    """Makes the KL of generation `at` ten nats; add it before the callback."""
+
+    def __init__(self, made: Any, at: int) -> None:
+        self.made, self.at = made, at
+        self.moments: list[torch.Tensor] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % GENERATION == 0:
+            states = list(self.made.optimizer.state.values())
+            self.moments.append(states[0]["exp_avg"].clone() if states else torch.zeros(0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == (self.at + 1) * GENERATION:
+            self.made._metrics["train"]["kl"].append(1000.0)
+
+
+def test_a_later_failure_goes_back_to_the_state_before_it_optimiser_and_controller_too(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=6, lr_scheduler_type="linear")
+    seen, fails = Weights(made.model), Fails(made, 3)
+    made.add_callback(seen)
+    made.add_callback(fails)
+    guarded(made, 0.1, guard=GuardConfig(snapshot_steps=1))
+    made.train()
+    (incident,) = incidents.read(tmp_path / "safe")
+    assert "went back to the state after 2 steps" in incident["done"]  # that after 3 was only a candidate
+    for back, good in zip(seen.after[4], seen.after[2], strict=True):
+        assert torch.equal(back, good)
+    assert torch.equal(fails.moments[4], fails.moments[2])
+    rows = rows_of(tmp_path)
+    assert rows[4]["safe/rollbacks"] == 1
+    # a linear schedule from 1e-4 over 24 steps, halved after the roll-back, of each generation's last step
+    wanted = [1e-4 * (1 - (GENERATION * (row["step"] + 1) - 1) / 24) * (0.5 if row["step"] > 3 else 1) for row in rows]
+    assert [row["lr"] for row in rows] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_an_adapter_goes_back_too_and_the_rest_is_never_touched(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    made = trainer(tmp_path, steps=5, peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    seen = Weights(made.model)
+    made.add_callback(seen)
+    made.add_callback(Fails(made, 2))
+    guarded(made, 0.1, guard=GuardConfig(snapshot_steps=1))
+    made.train()
+    assert len(incidents.read(tmp_path / "safe")) == 1
+    for (name, weight), back, good, start in zip(
+        made.model.named_parameters(), seen.after[3], seen.after[1], seen.after[0], strict=True
+    ):
+        assert torch.equal(back, good), name
+        assert weight.requires_grad or torch.equal(weight, start), name
+    assert any(not torch.equal(one, other) for one, other in zip(seen.after[1], seen.after[0], strict=True))
+
+
+class Poisons(TrainerCallback):
+    """Makes one gradient of generation `at` NaN."""
+
+    def __init__(self, model: Any, at: int) -> None:
+        self.model, self.at = model, at
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.at * GENERATION:
+            next(weight for weight in self.model.parameters() if weight.grad is not None).grad[:] = float("nan")
+
+
+def test_a_step_to_weights_that_are_not_finite_is_undone(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=3)
+    made.add_callback(Poisons(made.model, 1))
+    made.add_callback(SAFECallback(made, 0.1))
+    made.train()
+    assert all(torch.isfinite(weight).all() for weight in made.model.parameters())
+    rows = rows_of(tmp_path)
+    assert rows[1]["safe/step_scale"] <= 0.75  # one of the generation's four steps is gone
+    assert len(rows) == 3
+
+
+def test_an_infinite_kl_reaches_the_guard(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=4)
+    fails = Fails(made, 2)
+    fails.on_step_end = lambda args, state, control, **_: (  # type: ignore[method-assign]
+        made._metrics["train"]["kl"].append(float("inf")) if state.global_step == 3 * GENERATION else None
+    )
+    made.add_callback(fails)
+    made.add_callback(SAFECallback(made))
+    made.train()
+    (incident,) = incidents.read(tmp_path / "safe")
+    assert (incident["step"], incident["rule"]) == (2, "non_finite")
+
+
+def test_completions_that_are_all_cut_off_and_left_out_decide_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(tmp_path, steps=2, mask_truncated_completions=True, max_completion_length=2)
+    made.add_callback(SAFECallback(made))
+    made.train()
+    assert made.beta == 0.04
+    assert capsys.readouterr().err.count("every completion was cut off and left out; SAFE keeps beta as it is") == 2
+
+
+def test_a_failing_start_keeps_the_trainers_own_beta(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=2)
+    made.add_callback(Fails(made, 0))
+    guarded(made, 0.1)
+    betas: list[float] = []
+    made.add_callback(Notes(lambda: betas.append(made.beta)))
+    made.train()
+    assert betas[0] == 0.04
+
+
+class Notes(TrainerCallback):
+    def __init__(self, note: Any) -> None:
+        self.note = note
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % GENERATION == 0:
+            self.note()
+
+
+def test_a_run_that_was_interrupted_inside_a_generation_is_not_pulled_back_to_it(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=5, learning_rate=1e-2, save_strategy="steps", save_steps=GENERATION)
+    made.add_callback(SAFECallback(made, 0.02))
+    made.add_callback(StopAt(2 * GENERATION + 2))
+    made.train()
+    saved: list[torch.Tensor] = []
+    after: list[torch.Tensor] = []
+
+    class First(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not saved:
+                saved.extend(weight.detach().clone() for weight in made.model.parameters())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not after:
+                after.extend(weight.detach().clone() for weight in made.model.parameters())
+
+    made.pop_callback(StopAt)
+    made.add_callback(First())
+    made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{GENERATION}"))
+    # Adam's first steps are at most a few times the rate; what the interrupted run had moved is not in them
+    assert max(float((one - other).abs().max()) for one, other in zip(saved, after, strict=True)) < 0.05
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert all(row["objective/scores"] is not None for row in rows)
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("two", 2)):
+        made = trainer(tmp_path / name, steps=1, seed=seed, save_strategy="steps", save_steps=GENERATION)
+        made.add_callback(SAFECallback(made))
+        made.train()
+    resumed = trainer(tmp_path / "one", steps=2)
+    resumed.add_callback(SAFECallback(resumed))
+    with pytest.raises(ConfigError, match="is of another run than the checkpoint that is resumed from"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-4"))
+
+
 def distributions(model: Any, rows: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Naive: log-probabilities at every completion token of the first four rows, one row at a time, float64."""
     found = []
@@ -269,6 +425,46 @@ def test_a_beta_of_zero_is_refused_since_nothing_would_be_measured(tmp_path: Pat
 def test_another_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dict is not supported: give a GRPOTrainer or an RLOOTrainer"):
         SAFECallback({})
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "expected"),
+    [
+        ("grpo", {}, True),
+        ("grpo", {"scale_rewards": "batch"}, True),
+        ("grpo", {"scale_rewards": "none"}, False),
+        ("grpo", {"scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum"}, True),
+        ("rloo", {}, False),
+        ("rloo", {"normalize_advantages": True}, False),
+    ],
+)
+def test_beta_is_in_the_unit_of_what_it_is_set_against(
+    tmp_path: Path, kind: str, more: dict[str, Any], expected: bool
+) -> None:
+    made = trainer(tmp_path, kind, **more)
+    assert figures.is_unit(made) is expected
+    assert SAFECallback(made).monitor.units == ("deviation" if expected else "reward")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"sync_ref_model": True}, "a budget needs a reference that stays what it is"),
+        ({"gradient_accumulation_steps": 3, "steps_per_generation": 2}, "steps_per_generation to a multiple of it"),
+    ],
+)
+def test_arguments_under_which_it_cannot_work_are_refused(tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SAFECallback(trainer(tmp_path, **more))
+
+
+def test_a_trust_region_without_a_bound_is_refused_and_other_controllers_work_without(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=2)
+    with pytest.raises(ConfigError, match="controller='fixed': it bounds no update"):
+        SAFECallback(made, controller="fixed")
+    made.add_callback(SAFECallback(made, controller="fixed", settings={"beta": 0.07}, trust_region=False))
+    made.train()
+    assert made.beta == 0.07
 
 
 @pytest.mark.parametrize(

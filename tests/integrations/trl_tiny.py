@@ -24,7 +24,13 @@ def vowels(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 
 
 def trainer(
-    out: Path, kind: str = "grpo", steps: int = 6, reward: Callable[..., Any] = vowels, wrap: Any = None, **more: Any
+    out: Path,
+    kind: str = "grpo",
+    steps: int = 6,
+    reward: Callable[..., Any] = vowels,
+    wrap: Any = None,
+    peft_config: Any = None,
+    **more: Any,
 ) -> Any:
     """A GRPOTrainer or RLOOTrainer for `steps` generations. `wrap`: makes another class of its class."""
     if kind == "grpo":
@@ -63,4 +69,5 @@ def trainer(
         args=Arguments(**{**options, **more}),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,
+        peft_config=peft_config,
     )

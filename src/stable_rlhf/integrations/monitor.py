@@ -63,7 +63,7 @@ class Seen:
     def reason(self) -> str:
         """One line for a person: the controller's, or what the guard saw."""
         if self.verdict.action is not Action.GO_ON:
-            return f"{self.verdict.action.value}: {self.verdict.seen}"
+            return f"{self.verdict.action.value}: {self.verdict.seen}. Try this: {self.verdict.advice}"
         return "" if self.decision is None else self.decision.reason
 
 
@@ -181,26 +181,31 @@ class RunMonitor:
             raise ValueError("units='reward' needs reward_std and rows: the coefficient is in units of that deviation")
         seen = {"objective/scores": reward, "objective/kl": kl, "objective/entropy": entropy}
         row = {"step": self.steps, **{name: _known(value) for name, value in seen.items()}}
-        row |= {name: value for name, value in {"objective/kl_error": kl_error or None,
-                "objective/scores_std": reward_std, "completions/mean_length": length}.items()
-                if value is not None}  # fmt: skip
+        more = {"objective/kl_error": kl_error or None, "objective/scores_std": reward_std}
+        more["completions/mean_length"] = length
+        row |= {name: _known(value) for name, value in more.items() if value is not None}
         for name in figures or {}:
             if name in OWN or name not in METRICS:
                 raise ValueError(f"figures has {name!r}: give one of the names in docs/metrics.md that has no argument")
         row |= {name: _known(value) for name, value in (figures or {}).items()}
         if all(math.isfinite(value) for value in seen.values()):
-            self._decide(reward, kl, entropy, kl_error, length, reward_std, rows)
+            self._decide(reward, kl, entropy, _known(kl_error) or 0.0, _known(length), reward_std, rows)
         if self._decision is not None:
             row |= decision_metrics(self._decision)
         row["safe/rollbacks"] = self.guard.state.rollbacks
         self._writer.write(row, {} if seconds is None else {"total_s": seconds})
         numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
-        verdict = self.guard.judge({**numbers, **seen, "rows": rows})
+        verdict = _foreign(self.guard.judge({**numbers, **seen, "rows": rows}))
         self._row, self._verdict = numbers, verdict
         self.steps += 1
         if verdict.action is Action.STOP:
             incidents.record(self.run_dir, self._incident("asked the trainer to stop"))
         return Seen(kl_coef=self.coefficient, decision=self._decision, verdict=verdict)
+
+    @property
+    def decided(self) -> bool:
+        """Whether there is a decision: not before the first step, nor after going back to before it."""
+        return self._decision is not None
 
     @property
     def coefficient(self) -> float:
@@ -311,6 +316,27 @@ class RunMonitor:
             self.load_state_dict(parsed(Path(file).read_bytes()))
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"{file}: {error}; resume from another checkpoint") from error
+
+
+NAMES = {
+    "optim.learning_rate": "the learning rate",
+    "kl.settings.budget": "the KL budget",
+    "optim.max_grad_norm": "the gradient's norm",
+    "optim.num_iterations": "the passes over a rollout",
+    "set optim.entropy_coef to 0": "leave out an entropy bonus",
+    "model.dtype": "the model's dtype",
+    "reward.missing_eos_penalty acts the other way": "a penalty for answers without an end acts the other way",
+    "critic.learning_rate": "the critic's learning rate",
+    "set critic.warmup_steps": "train the critic first",
+}
+"""Our settings in the guard's advice -> words for a trainer that has other names."""
+
+
+def _foreign(verdict: Verdict) -> Verdict:
+    advice = verdict.advice
+    for name, words in NAMES.items():
+        advice = advice.replace(name, words)
+    return dataclasses.replace(verdict, advice=advice)
 
 
 def _known(value: float | None) -> float | None:

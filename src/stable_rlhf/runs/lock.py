@@ -87,6 +87,8 @@ class RunLock:
     def _who(self) -> str:
         try:
             owner = self._noted()
+            if owner["pid"] == os.getpid() and owner["host"] == socket.gethostname():
+                return "this process itself, by a run that was not ended"
             return f"process {owner['pid']} on {owner['host']}, training since {owner['since']}"
         except (OSError, ValueError, KeyError, TypeError):  # it is only just beginning, or not ours to read
             return "another process"

@@ -11,11 +11,14 @@ from typing import Any
 from stable_rlhf.errors import ConfigError
 
 OLDEST, NEWEST = (1, 12), (1, 16)
-"""Versions of TRL that the tests ran with; those between have the same attributes."""
+"""Versions of TRL that the tests ran with; those between were not run."""
 
-METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length")
+METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio")
 """TRL's names. `kl` is an estimate: of GRPO k3, mean over tokens, once a micro-batch, of the policy as it then is; of
-RLOO k1, mean over the rollout's tokens, of the policy that sampled."""
+RLOO k1, mean over the rollout's tokens, of the policy that sampled. `reward_std` divides by n - 1."""
+
+MAY_LACK = ("reward", "reward_std")
+"""Metrics that are NaN where no completion could be scored, or only one; of the others NaN is a failure."""
 
 
 def check_version() -> str:
@@ -28,7 +31,7 @@ def check_version() -> str:
         low, high = (".".join(map(str, each)) for each in (OLDEST, NEWEST))
         raise ConfigError(
             f"TRL {version} is not supported: pip install 'trl>={low},<{NEWEST[0]}.{NEWEST[1] + 1}', "
-            f"since {low} to {high} are tested"
+            f"since {low} and {high} are tested"
         )
     return version
 
@@ -52,14 +55,30 @@ def kind_of(trainer: Any) -> str:
             "beta=0.0: TRL then loads no reference and measures no KL; give the trainer any other, such as beta=0.04, "
             "which the controller replaces"
         )
+    _check_arguments(trainer)
     return kind
+
+
+def _check_arguments(trainer: Any) -> None:
+    args = trainer.args
+    if hasattr(trainer, "liger_loss"):
+        raise ConfigError("use_liger_kernel=True: its loss keeps the beta that it was made with; set it to False")
+    if getattr(args, "sync_ref_model", False):
+        raise ConfigError("sync_ref_model=True: a budget needs a reference that stays what it is; set it to False")
+    each, whole = args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations
+    if whole % each:
+        raise ConfigError(
+            f"gradient_accumulation_steps={each}: a generation has {whole} micro-batches (steps_per_generation x "
+            "num_iterations), which is no multiple; set steps_per_generation to a multiple of it"
+        )
 
 
 def is_unit(trainer: Any) -> bool:
     """Whether the trainer divides rewards by their deviation before the KL's term is set against them."""
-    if "grpo" in kind_of(trainer):
-        return trainer.scale_rewards in ("group", "batch", True)
-    return False  # RLOO subtracts beta x KL from the rewards as they are
+    if kind_of(trainer) == "rloo":
+        return False  # it subtracts beta x KL from the rewards as they are
+    each_alone = getattr(trainer, "multi_objective_aggregation", "") == "normalize_then_sum"
+    return each_alone or trainer.scale_rewards in ("group", "batch", True)
 
 
 class Figures:
@@ -86,19 +105,20 @@ class Figures:
             self._distinct = distinct_words([text_of(each) for each in self._trainer._logs["completion"]])
 
     def take(self) -> dict[str, float | None]:
-        """The means of what was collected, by TRL's names, and `distinct_2`; begins anew. NaN where a list held
-        nothing else, None where there was none."""
-        found = {name: _mean(self._found.get(name, [])) for name in METRICS}
+        """The means of what was collected, by TRL's names, and `distinct_2`; begins anew. None where there was
+        nothing."""
+        found = {name: _mean(self._found.get(name, []), name in MAY_LACK) for name in METRICS}
         found["distinct_2"] = self._distinct
         self._found, self._distinct = {}, None
         return found
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    known = [value for value in values if math.isfinite(value)]
+def _mean(values: Sequence[float], may_lack: bool) -> float | None:
+    """NaN and infinity stay, for the guard to see. ``may_lack``: NaN is left out unless there is nothing else."""
+    known = [value for value in values if not math.isnan(value)] if may_lack else values
     if not known:
         return math.nan if values else None
-    return math.fsum(known) / len(known)
+    return sum(known) / len(known)
 
 
 def text_of(completion: Any) -> str:

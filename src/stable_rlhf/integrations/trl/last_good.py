@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from stable_rlhf.errors import ConfigError
+
+SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")
+"""Accelerate's kinds of processes that each hold a part of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,9 @@ class State:
 def check_whole(trainer: Any, what: str, remedy: str) -> None:
     """Raises ConfigError where a process does not hold whole weights, so that ``what`` cannot work."""
     kind = getattr(trainer.accelerator.distributed_type, "value", "NO")
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+    if any(isinstance(weight, DTensor) for _, weight in trainable(trainer)):
+        kind = "FSDP"
+    if kind in SHARDED:
         raise ConfigError(f"{what} needs whole weights in each process, and {kind} shards them: {remedy}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,8 +112,9 @@ class TrustRegion:
         assert self._probe is not None
         trainer, probe = self._trainer, self._probe
         model = trainer.accelerator.unwrap_model(trainer.model)
-        # TRL has looked which arguments the model takes; one that it swallows would give logits of other places.
-        less = {"logits_to_keep": probe.length + 1} if "logits_to_keep" in trainer.model_kwarg_keys else {}
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+        takes = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+        less = {"logits_to_keep": probe.length + 1} if takes else {}
         training = model.training
         model.eval()
         try:

@@ -28,9 +28,10 @@ docs: install
 test: install
 	$(BIN)/pytest
 
-# Executes docs/break-ppo.ipynb again and stores its outputs: minutes.
+# Executes the notebooks of docs/ again and stores their outputs: minutes.
 notebook: install
 	$(BIN)/python scripts/execute_notebook.py docs/break-ppo.ipynb
+	$(BIN)/python scripts/execute_notebook.py docs/grpo-stays.ipynb
 
 # Builds wheel and sdist, installs each into an empty environment, and trains a step there: minutes, with a network.
 dist-test:

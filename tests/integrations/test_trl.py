@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from stable_rlhf import ConfigError
 from stable_rlhf.control import GuardConfig
 from stable_rlhf.integrations.trl import SAFECallback, figures, guarded, safe_trainer
+from stable_rlhf.integrations.trl.last_good import LastGood
 from stable_rlhf.integrations.trl.trust_region import SLACK
 from stable_rlhf.runs import incidents, read_rows
 from tests.integrations.trl_tiny import GENERATION, trainer, vowels
@@ -83,6 +84,15 @@ def test_the_figures_are_the_means_of_what_trl_logged(tmp_path: Path) -> None:
         own = logged[row["step"] * GENERATION : (row["step"] + 1) * GENERATION]
         assert row["objective/kl"] == pytest.approx(sum(entry["kl"] for entry in own) / GENERATION, rel=1e-9)
         assert row["objective/entropy"] == pytest.approx(sum(entry["entropy"] for entry in own) / GENERATION, rel=1e-9)
+
+
+def test_the_rows_do_not_depend_on_when_trl_logs(tmp_path: Path) -> None:
+    for every in (1, 3):
+        made = trainer(tmp_path / str(every), logging_steps=every)
+        made.add_callback(SAFECallback(made, budget=0.01))
+        made.train()
+    one, three = ((tmp_path / name / "safe" / "metrics.jsonl").read_bytes() for name in ("1", "3"))
+    assert one == three
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
@@ -208,6 +218,20 @@ def test_a_later_failure_goes_back_to_the_state_before_it_optimiser_and_controll
     # a linear schedule from 1e-4 over 24 steps, halved after the roll-back, of each generation's last step
     wanted = [1e-4 * (1 - (GENERATION * (row["step"] + 1) - 1) / 24) * (0.5 if row["step"] > 3 else 1) for row in rows]
     assert [row["lr"] for row in rows] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_state_that_the_next_verdict_finds_suspect_is_not_gone_back_to(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    made.create_optimizer_and_scheduler(10)
+    weight, good = next(made.model.parameters()), LastGood(made)
+    first = weight.detach().clone()
+    for step, suspect in ((0, False), (1, True)):
+        good.keep({"steps": step})
+        good.judge(suspect)
+        with torch.no_grad():
+            weight += 1.0
+    assert good.restore(0.5) == {"steps": 0}
+    assert torch.equal(weight, first)
 
 
 def test_an_adapter_goes_back_too_and_the_rest_is_never_touched(tmp_path: Path) -> None:

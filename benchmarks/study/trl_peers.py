@@ -2,6 +2,7 @@
 
     python benchmarks/study/trl_peers.py --model FOLDER --out runs/TRL --seeds 2 --seconds 560   # which is best?
     python benchmarks/study/trl_peers.py --model FOLDER --out runs/TRL --only grpo,0,1e-4 --only rloo,0.04,1e-4
+    python benchmarks/study/trl_peers.py --model FOLDER --out runs/TRL --budget 0.3 --rates 1e-4,1e-3   # with SAFE
 
 A run's folder has the name that report.py reads; a run that is there is not made again, one that the time stopped is
 made anew. It needs TRL (pip install 'stable-rlhf[reward]').
@@ -34,15 +35,19 @@ class Peer:
     beta: float
     rate: float
     seed: int
+    budget: float | None = None
+    """Of SAFE's callback, which then sets beta."""
 
     @property
     def name(self) -> str:
         """A label as those of arms.py."""
-        return f"part=main,arm=TRL_{self.algorithm}_{self.beta:g},rate={self.rate:g},seed={self.seed}"
+        setting = f"{self.beta:g}" if self.budget is None else f"SAFE_{self.budget:g}"
+        return f"part=main,arm=TRL_{self.algorithm}_{setting},rate={self.rate:g},seed={self.seed}"
 
     def command(self, model: str, gguf_file: str | None, steps: int, out: Path) -> list[str]:
         file = [] if gguf_file is None else ["--gguf-file", gguf_file]
         options = ["--algorithm", self.algorithm, "--beta", str(self.beta), "--learning-rate", str(self.rate)]
+        options += [] if self.budget is None else ["--budget", str(self.budget)]
         options += ["--seed", str(self.seed), "--steps", str(steps), "--model", model, *file, "--lora-r", "32"]
         return [
             *(sys.executable, str(SCRIPT), *options),
@@ -50,9 +55,13 @@ class Peer:
         ]
 
 
-def peers(seeds: int, only: Sequence[str]) -> list[Peer]:
-    """All runs, seed by seed; `only`: ALGORITHM,BETA,RATE of those that are wanted."""
-    grid = itertools.product(range(seeds), ("grpo", "rloo"), BETAS, RATES)
+def peers(seeds: int, only: Sequence[str], budget: float | None = None, rates: Sequence[float] = RATES) -> list[Peer]:
+    """All runs, seed by seed; `only`: ALGORITHM,BETA,RATE of those that are wanted. With a budget every run has SAFE's
+    callback, which makes the coefficients one."""
+    if budget is not None:
+        chosen = itertools.product(range(seeds), ("grpo", "rloo"), rates)
+        return [Peer(algorithm, BETAS[-1], rate, seed, budget) for seed, algorithm, rate in chosen]
+    grid = itertools.product(range(seeds), ("grpo", "rloo"), BETAS, rates)
     wanted = {(algorithm, float(beta), float(rate)) for algorithm, beta, rate in (text.split(",") for text in only)}
     made = [Peer(algorithm, beta, rate, seed) for seed, algorithm, beta, rate in grid]
     return [peer for peer in made if not wanted or (peer.algorithm, peer.beta, peer.rate) in wanted]
@@ -105,10 +114,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on each GPU")
     parser.add_argument("--only", action="append", default=[], metavar="ALGORITHM,BETA,RATE")
+    parser.add_argument("--budget", type=float, help="put SAFE's callback into each run, with this KL budget")
+    parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RATES), help="learning rates")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     given = parser.parse_args(arguments)
     until = time.monotonic() + given.seconds
-    to_do = [peer for peer in peers(given.seeds, given.only) if not is_done(given.out / peer.name)]
+    wanted = peers(given.seeds, given.only, given.budget, [float(rate) for rate in given.rates.split(",")])
+    to_do = [peer for peer in wanted if not is_done(given.out / peer.name)]
     commands = [peer.command(given.model, given.gguf_file, given.steps, given.out) for peer in to_do]
     logs = [log_of(given.out / peer.name) for peer in to_do]
     run_all(commands, logs, places(given.jobs, visible_gpus(), {}), until)

@@ -76,6 +76,9 @@ def test_trls_runs_have_labels_and_can_be_chosen() -> None:
     assert [peer.name for peer in chosen] == [f"part=main,arm=TRL_grpo_0,rate=0.0001,seed={n}" for n in (0, 1)]
     everything = trl_peers.peers(1, [])
     assert len({trl_peers.log_of(Path(peer.name)).name for peer in everything}) == 8
+    with_safe = trl_peers.peers(1, [], budget=0.3, rates=[1e-3])
+    assert [arms.read_label(peer.name)["arm"] for peer in with_safe] == ["TRL grpo SAFE 0.3", "TRL rloo SAFE 0.3"]
+    assert "--budget" in with_safe[0].command("m", None, 5, Path("o"))
 
 
 def test_dialogues_that_begin_alike_are_in_one_half(tmp_path: Path) -> None:

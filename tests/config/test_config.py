@@ -579,7 +579,34 @@ def test_a_value_of_the_wrong_type_is_refused_in_every_field(section: str) -> No
             "has no effect unless optim.advantage is gae or reinforce_pp; ",
         ),
         ("optim.skip_equal_scores", False, {"preset": "rloo"}, "has no effect unless optim.advantage=gae; leave it ou"),
-        ("optim.skip_zero_variance_groups", True, {}, "has no effect unless optim.advantage is not gae; leave it out"),
+        (
+            "optim.skip_zero_variance_groups",
+            True,
+            {},
+            "has no effect unless optim.advantage is rloo, grpo or dr_grpo; ",
+        ),
+        (
+            "optim.skip_zero_variance_groups",
+            True,
+            {"preset": "rloo", "kl": {"in_reward": True, "in_loss": "none"}},
+            "would leave out the KL of these groups, which is in the reward: set kl.in_reward=false and kl.in_loss=k2",
+        ),
+        (
+            "optim.advantage",
+            "grpo",
+            {
+                "critic": {"heads": 0},
+                "rollout": {"num_generations": 4},
+                "kl": {"in_reward": True, "in_loss": "none"},
+            },
+            "divides by the group's deviation, so a KL in the reward would have no price: set kl.in_reward=false and ",
+        ),
+        (
+            "rollout.batch_size",
+            66,
+            {"preset": "grpo", "rollout": {"num_generations": 3}, "optim": {"num_mini_batches": 4}},
+            "must be divisible by optim.num_mini_batches=4: try 72",
+        ),
         (
             "optim.epsilon",
             0.1,

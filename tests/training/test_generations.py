@@ -109,6 +109,7 @@ def test_the_preview_bounds_the_updates_and_the_controller_acts(
 ) -> None:
     made, _ = run_of(tokenizer, tmp_path / "run", max_steps=12, kl={"settings": {"budget": 0.05}})
     for row in rows(made.run_dir):
-        assert row["safe/moved_kl"] <= row["safe/update_kl"] == pytest.approx(0.02 * row["safe/threshold"], rel=0.86)
+        assert row["safe/moved_kl"] <= row["safe/update_kl"]
+        assert 0.15 * 0.02 * row["safe/threshold"] <= row["safe/update_kl"] <= 0.02 * row["safe/threshold"]
     coefficients = [row["safe/kl_coef"] for row in rows(made.run_dir)]
     assert len(set(coefficients)) > 6

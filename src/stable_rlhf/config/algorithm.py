@@ -53,6 +53,9 @@ class RolloutConfig(Named):
 OF_CRITIC = ("lam", "length_alpha", "skip_equal_scores")
 """Settings of ``optim`` that only GAE reads."""
 
+OF_GROUPS = ("rloo", "grpo", "dr_grpo")
+"""Advantages that compare the completions of a prompt with each other."""
+
 OF_TOKENS = ("gamma", "whiten_floor")
 """Settings of ``optim`` that advantages read which differ from token to token."""
 
@@ -94,14 +97,15 @@ class OptimConfig(Named):
     token's reward to go, normalised over the rollout."""
     skip_zero_variance_groups: bool = False
     """Leave the completions of a prompt whose rewards are all equal out of loss and denominators. They have no
-    advantages, but count in the means and, with the KL in the loss, are pulled to the reference. Only without a critic
-    and with rollout.num_generations of 2 or more."""
+    advantages, but count in the means and, with the KL in the loss, are pulled to the reference. Only with
+    advantage=rloo, grpo or dr_grpo; with the KL in the reward, whose advantages they have, it is refused."""
     loss: Literal["clip", "cispo"] = "clip"
     """``clip`` is PPO's: a token whose ratio has left the clip range has no gradient. ``cispo`` (MiniMax-M1) clips only
     the weight of its gradient, at 1 + epsilon_high."""
     importance: Literal["token", "sequence", "product"] = "token"
     """Probability ratio that is clipped: of each ``token`` (PPO), or one of the whole completion, the geometric mean of
-    its tokens' (``sequence``, GSPO) or their ``product`` (TRL's RLOO)."""
+    its tokens' (``sequence``, GSPO) or their ``product`` (TRL's RLOO). One ratio of a completion counts at each of its
+    tokens, so that with denominator=token a long completion weighs more; denominator=sequence is GSPO's and RLOO's."""
     denominator: Literal["token", "sequence", "length"] = "token"
     """What the policy's loss and the KL in it are divided by: the response tokens of an optimiser step (``token``,
     DAPO), so that a long completion weighs more; each completion's tokens and then the completions (``sequence``,
@@ -161,7 +165,8 @@ class OptimConfig(Named):
         for name in OF_TOKENS:
             condition = "optim.advantage is gae or reinforce_pp"
             only_with("optim", self, name, self.advantage in ("gae", "reinforce_pp"), condition)
-        only_with("optim", self, "skip_zero_variance_groups", self.advantage != "gae", "optim.advantage is not gae")
+        condition = f"optim.advantage is {', '.join(OF_GROUPS[:-1])} or {OF_GROUPS[-1]}"
+        only_with("optim", self, "skip_zero_variance_groups", self.advantage in OF_GROUPS, condition)
         bounds = self.loss == "clip" or self.epsilon_high is None
         only_with("optim", self, "epsilon", bounds, "optim.loss is clip or optim.epsilon_high is None")
 

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stable_rlhf.config.algorithm import CriticConfig, KLConfig, OptimConfig, RolloutConfig
+from stable_rlhf.config.algorithm import OF_GROUPS, CriticConfig, KLConfig, OptimConfig, RolloutConfig
 from stable_rlhf.config.checks import Named, check_types, is_url, made, only_with, require, url_without_secrets
 from stable_rlhf.config.files import over, read_settings
 from stable_rlhf.config.names import fields_of, setting_types, suggestion
@@ -133,7 +134,8 @@ class Config(Named):
         # 2^63: the seeds of permutations and generators are signed 64-bit numbers.
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or more, and below 2^63")
         minibatches = self.optim.num_mini_batches
-        nearest = max(1, round(self.rollout.batch_size / minibatches)) * minibatches
+        both = math.lcm(minibatches, self.rollout.num_generations)
+        nearest = max(1, round(self.rollout.batch_size / both)) * both
         remedy = f"must be divisible by optim.num_mini_batches={minibatches}: try {nearest}"
         require(self.rollout.batch_size % minibatches == 0, "rollout.batch_size", self.rollout.batch_size, remedy)
         remedy = f"the policy would never learn in max_steps={self.max_steps}: make it smaller"
@@ -160,8 +162,18 @@ class Config(Named):
         remedy = f"has no critic, and critic.heads={heads} would train one for nothing: set critic.heads=0, or "
         require(advantage == "gae" or heads == 0, "optim.advantage", advantage, f"{remedy}optim.advantage=gae")
         remedy = f"optim.advantage={advantage} compares the completions of a prompt: give 2 or more"
-        alone = group == 1 and advantage in ("rloo", "grpo", "dr_grpo")
-        require(not alone, "rollout.num_generations", group, remedy)
+        require(group > 1 or advantage not in OF_GROUPS, "rollout.num_generations", group, remedy)
+        remedy = (
+            "divides by the group's deviation, so a KL in the reward would have no price: set kl.in_reward=false and "
+        )
+        remedy += "kl.in_loss=k2, as preset safe-grpo does"
+        priced = self.kl.in_reward
+        require(advantage != "grpo" or not priced, "optim.advantage", advantage, remedy)
+        remedy = (
+            "would leave out the KL of these groups, which is in the reward: set kl.in_reward=false and kl.in_loss=k2"
+        )
+        skips = self.optim.skip_zero_variance_groups
+        require(not (skips and priced), "optim.skip_zero_variance_groups", skips, remedy)
         condition = "rollout.num_generations is 2 or more"
         only_with("optim", self.optim, "skip_zero_variance_groups", group > 1, condition)
         remedy = "is of a critic, and critic.heads=0 is none: leave it out"

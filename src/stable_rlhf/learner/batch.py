@@ -23,8 +23,8 @@ from stable_rlhf.ops.masked import masked_mean, masked_sum, masked_var, whiten
 from stable_rlhf.policy import ActorCritic
 from stable_rlhf.records import Batch, Measured
 
-# Normalised reward units: what float32 leaves of log-ratios that are equal, times a coefficient. AdamW takes a full
-# step along a gradient of any size, so that nothing must be nothing exactly.
+# Units of the rewards as `reward.normalise` leaves them: what float32 leaves of log-ratios that are equal, times a
+# coefficient. AdamW takes a full step along a gradient of any size, so that nothing must be nothing exactly.
 NEGLIGIBLE = 1e-6
 
 GROUPED = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}
@@ -111,9 +111,11 @@ def _without_critic(rewards: Tensor, mask: Tensor, learning: Learning) -> Tensor
     """Advantages [B, T] that no critic has a part in; 0 where the rewards differ by no more than rounding."""
     optim = learning.optim
     if optim.advantage == "reinforce_pp":
-        advantages = reinforce_pp(rewards, mask, optim.gamma, optim.whiten_floor)
-        nothing = masked_var(advantages, mask).sqrt() * optim.whiten_floor <= NEGLIGIBLE  # below the floor
-        return torch.zeros_like(advantages) if nothing else advantages
+        nothing = torch.zeros_like(rewards)
+        returns, _ = gae(rewards, nothing, nothing, mask, optim.gamma, 1.0)
+        if masked_var(returns, mask).sqrt() <= NEGLIGIBLE:
+            return nothing
+        return reinforce_pp(rewards, mask, optim.gamma, optim.whiten_floor)
     whole, valid, group = masked_sum(rewards, mask, dim=1), mask.any(1), learning.num_generations
     if dr_grpo(whole, valid, group).abs().max() <= NEGLIGIBLE:
         return torch.zeros_like(rewards)

@@ -219,7 +219,7 @@ def test_one_text_of_a_list_is_taken_as_it_is_and_an_empty_one_is_refused() -> N
     ("arguments", "sentence"),
     [
         ("--critic.loss foo", "critic.loss='foo': choose one of huber, mse"),
-        ("--critic.heads 3", "critic.heads='3': choose one of 1, 2"),
+        ("--critic.heads 3", "critic.heads='3': choose one of 0, 1, 2"),
         ("--max_steps 5.5", "max_steps='5.5': give a whole number"),
         ("--max_steps", "max_steps has no value: give a whole number"),
         ("--optim.lam nan", "optim.lam='nan': give a finite number"),
@@ -347,11 +347,17 @@ def test_help_explains_every_setting_with_the_presets_defaults(capsys: pytest.Ca
     assert "--kl.settings.budget BUDGET Base KL budget, in nats per `budget_per`: the KL " in shown
     budget = shown.partition("--kl.settings.budget BUDGET Base")[2].partition("--kl.")[0]
     assert budget.endswith("(type: float, default: 0.3) ")
-    assert "GAE's lambda for the advantages (Schulman et al. 2016). (type: float, default: 0.95)" in shown
+    assert (
+        "GAE's lambda for the advantages (Schulman et al. 2016). Only with advantage=gae. (type: float, default: 0.95)"
+        in shown
+    )
     assert all(preset in shown.replace("- ", "-") for preset in PRESETS)  # a line may end at a hyphen
     assert main(["train", "--preset", "ppo", "--help-all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "(docs/results.md), so it is off. (type: Literal[1, 2], default: 1)" in shown
+    tail = (
+        "what takes its place, and no other setting of this section has an effect. (type: Literal[0, 1, 2], default: 1)"
+    )
+    assert tail in shown
     assert "--kl.settings.beta BETA Reward per nat. " in shown
     assert "--kl.settings.budget" not in shown
     assert main(["train", "--preset", "safe-no-threshold", "--help-all"]) == 0

@@ -166,7 +166,7 @@ TURNED: dict[str, Turn | str] = {
     "optim.num_mini_batches": Turn(to=1, of="val/ratio_var"),
     "optim.microbatch_tokens": Turn(to=1, shows_in="passes"),
     "optim.advantage": Turn(
-        to="grpo", of="loss/policy_avg", given=merged(GROUPED, {"optim": {"advantage": "dr_grpo"}})
+        to="rloo", of="loss/policy_avg", given=merged(GROUPED, {"optim": {"advantage": "dr_grpo"}})
     ),
     "optim.skip_zero_variance_groups": "learner/test_groups.py::"
     "test_they_are_left_out_of_loss_and_denominator_where_that_is_asked_for",

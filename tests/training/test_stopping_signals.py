@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,8 +165,12 @@ def test_a_lock_that_another_has_is_refused_at_once_with_its_owner(tmp_path: Pat
     one, other = RunLock(tmp_path), RunLock(tmp_path)
     one.take()
     for asks in (other.take, other.check):
-        with pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()} on .*, training since 20\d\d-"):
+        with pytest.raises(ConfigError, match=r"is in use by this process itself, by a run that was not ended; wait"):
             asks()
+    owner = json.loads((tmp_path / ".owner.json").read_text())
+    (tmp_path / ".owner.json").write_text(json.dumps({**owner, "pid": 1}))
+    with pytest.raises(ConfigError, match=r"is in use by process 1 on .*, training since 20\d\d-"):
+        other.take()
     (tmp_path / ".owner.json").write_text("torn")
     with pytest.raises(ConfigError, match="is in use by another process; wait for it"):
         other.take()

@@ -224,7 +224,7 @@ def test_a_run_steps_without_train_and_its_folder_is_free_once_it_ends_or_fails(
     run = trainer(config, tokenizer)
     run.step()
     other = trainer(config, tokenizer)
-    with pytest.raises(ConfigError, match="is in use by process"):
+    with pytest.raises(ConfigError, match="is in use by this process itself"):
         other.begin()
     with pytest.raises(ConfigError, match="has begun its run already"):
         run.begin()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from stable_rlhf.cli.parser import Parser
 from stable_rlhf.config import given_settings, require
+from stable_rlhf.config.checks import made
 from stable_rlhf.control import GuardConfig
 from stable_rlhf.errors import ConfigError, Exit, Interrupted
 from stable_rlhf.text import visible
@@ -116,11 +117,7 @@ def _guard(given: argparse.Namespace) -> GuardConfig:
     require(ceiling is None or given.budget is None, "--guard.max_kl", ceiling, remedy)
     if not texts:
         return GuardConfig()
-    settings = given_settings([f"--{name}={value}" for name, value in texts.items()])
-    try:
-        return GuardConfig(**settings["guard"])
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return made(GuardConfig, given_settings([f"--{name}={value}" for name, value in texts.items()])["guard"])
 
 
 def _once(watched: Watched) -> None:

@@ -18,14 +18,14 @@ class RolloutConfig(Named):
     """How completions are sampled. A step is one rollout: a batch of prompts with one or several completions each."""
 
     batch_size: int = 64
-    """Number of completions in a step; with num_generations at 1 it is the number of prompts."""
+    """Number of completions in a step. With num_generations at 1 it is the number of prompts, too."""
     num_generations: int = 1
     """Number of completions of each prompt: a group, which advantages without a critic compare (``optim.advantage``). A
     step has batch_size / num_generations prompts. An evaluation samples one completion of each held-out prompt."""
     max_completion_length: int = 32
     """Most tokens that are sampled for a completion."""
     temperature: float = 1.0
-    """Sampling temperature. Log-probs, ratios, entropy and KL are of the distribution at this temperature."""
+    """Temperature of sampling, log-probs, entropy and KL."""
     stop_tokens: list[str | int] | None = None
     """Tokens, by text or id, that end a completion as EOS does, such as [<|im_end|>] where a chat template ends turns
     with another token than the tokenizer's EOS."""

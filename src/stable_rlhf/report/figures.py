@@ -225,10 +225,12 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         ),
         Plot(
             title="Cut off, skipped, truncated",
-            caption="Share of completions that did not end; completions without a reward, prompts that were too long.",
+            caption="Shares of completions that did not end, and that are in a group whose rewards are all equal; "
+            "completions without a reward, prompts that were too long.",
             units=("share", "count"),
             lines=(
                 _line("completions/clipped_ratio", "did not end", "c1"),
+                _line("frac_reward_zero_std", "group without variance", "quiet dashed"),
                 _line("completions/skipped", "no reward", "c2", 1),
                 _line("prompts/truncated", "prompts cut", "c3", 1),
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,8 @@ def test_the_documented_example_gets_the_verdicts_that_are_shown(
 ) -> None:
     page = (Path(__file__).parents[3] / "docs" / "trl-doctor.md").read_text(encoding="utf-8")
     file, code, shown = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("yaml", "python", "text"))
+    monkeypatch.setitem(sys.modules, "my_rewards", None)  # taken away at the end, as other tests have one too
+    del sys.modules["my_rewards"]
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -346,7 +346,7 @@ def test_a_log_that_is_replaced_is_judged_anew_and_says_so(tmp_path: Path) -> No
     story = Story([*acts, nothing])
     found = story.follow(log)
     assert (verdict(found), len(found.rows)) == (None, 60)
-    assert len([sentence for sentence in story.said if "judged anew from its beginning" in sentence]) == 1
+    assert len([sentence for sentence in story.said if "judged again from its beginning" in sentence]) == 1
 
 
 def test_a_torn_line_is_waited_for(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from stable_rlhf.cli.parser import Parser
+from stable_rlhf.cli.signals import noted_signals
 from stable_rlhf.config import require
 from stable_rlhf.errors import Exit
 from stable_rlhf.text import visible
@@ -40,18 +41,9 @@ def _watch(run: Path, port: int) -> int:
         waits = "" if begun else "there is no run yet, the page waits for it; "
         print(f"stable-rlhf report: {visible(str(run), '⏎')} at {address} ({waits}Ctrl-C ends it)", flush=True)
 
-    stopped, signals = threading.Event(), list[int]()
-
-    def stop(number: int, frame: object) -> None:
-        signals.append(number)
-        stopped.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    stopped = threading.Event()
+    with noted_signals(stopped.set) as signals:
         watch(run, port, say, stopped)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if signal.SIGINT in signals:
         print(file=sys.stderr)  # after the ^C that the terminal shows
         return Exit.INTERRUPTED

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stable_rlhf.cli.parser import Parser
+from stable_rlhf.cli.signals import noted_signals
 from stable_rlhf.config import given_settings, require
 from stable_rlhf.config.checks import made
 from stable_rlhf.control import GuardConfig
@@ -80,7 +81,7 @@ def parser() -> Parser:
     made.add_argument("--every", type=float, metavar="SECONDS", help="how often --follow looks; by default every 5 s")
     made.add_argument("--mapping", type=Path, metavar="FILE", help="what the columns of a CSV or JSONL mean")
     made.add_argument("--budget", type=float, metavar="B", help="KL that is intended, nats per token: the KL's ceiling "
-                      "is guard.max_kl_ratio times it, and within it short or sure answers are no failure")  # fmt: skip
+                      "is guard.max_kl_ratio times it; up to it short or sure answers are no failure")  # fmt: skip
     made.add_argument("--completions", type=int, metavar="N", help="completions of a step; without it a fall of the "
                       "reward is judged only where the log says it")  # fmt: skip
     made.add_argument("--max_steps", type=int, metavar="N", help="steps of the run, where the log does not say it")
@@ -133,18 +134,9 @@ def _follow(watched: Watched, every: float) -> int | None:
     """Follows the log; returns the number of the signal that ended it, if one did."""
     from stable_rlhf.evidence import follow
 
-    stopped, signals = threading.Event(), list[int]()
-
-    def stop(number: int, frame: object) -> None:
-        signals.append(number)
-        stopped.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    stopped = threading.Event()
+    with noted_signals(stopped.set) as signals:
         follow(watched, _say, every=every, stopped=stopped)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if not signals or watched.stopped is not None:
         return None
     if signals[0] == signal.SIGINT:

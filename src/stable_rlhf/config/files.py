@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +39,28 @@ def settings_file(name: str | Path) -> Path:
 def read_settings(name: str | Path) -> dict[Any, Any]:
     """The content of a file of settings or of a recipe. Raises ConfigError unless it is a mapping in which no name is
     given twice."""
-    file = settings_file(name)
+    example = "a mapping of settings, such as `preset: safe`"
+    return read_mapping(str(name), settings_file(name), lambda text: _Loader(text).get_single_data(), example)
+
+
+def read_mapping(name: str, file: Path, load: Callable[[str], Any], example: str) -> dict[Any, Any]:
+    """A YAML file's content, by ``load``. Raises ConfigError, which begins with ``name`` and ends with ``example``,
+    what to give, unless it is a mapping that is not empty."""
     try:
-        loader = _Loader(file.read_text(encoding="utf-8"))
-        content = loader.get_single_data()
+        content = load(file.read_text(encoding="utf-8"))
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: is not UTF-8 text; give a YAML file") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: of a date that there is not
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{name}{line}: {getattr(error, 'problem', error)}; repair the YAML") from error
     if not isinstance(content, dict) or not content:
         what = "is empty" if content is None or content == {} else f"is {kind_of(content)}"
-        raise ConfigError(f"{name}: {what}; give a mapping of settings, such as `preset: safe`")
+        raise ConfigError(f"{name}: {what}; give {example}")
     return content
 
 

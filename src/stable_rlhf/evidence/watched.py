@@ -223,7 +223,7 @@ def follow(
             found = len(watched.incidents)
             try:
                 if watched.look(live=True, growing=not rested):
-                    say("the rows that were judged are no longer in the log, which is judged anew from its beginning")
+                    say("the log was replaced or cut, so it is judged again from its beginning")
                     found = 0
                 failing = None
             except NoRunError as error:

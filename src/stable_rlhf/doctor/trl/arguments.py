@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from stable_rlhf.config.files import read_mapping
 from stable_rlhf.errors import ConfigError, OutOfMemoryError, StableRLHFError
 from stable_rlhf.integrations.trl.figures import check_version
 from stable_rlhf.text import ends, kind_of, quoted
@@ -141,19 +142,8 @@ def read_arguments(file: str, kind: str = "grpo", processes: int | None = None) 
 
 def _content(file: str) -> dict[str, Any]:
     """The file's mapping. It is read here too, so that a fault of it is a sentence and not a traceback."""
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--trl {file}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--trl {file}: is not UTF-8 text; give a YAML file") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: of a date that there is not
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"--trl {file}{line}: {getattr(error, 'problem', error)}; repair the YAML") from error
-    if not isinstance(content, dict) or not content:
-        what = "is empty" if content is None or content == {} else f"is {kind_of(content)}"
-        raise ConfigError(f"--trl {file}: {what}; give the arguments of TRL's script, such as `beta: 0.04`")
+    example = "the arguments of TRL's script, such as `beta: 0.04`"
+    content = read_mapping(f"--trl {file}", Path(file), yaml.safe_load, example)
     for key in content:
         if not isinstance(key, str):
             raise ConfigError(f"--trl {file}: the key {quoted(key)} is {kind_of(key)}; TRL's keys are names")
